@@ -1,0 +1,31 @@
+"""ortho_fx: learnable activations for any PyTorch model, as fast as the ones that they replace."""
+
+from ortho_fx.activations import (
+    ExpansionActivation,
+    FourierActivation,
+    HermiteActivation,
+    TropicalActivation,
+    TropicalRationalActivation,
+)
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.optimizer import param_groups
+from ortho_fx.passes.sites import Site
+from ortho_fx.rewrite import RewriteReport, find_sites, rewrite_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpansionActivation",
+    "ExpansionConfig",
+    "FourierActivation",
+    "HermiteActivation",
+    "OrthoFxError",
+    "RewriteReport",
+    "Site",
+    "TropicalActivation",
+    "TropicalRationalActivation",
+    "find_sites",
+    "param_groups",
+    "rewrite_",
+]

@@ -1,0 +1,262 @@
+"""`torch.compile(model, backend="ortho_fx")`: makes the activations learnable during the first call, then lowers.
+
+Dynamo hands over a graph in which every activation is a call. Where it finds one, the hook looks up the model that the
+compiled frame runs, lets `rewrite_` replace its activations on the real modules, and has Dynamo trace the frame again.
+The second trace meets the expansions' parameters as parameters of the model, as if `rewrite_` had been called first:
+nothing is captured in the compiled code, the eager model computes the same function as the compiled one, and the
+state dicts of both ways agree. The graph then goes to Inductor, once.
+
+One frame cannot be traced again like that: the one whose own method was rewritten, since it goes on running the old
+code. Its graph runs this one call without Inductor, its activations replaced by the new expansions; from the next call
+on the new method runs, and is compiled.
+
+Parameters that appear at a first call come too late for an optimizer, DDP or FSDP that has seen the model already;
+those are refused before anything is changed. What reads Dynamo's private state stands in `_frame` and `_restart`.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+import torch._inductor.config
+from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import external_utils
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel
+
+from ortho_fx.activations import ExpansionActivation
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes import substitute
+from ortho_fx.passes.source import Call, find_calls, origin
+from ortho_fx.passes.targets import TargetTable, choose_targets
+from ortho_fx.rewrite import find_sites, rewrite_
+
+_CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
+
+
+class CompileError(ShortenTraceback, OrthoFxError):
+    """An `OrthoFxError` that Dynamo passes on as it is; any other it would wrap in an error of its own."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message  # without the advice on debugging Dynamo that it appends to `args`
+
+
+class _Retrace(TensorifyScalarRestartAnalysis):
+    """Has Dynamo trace the frame again; the one restart that it lets through from a backend."""
+
+
+def ortho_fx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The hook behind `torch.compile(model, backend="ortho_fx", mode=..., options=...)`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: Inductor's mode ("reduce-overhead", "max-autotune" ...).
+        options: fields of `ExpansionConfig` ("basis", "degree", "init"), and Inductor's own options beside them.
+
+    Raises:
+        OrthoFxError: an option that neither knows, a wrong value, or an optimizer, DDP or FSDP wrapper that was
+            made before the first call added the parameters.
+    """
+    config, inductor = _read_options(mode, options)
+    table = choose_targets(None)
+    activations = list(_activation_nodes(gm, table))
+    if activations:
+        frame = _frame()
+        roots = _roots(frame, activations)
+        if _rewrite(roots, config):
+            _restart(frame)
+        own = dict(_own_calls(frame, roots, activations))
+        for node in activations:
+            if node not in own:
+                warnings.warn(f"ortho_fx left {_describe(node)}: no module's own code calls it", stacklevel=2)
+        if own:
+            return _run_once(frame, gm, own)
+    else:
+        _warn_of_nothing()
+    return inductor(gm, example_inputs)
+
+
+def _read_options(
+    mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[ExpansionConfig, Callable[..., Callable[..., Any]]]:
+    """The expansion, and Inductor with its own mode and options."""
+    mine = {key: value for key, value in (options or {}).items() if key in _CONFIG_FIELDS}
+    rest = {key: value for key, value in (options or {}).items() if key not in _CONFIG_FIELDS}
+    known = torch._inductor.config.get_config_copy()
+    unknown = [key for key in rest if key.replace("-", "_") not in known]
+    if unknown:
+        raise CompileError(
+            f"unknown option {', '.join(map(repr, unknown))}; options are {', '.join(_CONFIG_FIELDS)} "
+            "and those of torch._inductor.config"
+        )
+    try:
+        return ExpansionConfig(**mine), torch._TorchCompileInductorWrapper(mode, rest, None)
+    except (OrthoFxError, RuntimeError) as error:
+        raise CompileError(str(error)) from None
+
+
+def _activation_nodes(gm: fx.GraphModule, table: TargetTable) -> Iterator[fx.Node]:
+    """The activations of the graph and of the graphs inside it, such as checkpointed regions."""
+    for graph_module in gm.modules():
+        if isinstance(graph_module, fx.GraphModule):
+            for node in graph_module.graph.nodes:
+                if table.of_node(node) is not None:
+                    yield node
+
+
+def _warn_of_nothing() -> None:
+    """Warns of a compiled model that neither has an activation nor ever had one replaced."""
+    (root,) = _roots(_frame(), ()) or (None,)
+    if root is not None and not any(isinstance(module, ExpansionActivation) for module in root.modules()):
+        warnings.warn(f"ortho_fx found no activation to replace in {type(root).__name__}", stacklevel=3)
+
+
+def _frame() -> InstructionTranslatorBase:
+    """The translator of the frame that is being compiled: it holds the frame's variables."""
+    translator = InstructionTranslator.current_tx()
+    return translator.output.root_tx or translator
+
+
+def _restart(frame: InstructionTranslatorBase) -> NoReturn:
+    # The log replays decisions by the instructions of the trace before, and the modules now run other instructions.
+    frame.speculation_log.clear()
+    raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
+
+
+def _roots(frame: InstructionTranslatorBase, nodes: Sequence[fx.Node]) -> list[nn.Module]:
+    """The outermost modules that the frame runs: the one whose method it is, or those that it calls."""
+    code: types.CodeType = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    # PyTorch's own modules are compiled through a function of Dynamo's that closes over them.
+    called = frame.f_locals.get("fn") if code.co_filename == external_utils.__file__ else None
+    for module in (first, called):
+        if isinstance(module, nn.Module):
+            return [module]
+    roots: dict[int, nn.Module] = {}
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path, cls = next(iter(stack.values()))
+            module = _resolve(path, frame)
+            if isinstance(module, cls):
+                roots[id(module)] = module
+    return list(roots.values())
+
+
+def _resolve(path: str, frame: InstructionTranslatorBase) -> Any:
+    """The object that a path of Dynamo's (`L['model'].blocks.0`) names in the frame; None where it names none."""
+    match = re.fullmatch(r"([LG])\['(\w+)'\]((?:\.\w+)*)", path)
+    if match is None:
+        return None
+    scope, name, rest = match.groups()
+    value: Any = (frame.f_locals if scope == "L" else frame.f_globals).get(name)
+    for part in rest.split(".")[1:]:
+        children = value._modules if isinstance(value, nn.Module) else {}
+        value = children[part] if part in children else getattr(value, part, None)
+    return value
+
+
+def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig) -> bool:
+    """Replaces what can be replaced in these models; whether anything was."""
+    pending = [root for root in roots if any(not site.reason for site in find_sites(root))]
+    for root in pending:
+        _refuse_late_parameters(root)
+    # The parameters outlive this trace, whatever mode the first call is made in.
+    with unset_fake_temporarily(), torch.inference_mode(False):
+        for root in pending:
+            rewrite_(root, config)
+    return bool(pending)
+
+
+def _refuse_late_parameters(model: nn.Module) -> None:
+    """Raises if something that has collected the model's parameters would miss those about to be added."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    modules = {id(module) for module in model.modules()}
+    advice = f"call ortho_fx.rewrite_(model, config) on the {type(model).__name__} before making it"
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):
+            if any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
+                raise CompileError(f"the optimizer {type(found).__name__} would miss the new parameters: {advice}")
+        elif issubclass(type(found), DistributedDataParallel) and any(id(m) in modules for m in found.modules()):
+            raise CompileError(f"DistributedDataParallel would miss the new parameters: {advice}")
+    for module in model.modules():
+        if any(cls.__module__.startswith("torch.distributed.") for cls in type(module).__mro__):
+            raise CompileError(f"{type(module).__mro__[0].__name__} would miss the new parameters: {advice}")
+
+
+def _own_calls(
+    frame: InstructionTranslatorBase, roots: Sequence[nn.Module], nodes: Sequence[fx.Node]
+) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
+    """The nodes that the frame's own old code computes, each with the expansion that the new code has in its place."""
+    places: dict[tuple[str, int], list[Call]] = {}
+    root = roots[0] if roots else None
+    cls, replaced = origin(type(root)) if root is not None else (nn.Module, frozenset())
+    for call in find_calls(cls) if replaced else ():
+        if call.attribute in replaced and call.code is frame.f_code:
+            places.setdefault((call.function, call.line), []).append(call)
+    table = choose_targets(None)
+    visits: dict[tuple[str, int], int] = {}
+    for node in nodes:
+        file, line = _source_line(node)
+        target = table.of_node(node)
+        if target is None or file != frame.f_code.co_filename or (target.name, line) not in places:
+            continue
+        # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
+        calls = sorted(places[target.name, line], key=lambda call: call.order)
+        visit = visits[target.name, line] = visits.get((target.name, line), -1) + 1
+        yield node, getattr(root, calls[visit % len(calls)].attribute)
+
+
+def _run_once(
+    frame: InstructionTranslatorBase, gm: fx.GraphModule, own: Mapping[fx.Node, ExpansionActivation]
+) -> Callable[..., Any]:
+    """The graph with these nodes replaced, for the call that is under way."""
+    copied: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, copied))
+    runner = fx.GraphModule(gm, graph)
+    for number, (node, expansion) in enumerate(own.items()):
+        substitute.node_in(runner, copied[node], f"expansion_{number}")(expansion)
+    code = frame.f_code
+
+    def run(*args: Any) -> Any:
+        # The old code's compiled entries serve nobody any more, and would count against Dynamo's recompile limit
+        # when each block of a model is compiled by itself.
+        reset_code(code)
+        return runner(*args)
+
+    return run
+
+
+def _source_line(node: fx.Node) -> tuple[str, int]:
+    """File and line of the innermost frame that made the node."""
+    frames = re.findall(r'^\s*File "(.+)", line (\d+), in ', node.meta.get("stack_trace") or "", flags=re.MULTILINE)
+    file, line = frames[-1] if frames else ("", "0")
+    return file, int(line)
+
+
+def _describe(node: fx.Node) -> str:
+    file, line = _source_line(node)
+    return f"{node.name} at {file}:{line}" if file else node.name

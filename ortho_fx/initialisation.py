@@ -1,0 +1,154 @@
+"""How expansions start: "stable", with gains of exactly 1 that depth keeps, and "paper".
+
+The stable rule is one for every basis. For any g with D = E[g'^2], m = E[g], v = Var g under X ~ N(0, 1), the Gaussian
+Poincare inequality v <= D makes
+    f = gamma (g + beta),  gamma = 1 / sqrt(D),  beta = -m +- sqrt(D - v)
+exist, and f has the forward gain E[f^2] = 1 and the backward gain E[f'^2] = 1. It rescales the coefficients and moves
+the constant term only. Of the two signs that one is taken whose slope chi = d/dq E[f(sqrt(q) X)^2] at q = 1 is smaller
+in magnitude: the variance 1 attracts, layer after layer, where |chi| < 1.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from ortho_fx.moments import Array, moments
+
+
+def initial_parameters(basis: str, degree: int, init: str) -> dict[str, Array]:
+    """The starting parameters of an expansion, by name, in float64.
+
+    "stable" is exact at every degree: forward and backward gain 1, and |chi| < 1 but for the Hermite expansion of
+    degree 1, which is the identity (chi = 1). Hermite coefficients start at +-1 times a common factor, in the sign
+    pattern + + - - that makes chi small; Fourier with frequencies 1 .. n and phases pi / 4; tropical maxima with
+    equally spaced slopes, and knots that divide the Gaussian into pieces of equal mass.
+
+    "paper" is the initialisation of arXiv 2502.01247 with its sums taken up to the degree: a_k = 1 and
+    a_0 = sqrt(1 - 1/n!), divided by sqrt(sum_{k<n} 1/k!), for Hermite; the same with squared factorials for Fourier;
+    scale sqrt(2) / n and equal offsets for tropical. The paper starts its tropical rational from fits only: here it
+    is the tropical start over a denominator of zeros.
+
+    Args:
+        basis: name of the basis.
+        degree: degree n.
+        init: "stable" or "paper".
+    """
+    if init == "paper":
+        return _PAPER[basis](degree)
+    return _stable(basis, _SHAPES[basis](degree))
+
+
+def _stable(basis: str, values: dict[str, Array]) -> dict[str, Array]:
+    g = moments(basis, values)
+    gamma = 1.0 / math.sqrt(g.derivative_square)
+    shift = math.sqrt(max(g.derivative_square - g.variance, 0.0))
+    candidates = []
+    for beta in (-g.mean + shift, -g.mean - shift):
+        candidate = {name: gamma * value if name in _SCALED else value for name, value in values.items()}
+        constant = _CONSTANT[basis]
+        moved = candidate[constant].copy()
+        moved[_constant_index(basis)] += gamma * beta
+        candidate[constant] = moved
+        candidates.append(candidate)
+    return min(candidates, key=lambda candidate: abs(moments(basis, candidate).square_growth))
+
+
+# The parameters that multiply the function, and the one that holds its constant term.
+_SCALED = {"constant", "coefficients", "slopes", "offsets", "denominator_slopes", "denominator_offsets"}
+_CONSTANT = {
+    "hermite": "coefficients",
+    "fourier": "constant",
+    "tropical": "offsets",
+    "tropical_rational": "offsets",
+}
+
+
+def _constant_index(basis: str) -> slice:
+    """Where in that parameter: a_0 alone, or every offset, since the maximum of shifted lines is shifted by as much."""
+    return slice(0, 1) if basis in ("hermite", "fourier") else slice(None)
+
+
+def _hermite_shape(degree: int) -> dict[str, Array]:
+    signs = np.array([1.0, 1.0, -1.0, -1.0])[np.arange(degree + 1) % 4]
+    signs[0] = 0.0
+    return {"coefficients": signs}
+
+
+def _fourier_shape(degree: int) -> dict[str, Array]:
+    return {
+        "constant": np.zeros(1),
+        "coefficients": np.ones(degree),
+        "frequencies": np.arange(1.0, degree + 1),
+        "phases": np.full(degree, math.pi / 4),
+    }
+
+
+def _lines(degree: int, steepest: float, shift: float) -> tuple[Array, Array]:
+    """Slopes from 0 to `steepest` and offsets of a maximum whose knots are at the quantiles (k + shift) / (n + 1)."""
+    slopes = np.linspace(0.0, steepest, degree + 1)
+    knots = np.array([NormalDist().inv_cdf((k + shift) / (degree + 1)) for k in range(1, degree + 1)])
+    return slopes, np.concatenate([[0.0], -np.cumsum(np.diff(slopes) * knots)])
+
+
+def _tropical_shape(degree: int) -> dict[str, Array]:
+    slopes, offsets = _lines(degree, 1.0, 0.0)
+    return {"slopes": slopes, "offsets": offsets}
+
+
+def _tropical_rational_shape(degree: int) -> dict[str, Array]:
+    # Half as steep and with knots between the numerator's: no piece of the one mirrors the gradient of the other.
+    slopes, offsets = _lines(degree, 1.0, 0.0)
+    denominator_slopes, denominator_offsets = _lines(degree, 0.5, -0.5)
+    return {
+        "slopes": slopes,
+        "offsets": offsets,
+        "denominator_slopes": denominator_slopes,
+        "denominator_offsets": denominator_offsets,
+    }
+
+
+def _factorial_weights(degree: int, power: int) -> tuple[float, float]:
+    """sqrt(1 - 1 / n!^power), and 1 / sqrt(sum_{k<n} 1 / k!^power)."""
+    total = math.fsum(1.0 / math.factorial(k) ** power for k in range(degree))
+    return math.sqrt(1.0 - 1.0 / math.factorial(degree) ** power), 1.0 / math.sqrt(total)
+
+
+def _paper_hermite(degree: int) -> dict[str, Array]:
+    constant, scale = _factorial_weights(degree, 1)
+    return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
+
+
+def _paper_fourier(degree: int) -> dict[str, Array]:
+    constant, scale = _factorial_weights(degree, 2)
+    return {
+        **_fourier_shape(degree),
+        "constant": np.array([scale * constant]),
+        "coefficients": np.full(degree, scale),
+    }
+
+
+def _paper_tropical(degree: int) -> dict[str, Array]:
+    scale = math.sqrt(2) / degree
+    return {"slopes": scale * np.arange(degree + 1.0), "offsets": np.full(degree + 1, scale)}
+
+
+def _paper_tropical_rational(degree: int) -> dict[str, Array]:
+    zeros = np.zeros(degree + 1)
+    return {**_paper_tropical(degree), "denominator_slopes": zeros, "denominator_offsets": zeros.copy()}
+
+
+_SHAPES = {
+    "hermite": _hermite_shape,
+    "fourier": _fourier_shape,
+    "tropical": _tropical_shape,
+    "tropical_rational": _tropical_rational_shape,
+}
+_PAPER = {
+    "hermite": _paper_hermite,
+    "fourier": _paper_fourier,
+    "tropical": _paper_tropical,
+    "tropical_rational": _paper_tropical_rational,
+}

@@ -1,0 +1,160 @@
+"""`rewrite_` and `find_sites`: from any model to the same model with learnable activations, and what was done to it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ortho_fx.activations import ExpansionActivation, make_activation
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.find import find_occurrences
+from ortho_fx.passes.sites import Site, format_sites
+from ortho_fx.passes.targets import choose_targets
+
+ConfigMap = Mapping[str, ExpansionConfig | None]
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """What `rewrite_` did: every site with its fate; `print(report)` is a table.
+
+    Attributes:
+        sites: the sites in the order of the model's modules, those that were left with the reason.
+        earlier: how many expansions the model held before.
+    """
+
+    sites: tuple[Site, ...]
+    earlier: int = 0
+
+    @property
+    def replaced(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if not site.reason)
+
+    @property
+    def left(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.reason)
+
+    def __str__(self) -> str:
+        parameters = sum(site.parameters for site in self.replaced)
+        summary = f"{len(self.replaced)} replaced, {len(self.left)} left, {parameters} new parameters"
+        if self.earlier:
+            summary += f"; the model already held {self.earlier} expansions"
+        return f"{format_sites(self.sites)}\n{summary}" if self.sites else summary
+
+
+def find_sites(model: nn.Module, *, targets: Iterable[str] | None = None) -> list[Site]:
+    """The activations that `rewrite_` would replace, and those that it would not, with the reason; changes nothing.
+
+    Args:
+        model: any module.
+        targets: activation functions by name ("relu", "gelu", "sigmoid" ...); by default every one that is not a gate.
+
+    Raises:
+        OrthoFxError: a target that is not known.
+    """
+    return [occurrence.site for occurrence in find_occurrences(_checked(model), choose_targets(targets))]
+
+
+def rewrite_(
+    model: nn.Module,
+    config: ExpansionConfig | ConfigMap | None = None,
+    *,
+    targets: Iterable[str] | None = None,
+) -> RewriteReport:
+    """Replaces the activations of a model by learnable expansions, in place.
+
+    Activation modules are swapped; a module that calls an activation function in its own methods gets a subclass of
+    its class whose methods call an expansion there. Parameters take the device and the dtype of their neighbours.
+    Rewrite before the optimizer, DDP or FSDP see the model. A second call finds nothing more to do.
+
+    Args:
+        model: any module.
+        config: one config for every site (`ExpansionConfig()` when omitted), or a map from patterns of site names to
+            configs, of which the first that matches counts: an exact name, a glob ("blocks.*.act") or "re:" with a
+            regular expression for the whole name. None as a config leaves the sites alone, as does no match.
+        targets: activation functions by name; by default every one that is not a gate.
+
+    Raises:
+        OrthoFxError: a model with nothing to replace, a pattern that matches no site, a target that is not known.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        >>> print(rewrite_(model, ExpansionConfig(basis="hermite", degree=3)))
+        name  kind    function  expansion  parameters
+        1     module  gelu      hermite 3  4
+        1 replaced, 0 left, 4 new parameters
+    """
+    occurrences = find_occurrences(_checked(model), choose_targets(targets))
+    earlier = sum(isinstance(module, ExpansionActivation) for module in model.modules())
+    configs = _configs([occurrence.site.name for occurrence in occurrences], config, strict=not earlier)
+    planned, sites = [], []
+    for occurrence, chosen in zip(occurrences, configs, strict=True):
+        site = occurrence.site
+        if not site.reason and chosen is None:
+            site = replace(site, reason="excluded by its name")
+        if chosen is not None and not site.reason:
+            device, dtype = _placement(model, site.name)
+            expansion = make_activation(chosen, device=device, dtype=dtype).train(occurrence.owner.training)
+            planned.append((occurrence, expansion))
+            parameters = sum(parameter.numel() for parameter in expansion.parameters())
+            site = replace(site, expansion=str(chosen), parameters=parameters)
+        sites.append(site)
+    if not planned and not earlier:
+        raise OrthoFxError(_nothing_to_replace(model, sites))
+    for occurrence, expansion in planned:
+        occurrence.substitute(expansion)
+    return RewriteReport(tuple(sites), earlier)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise OrthoFxError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def _configs(
+    names: Sequence[str], config: ExpansionConfig | ConfigMap | None, *, strict: bool
+) -> list[ExpansionConfig | None]:
+    if config is None or isinstance(config, ExpansionConfig):
+        return [config or ExpansionConfig()] * len(names)
+    if not isinstance(config, Mapping):
+        raise OrthoFxError(f"config must be an ExpansionConfig or a map of names to them; got {type(config).__name__}")
+    for pattern, value in config.items():
+        if value is not None and not isinstance(value, ExpansionConfig):
+            raise OrthoFxError(f"the config of {pattern!r} must be an ExpansionConfig or None; got {value!r}")
+        if strict and not any(_matches(pattern, name) for name in names):
+            raise OrthoFxError(f"pattern {pattern!r} matches no site; sites are {', '.join(names) or 'none'}")
+    return [next((value for pattern, value in config.items() if _matches(pattern, name)), None) for name in names]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise OrthoFxError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    return pattern == name or fnmatchcase(name, pattern)
+
+
+def _placement(model: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and floating dtype of the nearest parameters: those of the owner, else of its closest ancestor."""
+    path = name.split(".")[:-1]
+    for length in range(len(path), -1, -1):
+        owner = model.get_submodule(".".join(path[:length]))
+        for parameter in owner.parameters():
+            if parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+    return None, None
+
+
+def _nothing_to_replace(model: nn.Module, sites: Sequence[Site]) -> str:
+    if not sites:
+        return f"{type(model).__name__} has no activation to replace"
+    reasons = "; ".join(f"{site.name or 'the model'}: {site.reason}" for site in sites)
+    return f"no activation of {type(model).__name__} can be replaced: {reasons}"

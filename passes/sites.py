@@ -1,0 +1,50 @@
+"""`Site`: one place where an activation is called, what becomes of it, and how the places read as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation of a model.
+
+    Attributes:
+        name: the qualified name of its expansion in the rewritten model.
+        kind: "module" (a child such as nn.GELU), "attribute" (a function kept on a module), "function", "method",
+            "built in forward" (calls in the source of the owner's methods) or "node" (of a `torch.fx` graph).
+        function: the activation function, by its name in `ortho_fx.passes.targets`.
+        location: file and line of a call; empty for modules and attributes.
+        aliases: the other names of a shared module.
+        expansion: what it was replaced by ("hermite 3"); None where it was not.
+        parameters: how many learnable numbers that has.
+        reason: why it is left as it is; empty where it is replaced.
+    """
+
+    name: str
+    kind: str
+    function: str
+    location: str = ""
+    aliases: tuple[str, ...] = ()
+    expansion: str | None = None
+    parameters: int = 0
+    reason: str = ""
+
+
+def format_sites(sites: Sequence[Site]) -> str:
+    """The sites as a table in plain text, one a line."""
+    header = ("name", "kind", "function", "expansion", "parameters")
+    rows = [
+        (
+            ", ".join((site.name, *site.aliases)),
+            site.kind,
+            site.function,
+            f"left: {site.reason}" if site.reason else site.expansion or "",
+            str(site.parameters) if site.parameters else "",
+        )
+        for site in sites
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)

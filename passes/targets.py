@@ -1,0 +1,106 @@
+"""The one table of activations: which callables are activations, and which scalar function each computes.
+
+Every way of finding an activation reads this table: module classes, functions (in-place ones too) and tensor methods.
+Sigmoid, tanh and the like are gates more often than activations, so they are replaced only when they are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ortho_fx.errors import OrthoFxError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One activation function and every callable of PyTorch that computes it.
+
+    `gate` says that it is bounded or otherwise rarely the activation of a network: replaced only when it is named.
+    `in_place` holds the functions that also write to their argument.
+    """
+
+    name: str
+    modules: tuple[type[nn.Module], ...]
+    functions: tuple[Callable[..., Any], ...]
+    in_place: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+    gate: bool = False
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("relu", (nn.ReLU,), (F.relu, torch.relu), (F.relu_, torch.relu_), ("relu", "relu_")),
+    Target("relu6", (nn.ReLU6,), (F.relu6,)),
+    Target("leaky_relu", (nn.LeakyReLU,), (F.leaky_relu,), (F.leaky_relu_,)),
+    Target("elu", (nn.ELU,), (F.elu,), (F.elu_,)),
+    Target("celu", (nn.CELU,), (F.celu, torch.celu), (F.celu_, torch.celu_)),
+    Target("selu", (nn.SELU,), (F.selu, torch.selu), (F.selu_, torch.selu_)),
+    Target("gelu", (nn.GELU,), (F.gelu,)),
+    Target("silu", (nn.SiLU,), (F.silu,)),
+    Target("mish", (nn.Mish,), (F.mish,)),
+    Target("hardswish", (nn.Hardswish,), (F.hardswish,)),
+    Target("softplus", (nn.Softplus,), (F.softplus,), gate=True),
+    Target("sigmoid", (nn.Sigmoid,), (F.sigmoid, torch.sigmoid), (torch.sigmoid_,), ("sigmoid", "sigmoid_"), gate=True),
+    Target("hardsigmoid", (nn.Hardsigmoid,), (F.hardsigmoid,), gate=True),
+    Target("tanh", (nn.Tanh,), (F.tanh, torch.tanh), (torch.tanh_,), ("tanh", "tanh_"), gate=True),
+    Target("hardtanh", (nn.Hardtanh,), (F.hardtanh,), (F.hardtanh_,), gate=True),
+)
+
+
+class TargetTable:
+    """The targets chosen for one rewrite, indexed by everything that a search can meet."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self.targets = tuple(targets)
+        self.modules: Mapping[type[nn.Module], Target] = {cls: t for t in self.targets for cls in t.modules}
+        self.functions: Mapping[Hashable, Target] = {f: t for t in self.targets for f in (*t.functions, *t.in_place)}
+        self.in_place = frozenset(f for t in self.targets for f in t.in_place)
+        self.methods: Mapping[str, Target] = {method: t for t in self.targets for method in t.methods}
+
+    def of_module(self, module: nn.Module) -> Target | None:
+        """The target that the module is exactly; a subclass may compute anything, so it is not taken for its base."""
+        return self.modules.get(type(module))
+
+    def of_node(self, node: fx.Node) -> Target | None:
+        """The target that a node of a graph computes, as a function or a method."""
+        if node.op == "call_function":
+            return self.of_function(node.target)
+        return self.methods.get(str(node.target)) if node.op == "call_method" else None
+
+    def of_function(self, function: object) -> Target | None:
+        try:
+            return self.functions.get(function)
+        except TypeError:  # unhashable, so not a function of ours
+            return None
+
+
+_IN_PLACE = frozenset(function for target in TARGETS for function in target.in_place)
+
+
+def may_change_input(node: fx.Node) -> bool:
+    """Whether an activation's node writes to its input as well."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+
+
+def choose_targets(names: Iterable[str] | None) -> TargetTable:
+    """The table of the named activation functions; of every one that is not a gate when nothing is named.
+
+    Raises:
+        OrthoFxError: a name that is not in the table.
+    """
+    if names is None:
+        return TargetTable(target for target in TARGETS if not target.gate)
+    if isinstance(names, str):
+        names = (names,)
+    by_name = {target.name: target for target in TARGETS}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(by_name)}")
+    return TargetTable(by_name[name] for name in names)
