@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --demo
+	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --beside-gelu --overwrite --out runs/demo
 
 test: lint typecheck
 	$(BIN)/python -m pytest

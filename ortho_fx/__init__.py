@@ -7,6 +7,7 @@ from ortho_fx.activations import (
     TropicalActivation,
     TropicalRationalActivation,
 )
+from ortho_fx.calibration import Calibration, calibrate_
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.optimizer import param_groups
@@ -16,6 +17,7 @@ from ortho_fx.rewrite import RewriteReport, find_sites, rewrite_
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "ExpansionActivation",
     "ExpansionConfig",
     "FourierActivation",
@@ -25,6 +27,7 @@ __all__ = [
     "Site",
     "TropicalActivation",
     "TropicalRationalActivation",
+    "calibrate_",
     "find_sites",
     "param_groups",
     "rewrite_",

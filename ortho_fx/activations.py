@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL,
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.initialisation import initial_parameters
+from ortho_fx.moments import Values
 from ortho_fx.operators import expand
 
 
@@ -48,10 +50,13 @@ class ExpansionActivation(nn.Module):
     def reset_parameters(self) -> None:
         """Sets every parameter to its initial value, as `config.init` says."""
         assert self.config.degree is not None
-        values = initial_parameters(self.config.basis, self.config.degree, self.config.init)
+        self.set_parameters(initial_parameters(self.config.basis, self.config.degree, self.config.init))
+
+    def set_parameters(self, values: Values) -> None:
+        """Copies these values, arrays by the name of the parameter, into the parameters and buffers."""
         with torch.no_grad():
             for name, value in values.items():
-                getattr(self, name).copy_(torch.from_numpy(value))
+                getattr(self, name).copy_(torch.from_numpy(np.asarray(value)))
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():

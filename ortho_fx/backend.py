@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class CompileError(ShortenTraceback, OrthoFxError):
     """An `OrthoFxError` that Dynamo passes on as it is; any other it would wrap in an error of its own."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
+        super().__init__(message, first_useful_frame=sys._getframe(1))
         self.message = message
 
     def __str__(self) -> str:

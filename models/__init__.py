@@ -1,0 +1,1 @@
+"""Reference models, their data and the trainer behind `ortho-fx train`."""

@@ -1,0 +1,72 @@
+"""What a person sees of a run: a bar with loss, rate and time left on a terminal, lines of text anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """Shows the steps of one run; a context manager around its loop.
+
+    Args:
+        title: what is trained.
+        steps: the step at which the run ends.
+        unit: what `amount` counts ("tokens", "images").
+    """
+
+    def __init__(self, title: str, steps: int, unit: str) -> None:
+        self.title, self.steps, self.unit = title, steps, unit
+        self._bar: Any = None
+        self._task: Any = None
+        self._clock: float | None = None
+        self._amount = 0
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            try:
+                from rich import progress
+            except ImportError:
+                return self
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} {task.fields[unit]}/s"),
+                progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(self.title, total=self.steps, loss=float("nan"), rate=0.0, unit=self.unit)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, amount: int) -> float:
+        """Notes a step that processed `amount`; the rate since the first step, whose time is that of compiling."""
+        now = time.perf_counter()
+        if self._clock is None:
+            self._clock = now
+        else:
+            self._amount += amount
+        rate = self._amount / (now - self._clock) if self._amount else 0.0
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=loss, rate=rate)
+        return rate
+
+    def pause(self, since: float) -> None:
+        """Leaves the time since that moment, spent on validation or saving, out of the rate."""
+        if self._clock is not None:
+            self._clock += time.perf_counter() - since
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)

@@ -1,0 +1,126 @@
+"""The command line, `ortho-fx`: one subcommand a task, exit code 2 and one line for whatever the user got wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, NoReturn
+
+from ortho_fx import __version__
+from ortho_fx.bases import BASES
+from ortho_fx.config import INITS
+from ortho_fx.errors import OrthoFxError
+
+if TYPE_CHECKING:
+    from ortho_fx.models.training import Result
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints a mistake as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OrthoFxError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        return parsed.run(parsed)
+    except OrthoFxError as error:
+        print(f"ortho-fx: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ortho-fx: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ortho-fx", description="Learnable activations for PyTorch models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ortho-fx {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train GPT-2 or ConvNeXt with learnable activations",
+        description="Trains a model on data that needs no download: GPT-2 on the source text of Python's standard "
+        "library, ConvNeXt on scikit-learn's digits. Writes checkpoint.pt and metrics.jsonl.",
+        epilog="example: ortho-fx train gpt2 --basis hermite --degree 3",
+        allow_abbrev=False,
+    )
+    train.add_argument("model", help="gpt2 or convnext")
+    train.add_argument("--size", default="tiny", help="preset of the model: tiny (default) or a published size")
+    train.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)}, or none for the untouched model")
+    train.add_argument("--degree", type=int, help="degree of the expansions (default: that of the basis)")
+    train.add_argument("--init", default="stable", help=f"start of the expansions: {', '.join(INITS)}")
+    train.add_argument(
+        "--no-calibrate",
+        dest="calibrate",
+        action="store_false",
+        help="start for inputs N(0, 1), not for the model's own",
+    )
+    train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--batch-size", type=int, help="sequences or images a step")
+    train.add_argument("--lr", type=float, help="peak learning rate")
+    train.add_argument("--expansion-lr", type=float, help="peak learning rate of the expansions (default: --lr)")
+    train.add_argument("--weight-decay", type=float, default=0.1, help="decay of weight matrices (default 0.1)")
+    train.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up (default 30)")
+    train.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
+    train.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default 0)")
+    train.add_argument("--eval-every", type=int, default=100, help="steps between validations (default 100)")
+    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default 500)")
+    train.add_argument("--out", help="directory of the run (default: runs/MODEL-SIZE-BASISDEGREE)")
+    train.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    train.add_argument("--no-compile", dest="compile", action="store_false", help="run without torch.compile")
+    train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="start anew where the run has a checkpoint")
+    train.add_argument(
+        "--beside-gelu", action="store_true", help="train the untouched model as well, and print both losses"
+    )
+    train.set_defaults(run=_train)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    # The trainer's imports take longer than parsing, and a wrong option should be answered at once.
+    from ortho_fx.models.training import TrainConfig, train
+
+    config = TrainConfig(**{field.name: getattr(parsed, field.name) for field in fields(TrainConfig)})
+    configs = [config]
+    if parsed.beside_gelu and config.expansion is not None:
+        out = f"{parsed.out}-gelu" if parsed.out else None
+        configs.append(replace(config, basis="none", degree=None, out=out))
+    results: list[Result] = []
+    for config in configs:
+        name = config.expansion or "gelu"
+        print(f"{config.model} {config.size} with {name}, {config.steps} steps, in {config.directory}", flush=True)
+        result = train(config, resume=parsed.resume, overwrite=parsed.overwrite)
+        print(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
+        results.append(result)
+    if len(results) > 1:
+        print(_side_by_side(results))
+    return 0
+
+
+def _side_by_side(results: Sequence[Result]) -> str:
+    """Training loss along the way and validation loss at the end, a column a run."""
+    names = [str(result.config.expansion or "gelu") for result in results]
+    shared = sorted(set(results[0].losses).intersection(*(result.losses for result in results[1:])))
+    every = max(len(shared) // 6, 1)
+    shown = sorted({*shared[:1], *shared[every - 1 :: every], *shared[-1:]})
+    rows = [("step", *(f"{name} loss" for name in names))]
+    rows += [(str(step), *(f"{result.losses[step]:.4f}" for result in results)) for step in shown]
+    last = [result.validations[max(result.validations)] for result in results if result.validations]
+    for measure in last[0] if last else ():
+        rows.append((measure.replace("_", " "), *(f"{values[measure]:.4f}" for values in last)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

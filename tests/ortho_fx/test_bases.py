@@ -1,0 +1,81 @@
+"""The formulas of the bases: values against independent references, gradients against autograd."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.polynomial.hermite_e import hermeval
+
+from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL
+from ortho_fx.bases.basis import Basis
+
+
+def random_parameters(basis: Basis, degree: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(p.size(degree), generator=generator, dtype=torch.float64).requires_grad_(p.learnable)
+        for p in basis.parameters
+    ]
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 8, 32])
+def test_hermite_is_the_sum_of_probabilists_hermite_polynomials(degree):
+    (a,) = random_parameters(HERMITE, degree)
+    x = np.linspace(-5, 5, 101)
+    expected = hermeval(x, a.detach().numpy() / [float(math.factorial(k)) for k in range(degree + 1)])
+    np.testing.assert_allclose(HERMITE.evaluate(torch.from_numpy(x), a.detach()), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("degree", [1, 5, 64])
+def test_fourier_is_the_sum_of_cosines_over_factorials(degree):
+    parameters = [p.detach().numpy() for p in random_parameters(FOURIER, degree)]
+    constant, a, w, p = parameters
+    x = np.linspace(-5, 5, 101)
+    expected = constant[0] + sum(
+        a[k - 1] * np.cos(w[k - 1] * x - p[k - 1]) / math.factorial(k) for k in range(1, degree + 1)
+    )
+    actual = FOURIER.evaluate(torch.from_numpy(x), *map(torch.from_numpy, parameters))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("degree", [1, 5, 64])
+def test_tropical_is_a_maximum_of_lines_and_the_rational_a_difference_of_two(degree):
+    s, b, t, c = (p.detach() for p in random_parameters(TROPICAL_RATIONAL, degree))
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    up = (x[:, None] * s + b).amax(1)
+    down = (x[:, None] * t + c).amax(1)
+    torch.testing.assert_close(TROPICAL.evaluate(x, s, b), up)
+    torch.testing.assert_close(TROPICAL_RATIONAL.evaluate(x, s, b, t, c), up - down)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", BASES)
+def test_gradients_are_those_of_autograd(name, degree):
+    basis = BASES[name]
+    parameters = random_parameters(basis, degree)
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    grad = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sources = [x, *(p for p in parameters if p.requires_grad)]
+    expected = torch.autograd.grad(basis.evaluate(x, *parameters), sources, grad)
+    actual = basis.gradients(grad, x.detach(), *(p.detach() for p in parameters))
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_hermite_gradient_at_zero_is_the_odd_part():
+    a = torch.tensor([0.3, 0.5, 0.2, 0.7], dtype=torch.float64)
+    grad_x, _ = HERMITE.gradients(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), a)
+    # P_1' = 1, P_2' = x, P_3' = (x^2 - 1) / 2
+    assert grad_x.item() == pytest.approx(0.5 - 0.7 / 2)
+
+
+def test_tied_pieces_share_the_gradient_as_amax_does():
+    slopes = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    offsets = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (x[:, None] * slopes + offsets).amax(1).sum().backward()
+    grad_x, grad_offsets = TROPICAL.gradients(torch.ones(1, dtype=torch.float64), x.detach(), slopes, offsets.detach())
+    torch.testing.assert_close(grad_x, x.grad)
+    torch.testing.assert_close(grad_offsets, offsets.grad)
