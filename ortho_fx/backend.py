@@ -196,6 +196,7 @@ def _refuse_late_parameters(model: nn.Module) -> None:
     parameters = {id(parameter) for parameter in model.parameters()}
     modules = {id(module) for module in model.modules()}
     advice = f"call ortho_fx.rewrite_(model, config) on the {type(model).__name__} before making it"
+    gc.collect()  # an optimizer that is garbage already misses nothing
     for found in gc.get_objects():
         if issubclass(type(found), torch.optim.Optimizer):
             if any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):

@@ -142,7 +142,7 @@ def _reachable_methods(cls: type) -> Iterator[_Method]:
     while waiting:
         name = waiting.pop(0)
         function = inspect.getattr_static(cls, name, None)
-        if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] == "torch":
+        if not isinstance(function, types.FunctionType) or (function.__module__ or "").split(".")[0] == "torch":
             continue
         method = _Method(name, function)
         yield method

@@ -12,7 +12,7 @@ from ortho_fx.models import convnext, gpt2, training
 from ortho_fx.models.training import TrainConfig, learning_rate_scale, train
 
 SMALL_GPT2 = gpt2.GPT2Config(vocabulary=256, context=16, layers=2, heads=2, width=32)
-SMALL_CONVNEXT = convnext.ConvNeXtConfig(1, 10, 1, (1, 1), (16, 32), layer_scale=0.1)
+SMALL_CONVNEXT = convnext.ConvNeXtConfig(1, 10, 2, (1, 1), (32, 64), layer_scale=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,7 @@ def small(tmp_path, **changes):
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("model", ["gpt2", "convnext"])
 def test_compiled_training_lowers_the_loss_and_reaches_every_expansion(tmp_path, model, basis):
-    steps, lr = (20, 5e-3) if model == "gpt2" else (60, 1e-2)
-    run = training._Run(small(tmp_path, model=model, basis=basis, steps=steps, lr=lr))
+    run = training._Run(small(tmp_path, model=model, basis=basis, steps=40, batch_size=32))
     start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     result = run.start(resume=False, overwrite=False)
     losses = list(result.losses.values())
@@ -50,7 +49,7 @@ def test_compiled_training_lowers_the_loss_and_reaches_every_expansion(tmp_path,
     [
         (lambda: gpt2.GPT2(replace(SMALL_GPT2, layers=1)), torch.arange(32).reshape(2, 16)),
         (
-            lambda: convnext.ConvNeXt(replace(SMALL_CONVNEXT, depths=(1,), widths=(16,))),
+            lambda: convnext.ConvNeXt(replace(SMALL_CONVNEXT, depths=(1,), widths=(32,))),
             torch.linspace(-1, 1, 128, dtype=torch.float64).reshape(2, 1, 8, 8),
         ),
     ],

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, calibrate_, rewrite_
+from ortho_fx.bases import BASES
+from ortho_fx.calibration import rescale
+from ortho_fx.initialisation import initial_parameters
+
+
+def evaluate(name, values, x):
+    return BASES[name].evaluate(x, *(torch.from_numpy(np.asarray(values[p.name])) for p in BASES[name].parameters))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.23), (0.4, 0.5), (-2.0, 3.0)])
+@pytest.mark.parametrize("degree", [1, 3, 8])
+@pytest.mark.parametrize("name", BASES)
+def test_rescaling_is_the_change_of_variable(name, degree, mean, std):
+    start = initial_parameters(name, degree, "stable")
+    z = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    expected = std * evaluate(name, start, z)
+    torch.testing.assert_close(evaluate(name, rescale(name, start, mean, std), mean + std * z), expected)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_gains_are_those_of_the_inputs_that_were_measured(name):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.GELU())
+    rewrite_(model, ExpansionConfig(name))
+    x = (0.7 + 0.3 * torch.randn(4, 50_000, generator=generator)).requires_grad_()
+    calibrate_(model, [x[:1], (x[1:3],), {"input": x[3:]}])
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert y.square().mean().item() == pytest.approx(0.3**2, rel=0.02)
+    assert slope.square().mean().item() == pytest.approx(1, rel=0.02)
+
+
+def test_statistics_are_exact_over_chunks():
+    model = nn.Sequential(HermiteActivation())
+    x = 1e4 + torch.randn(7, 1000, dtype=torch.float64)
+    (site,) = calibrate_(model, x.split(2)).sites
+    assert site.samples == 7000
+    assert site.mean == pytest.approx(x.mean().item(), rel=1e-12)
+    assert site.std == pytest.approx(x.std(correction=0).item(), rel=1e-9)
+
+
+def test_expansions_that_no_batch_reaches_are_named_and_kept():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = HermiteActivation(), HermiteActivation()
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    before = model.unused.coefficients.clone()
+    calibration = calibrate_(model, [torch.randn(100)])
+    assert calibration.uncalled == ("unused",)
+    assert str(calibration).splitlines()[-1] == "unused  not called"
+    assert torch.equal(model.unused.coefficients, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (nn.Linear(2, 2), [], "Linear holds no expansion to calibrate: call rewrite_ first"),
+        (nn.Sequential(HermiteActivation()), [], "no batch reached an expansion"),
+        (nn.Sequential(HermiteActivation()), [torch.ones(9)], r"the inputs of 0 are constant \(1\)"),
+        (nn.Sequential(HermiteActivation()), [torch.tensor([1.0, torch.nan])], "the inputs of 0 are not finite"),
+    ],
+)
+def test_mistakes_are_named_and_change_nothing(model, batches, message):
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(OrthoFxError, match=message):
+        calibrate_(model, batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
