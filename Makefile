@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --beside-gelu --overwrite --out runs/demo
+	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --steps 200 --eval-every 50 --beside-gelu --overwrite --out runs/demo
 
 test: lint typecheck
 	$(BIN)/python -m pytest
@@ -28,8 +28,7 @@ lint: install
 # mypy reads the package as it installs: passes/ and models/ inside ortho_fx.
 typecheck: install
 	rm -rf build/typed && mkdir -p build/typed/ortho_fx
-	ln -s ../../../ortho_fx/* build/typed/ortho_fx/
-	ln -s ../../../passes ../../../models build/typed/ortho_fx/
+	ln -s $(CURDIR)/ortho_fx/* $(CURDIR)/passes $(CURDIR)/models build/typed/ortho_fx/
 	MYPYPATH=build/typed $(BIN)/mypy -p ortho_fx
 
 clean:

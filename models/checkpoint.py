@@ -29,9 +29,10 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
         raise OrthoFxError(f"cannot save {path}: {_reason(error)}; an earlier checkpoint there is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,8 +46,11 @@ def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, A
         raise OrthoFxError(f"there is no checkpoint {path} to resume from")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        version, saved = state["version"], state["configuration"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        version, saved = state["version"], dict(state["configuration"])
+    except pickle.UnpicklingError:
+        # PyTorch's own text advises loading without weights_only, which runs whatever code the file holds.
+        raise OrthoFxError(f"{path} is not a readable checkpoint: it is damaged, or holds more than tensors") from None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
     if version != VERSION:
         raise OrthoFxError(f"{path} has checkpoint version {version}; this release reads version {VERSION}")
@@ -61,5 +65,9 @@ def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, A
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the error's message, or its class where it has none."""
+    """One line: the system's reason where there is one, else the error's message, or its class where it has none."""
+    # PyTorch's zip writer answers a failed write with a RuntimeError that only speaks of positions in the file.
+    system = error if isinstance(error, OSError) else error.__context__
+    if isinstance(system, OSError) and system.strerror:
+        return system.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)

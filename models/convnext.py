@@ -24,9 +24,10 @@ class ConvNeXtConfig:
     layer_scale: float = 1e-6
 
 
-# The digits are 8 x 8 pixels of one channel; with so few layers, a layer scale of 1e-6 would leave the blocks unused.
+# The digits are 8 x 8 pixels of one channel. Patches of one pixel would leave the stem's normalisation nothing but each
+# pixel's sign; with so few layers, a layer scale of 1e-6 would leave the blocks unused.
 PRESETS: dict[str, ConvNeXtConfig] = {
-    "tiny": ConvNeXtConfig(channels=1, classes=10, patch=1, depths=(2, 2), widths=(48, 96), layer_scale=0.1),
+    "tiny": ConvNeXtConfig(channels=1, classes=10, patch=2, depths=(2, 2), widths=(48, 96), layer_scale=1.0),
     "t": ConvNeXtConfig(),
     "s": ConvNeXtConfig(depths=(3, 3, 27, 3)),
     "b": ConvNeXtConfig(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024)),

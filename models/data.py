@@ -6,6 +6,7 @@ A batch is a function of the seed and the step alone: a resumed run sees what an
 from __future__ import annotations
 
 import functools
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Data(Protocol):
-    """Training batches by step, and the same validation batches at every call; pairs of inputs and targets."""
+    """Training batches by step, and the same validation batches at every call; pairs of inputs and targets.
+
+    `name` tells data apart that differ: a run resumes on the data that it began with.
+    """
+
+    name: str
 
     def batch(self, seed: int, step: int, size: int) -> Batch: ...
 
@@ -39,6 +45,8 @@ class StandardLibrary:
         self.context = context
         self.validation_batches = validation_batches
         self.train_bytes, self.validation_bytes = _standard_library()
+        size = len(self.train_bytes) + len(self.validation_bytes)
+        self.name = f"standard library of Python {platform.python_version()}, {size} bytes"
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         starts = np.random.default_rng((seed, step)).integers(len(self.train_bytes) - self.context, size=size)
@@ -71,10 +79,12 @@ def _standard_library() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 class Digits:
-    """scikit-learn's bundled handwritten digits: 1,797 images of 8 x 8 pixels; every sixth is for validation.
+    """scikit-learn's bundled handwritten digits: 1,797 images of 8 x 8 pixels; every seventh is for validation.
 
     Training images are shifted by up to one pixel in each direction, with zeros moving in.
     """
+
+    name = "digits of scikit-learn"
 
     def __init__(self) -> None:
         try:
@@ -84,7 +94,7 @@ class Digits:
         images, labels = load_digits(return_X_y=True)
         # Pixels run from 0 to 16; with this the training set has mean 0 and standard deviation 1.
         pixels = torch.from_numpy((images.reshape(-1, 1, 8, 8) - 4.9) / 6.0).float()
-        held = torch.arange(len(pixels)) % 6 == 5
+        held = torch.arange(len(pixels)) % 7 == 6
         targets = torch.from_numpy(labels).long()
         self.train_set = pixels[~held], targets[~held]
         self.validation_set = pixels[held], targets[held]

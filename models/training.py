@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -87,17 +90,18 @@ class TrainConfig:
         _one_of("model", self.model, TASKS)
         task = TASKS[self.model]
         _one_of("size", self.size, task.presets)
-        if self.basis == "none":
-            object.__setattr__(self, "degree", None)
-        else:
-            object.__setattr__(self, "degree", self.expansion.degree if self.expansion else None)
+        if self.expansion is not None:
+            object.__setattr__(self, "degree", self.expansion.degree)
+        elif self.degree is not None:
+            raise OrthoFxError(f"degree goes with a basis, and basis is 'none'; got {self.degree}")
         for name in ("steps", "batch_size", "lr"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(task, name))
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("eval_every", 1), ("save_every", 1)):
+        integers = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 1, "save_every": 1}
+        for name, least in integers.items():
             if getattr(self, name) < least:
                 raise OrthoFxError(f"{name} must be {least} or more; got {getattr(self, name)}")
-        if self.clip <= 0:
+        if not self.clip > 0:
             raise OrthoFxError(f"clip must be above zero; got {self.clip}")
         try:
             torch.empty(0, device=self.device)
@@ -122,7 +126,7 @@ class TrainConfig:
 
 @dataclass
 class Result:
-    """What a run came to: the loss of each step since it started or resumed, and its validations."""
+    """What a run came to: the loss of each step, those before it was resumed included, and its validations."""
 
     config: TrainConfig
     parameters: int
@@ -155,6 +159,7 @@ class _Run:
         self.path = config.directory / "checkpoint.pt"
         self.metrics = config.directory / "metrics.jsonl"
         self.data = task.data(preset)
+        self.configuration = {**config.configuration(), "data": self.data.name}
         torch.manual_seed(config.seed)
         self.model = task.build(preset).to(config.device)
         if config.expansion is not None:
@@ -186,20 +191,20 @@ class _Run:
             raise OrthoFxError(f"{self.path.parent} holds a checkpoint: pass --resume or --overwrite")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _keep_metrics(self.metrics, first)
+            for row in _keep_metrics(self.metrics, first):
+                self._note(row)
         except OSError as error:
             raise OrthoFxError(f"cannot write to {self.path.parent}: {error.strerror}") from None
         started = time.perf_counter()
         assert self.config.steps is not None
         name = self.config.expansion or "gelu"
-        with Progress(f"{self.config.model} {name}", self.config.steps, self.unit) as progress:
-            step = first
-            try:
-                for step in range(first, self.config.steps):
-                    self._step(step, progress)
-            except KeyboardInterrupt:
-                self._save(step)
-                raise
+        title = f"{self.config.model} {name}"
+        with _Interruption() as interruption, Progress(title, self.config.steps, self.unit) as progress:
+            for step in range(first, self.config.steps):
+                self._step(step, progress)
+                if interruption.asked:
+                    self._save(step + 1)
+                    raise KeyboardInterrupt
         self.result.seconds = time.perf_counter() - started
         return self.result
 
@@ -222,16 +227,15 @@ class _Run:
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         done = step + 1
-        self.result.losses[done] = value
         rate = progress.step(done, value, targets.numel())
         paused = time.perf_counter()
         row: dict[str, Any] = {"step": done, "loss": value, "lr": config.lr * scale if config.lr else 0.0}
         if done % config.eval_every == 0 or done == config.steps:
             measured = self.validate()
-            self.result.validations[done] = measured
             row |= measured
             shown = "  ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in measured.items())
             progress.line(f"step {done:>5}  loss {value:.4f}  {shown}  {rate:,.0f} {self.unit}/s")
+        self._note(row)
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -240,6 +244,12 @@ class _Run:
         if done % config.save_every == 0 or done == config.steps:
             self._save(done)
         progress.pause(paused)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.result.losses[row["step"]] = row["loss"]
+        measured = {name: row[name] for name in ("validation_loss", "accuracy") if name in row}
+        if measured:
+            self.result.validations[row["step"]] = measured
 
     def validate(self) -> dict[str, float]:
         """Mean loss in nats, and for images the share that is classified rightly, over the validation batches."""
@@ -259,13 +269,16 @@ class _Run:
         return measured | {"accuracy": accuracy} if self.config.model == "convnext" else measured
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # The mean loss and the share of right answers, which only a validation asks for.
         logits = self.model(inputs).flatten(0, -2)
         targets = targets.flatten()
-        return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
+        loss = F.cross_entropy(logits, targets)
+        correct = loss if self.model.training else (logits.argmax(-1) == targets).float().mean()
+        return loss, correct
 
     def _save(self, step: int) -> None:
         state = {
-            "configuration": self.config.configuration(),
+            "configuration": self.configuration,
             "step": step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -276,13 +289,34 @@ class _Run:
         save_checkpoint(self.path, state)
 
     def _resume(self) -> int:
-        state = load_checkpoint(self.path, self.config.configuration())
+        state = load_checkpoint(self.path, self.configuration)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.config.device.startswith("cuda"):
             torch.cuda.set_rng_state(state["cuda_rng"], self.config.device)
         return int(state["step"])
+
+
+class _Interruption:
+    """Has a first Ctrl-C wait for the end of the step, so that weights and step agree; a second one stops at once."""
+
+    def __enter__(self) -> _Interruption:
+        self.asked = False
+        # Python takes signals in its main thread only; elsewhere an interrupt is not ours to catch.
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
@@ -293,11 +327,13 @@ def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def _keep_metrics(path: Path, steps: int) -> None:
-    """Drops the rows after `steps`, which the run is about to write again."""
-    rows = path.read_text().splitlines() if path.exists() and steps else []
-    kept = [row for row in rows if json.loads(row)["step"] <= steps]
-    path.write_text("".join(row + "\n" for row in kept))
+def _keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
+    """Drops the rows after `steps`, which the run is about to write again, and returns the others."""
+    # What follows the last newline is a row that a full disk or a crash cut short.
+    rows = path.read_text().split("\n")[:-1] if path.exists() and steps else []
+    kept = [row for row in map(json.loads, rows) if row["step"] <= steps]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def _one_of(name: str, value: str, allowed: dict[str, Any]) -> None:

@@ -78,8 +78,9 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     train.add_argument("--out", help="directory of the run (default: runs/MODEL-SIZE-BASISDEGREE)")
     train.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     train.add_argument("--no-compile", dest="compile", action="store_false", help="run without torch.compile")
-    train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
-    train.add_argument("--overwrite", action="store_true", help="start anew where the run has a checkpoint")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="start anew where the run has a checkpoint")
     train.add_argument(
         "--beside-gelu", action="store_true", help="train the untouched model as well, and print both losses"
     )
@@ -99,7 +100,9 @@ def _train(parsed: argparse.Namespace) -> int:
     for config in configs:
         name = config.expansion or "gelu"
         print(f"{config.model} {config.size} with {name}, {config.steps} steps, in {config.directory}", flush=True)
-        result = train(config, resume=parsed.resume, overwrite=parsed.overwrite)
+        # An interrupt may have come before the run beside it began.
+        resume = parsed.resume and (config is configs[0] or (config.directory / "checkpoint.pt").exists())
+        result = train(config, resume=resume, overwrite=parsed.overwrite)
         print(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
         results.append(result)
     if len(results) > 1:

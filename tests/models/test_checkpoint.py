@@ -36,7 +36,10 @@ def _full(*_):
 
 
 def _zip_writer_fails(*_):
-    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
+    try:
+        _full()
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, where, 
     save_checkpoint(path, STATE)
     monkeypatch.setattr(checkpoint.os if where == "fsync" else checkpoint.torch, where, failure)
     with pytest.raises(
-        OrthoFxError, match=r"^cannot save .*checkpoint\.pt: .*an earlier checkpoint there is untouched$"
+        OrthoFxError,
+        match=r"^cannot save .*checkpoint\.pt: No space left on device; an earlier checkpoint there is untouched$",
     ):
         save_checkpoint(path, {**STATE, "step": 8})
     monkeypatch.undo()
@@ -64,6 +68,15 @@ def test_missing_and_broken_files_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(OrthoFxError, match="is not a readable checkpoint"):
             load_checkpoint(path, {})
-    torch.save({"weights": 1}, path)
-    with pytest.raises(OrthoFxError, match="is not a readable checkpoint"):
+    for content in ({"weights": 1}, [1, 2], {"version": 1, "configuration": 3}):
+        torch.save(content, path)
+        with pytest.raises(OrthoFxError, match="is not a readable checkpoint"):
+            load_checkpoint(path, {})
+
+
+def test_a_damaged_file_comes_without_the_advice_to_load_it_unsafely(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"version": 1, "configuration": {}, "step": object()}, path)
+    with pytest.raises(OrthoFxError, match="is damaged, or holds more than tensors") as caught:
         load_checkpoint(path, {})
+    assert "weights_only" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Training end to end, on models small enough for a test."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -80,19 +81,29 @@ def test_a_resumed_run_repeats_the_losses_to_the_last_bit(tmp_path):
 
     def stop(inputs, targets, loss=interrupted.loss):
         if len(interrupted.result.losses) == interrupt_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return loss(inputs, targets)
 
     interrupted.loss = stop
     with pytest.raises(KeyboardInterrupt):
         interrupted.start(resume=False, overwrite=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 10, "lo')
     resumed = train(config, resume=True)
-    assert min(resumed.losses) == interrupt_at + 1
-    for step, loss in resumed.losses.items():
-        assert loss == whole.losses[step]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(interrupted.result.losses) == interrupt_at + 1  # the step that was under way was finished first
+    assert resumed.losses == whole.losses
+    assert resumed.validations == whole.validations
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["loss"] for row in rows] == list(whole.losses.values())
+
+
+def test_a_run_on_other_data_is_not_resumed(tmp_path, monkeypatch):
+    config = small(tmp_path, compile=False, steps=1)
+    train(config)
+    monkeypatch.setattr("platform.python_version", lambda: "2.7.0")
+    with pytest.raises(OrthoFxError, match=r"data is 'standard library of Python .*' there and .* Python 2\.7\.0"):
+        train(config, resume=True)
 
 
 def test_a_checkpoint_is_not_overwritten_unasked_nor_resumed_by_another_run(tmp_path):
@@ -134,8 +145,11 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
         ({"model": "bert"}, "model must be one of gpt2, convnext; got 'bert'"),
         ({"size": "huge"}, "size must be one of tiny, 124m, 350m, 774m, 1.5b, small; got 'huge'"),
         ({"basis": "bessel"}, "basis must be one of hermite, fourier, tropical, tropical_rational; got 'bessel'"),
+        ({"basis": "none", "degree": 3}, "degree goes with a basis, and basis is 'none'; got 3"),
         ({"steps": 0}, "steps must be 1 or more; got 0"),
         ({"clip": 0.0}, "clip must be above zero; got 0.0"),
+        ({"clip": float("nan")}, "clip must be above zero; got nan"),
+        ({"seed": -1}, "seed must be 0 or more; got -1"),
         ({"device": "nowhere"}, "device 'nowhere' is not available on this machine"),
     ],
 )

@@ -25,6 +25,7 @@ def run(capsys, *arguments):
         (["train", "bert"], "model must be one of gpt2, convnext; got 'bert'"),
         (["train", "gpt2", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["train", "gpt2", "--out", "/dev/null/run"], "cannot write to /dev/null/run: Not a directory"),
+        (["train", "gpt2", "--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["train"], "the following arguments are required: model"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -47,6 +48,8 @@ def test_training_from_the_command_line_beside_gelu(capsys, tmp_path, monkeypatc
     assert "gelu loss" in out
     assert (tmp_path / "runs" / "gpt2-small-fourier5" / "checkpoint.pt").exists()
     assert (tmp_path / "runs" / "gpt2-small-gelu" / "metrics.jsonl").exists()
+    (tmp_path / "runs" / "gpt2-small-gelu" / "checkpoint.pt").unlink()
+    assert run(capsys, *common, "--basis", "fourier", "--beside-gelu", "--resume")[0] == 0
     code, _, err = run(capsys, *common, "--basis", "fourier")
     assert code == 2
     assert "holds a checkpoint: pass --resume or --overwrite" in err
