@@ -247,7 +247,7 @@ class _Run:
 
     def _note(self, row: dict[str, Any]) -> None:
         self.result.losses[row["step"]] = row["loss"]
-        measured = {name: row[name] for name in ("validation_loss", "accuracy") if name in row}
+        measured: dict[str, float] = {name: row[name] for name in ("validation_loss", "accuracy") if name in row}
         if measured:
             self.result.validations[row["step"]] = measured
 

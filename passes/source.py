@@ -59,17 +59,7 @@ class Call:
 @functools.lru_cache(maxsize=1024)
 def find_calls(cls: type) -> tuple[Call, ...]:
     """Every activation call in `forward` and the methods that it reaches through `self`; gates are included."""
-    calls: list[Call] = []
-    for method in _reachable_methods(cls):
-        if not method.excerpt.body:
-            calls += _suspects(method, _numbers(calls))
-            continue
-        editor = _CallEditor(method, numbers=_numbers(calls), chosen=frozenset())
-        editor.visit(method.definition)
-        if editor.calls:
-            problem = method.problem()
-            calls += [replace(call, problem=problem or call.problem) for call in editor.calls]
-    return tuple(calls)
+    return tuple(call for _, calls in _methods_with_calls(cls) for call in calls)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,12 +70,13 @@ def rewrite_class(cls: type, attributes: frozenset[str]) -> type:
         missing = ", ".join(sorted(attributes - known))
         raise OrthoFxError(f"the source of {cls.__qualname__} has no activation call {missing}; has it changed?")
     methods: dict[str, Any] = {}
-    calls: list[Call] = []
-    for method in _reachable_methods(cls):
-        rebuilt, found = method.rebuild(attributes, _numbers(calls))
-        calls += found
-        if any(call.attribute in attributes for call in found):
-            methods[method.name] = rebuilt
+    for method, calls in _methods_with_calls(cls):
+        chosen = [call for call in calls if call.attribute in attributes]
+        for call in chosen:
+            if call.problem:
+                raise OrthoFxError(f"{call.attribute} of {cls.__qualname__} cannot be replaced: {call.problem}")
+        if chosen:
+            methods[method.name] = method.rebuild(calls, attributes)
     namespace = {
         **methods,
         "__module__": cls.__module__,
@@ -116,6 +107,21 @@ def _restore(cls: type, attributes: tuple[str, ...]) -> nn.Module:
     return nn.Module.__new__(rewritten)
 
 
+def _methods_with_calls(cls: type) -> Iterator[tuple[_Method, list[Call]]]:
+    """Each method of the class that makes activation calls, with these, numbered through the class."""
+    numbers: dict[str, int] = {}
+    for method in _reachable_methods(cls):
+        if method.excerpt.body:
+            editor = _CallEditor(method, numbers)
+            editor.visit(method.definition)
+            problem = method.problem() if editor.calls else ""
+            calls = [replace(call, problem=problem or call.problem) for call in editor.calls]
+        else:
+            calls = list(_suspects(method, numbers))
+        if calls:
+            yield method, calls
+
+
 def _suspects(method: _Method, numbers: dict[str, int]) -> Iterator[Call]:
     """What may be activation calls in a method without source: names in its code that an activation function has."""
     by_name = {function.__name__: target for function, target in _EVERY_TARGET.functions.items()}  # type: ignore[attr-defined]
@@ -124,32 +130,40 @@ def _suspects(method: _Method, numbers: dict[str, int]) -> Iterator[Call]:
     for name in code.co_names:
         if name in by_name:
             function = by_name[name].name
-            attribute = f"{function}_expansion_{numbers.get(function, 0)}"
-            numbers[function] = numbers.get(function, 0) + 1
-            yield Call(attribute, function, "function", code, code.co_firstlineno, problem=problem)
+            yield Call(_attribute(function, numbers), function, "function", code, code.co_firstlineno, problem=problem)
 
 
-def _numbers(calls: list[Call]) -> dict[str, int]:
-    numbers: dict[str, int] = {}
-    for call in calls:
-        numbers[call.function] = numbers.get(call.function, 0) + 1
-    return numbers
+def _attribute(function: str, numbers: dict[str, int]) -> str:
+    """The name of the next expansion of this function, which is counted."""
+    number = numbers.get(function, 0)
+    numbers[function] = number + 1
+    return f"{function}_expansion_{number}"
 
 
 def _reachable_methods(cls: type) -> Iterator[_Method]:
-    """`forward`, then each plain method that one of these names through `self`; PyTorch's own classes have none."""
-    waiting, seen = ["forward"], {"forward"}
+    """`forward`, and each plain method that one of these names through `self` or `super()`.
+
+    PyTorch's own classes have none. A method that only `super()` reaches cannot be overridden in a subclass: it is
+    listed, for its calls to be reported.
+    """
+    waiting: list[tuple[str, type | None]] = [("forward", None)]
+    seen = set(waiting)
     while waiting:
-        name = waiting.pop(0)
-        function = inspect.getattr_static(cls, name, None)
+        name, below = waiting.pop(0)
+        bases = cls.__mro__[cls.__mro__.index(below) + 1 :] if below else cls.__mro__
+        base = next((base for base in bases if name in base.__dict__), object)
+        function = base.__dict__.get(name)
         if not isinstance(function, types.FunctionType) or (function.__module__ or "").split(".")[0] == "torch":
             continue
-        method = _Method(name, function)
+        method = _Method(name, function, inherited=below is not None)
         yield method
         for node in ast.walk(method.definition):
-            if isinstance(node, ast.Attribute) and method.is_self(node.value) and node.attr not in seen:
-                seen.add(node.attr)
-                waiting.append(node.attr)
+            if isinstance(node, ast.Attribute):
+                by_super = isinstance(node.value, ast.Call) and method.is_super(node.value)
+                reached = (node.attr, base if by_super else None)
+                if (by_super or method.is_self(node.value)) and reached not in seen:
+                    seen.add(reached)
+                    waiting.append(reached)
 
 
 class _Method:
@@ -159,8 +173,9 @@ class _Method:
     definition, which gives private names, closures and the compiler's choices the context that they had.
     """
 
-    def __init__(self, name: str, function: types.FunctionType) -> None:
+    def __init__(self, name: str, function: types.FunctionType, *, inherited: bool) -> None:
         self.name = name
+        self.inherited = inherited
         self.outer = function
         self.function: types.FunctionType = inspect.unwrap(function)
         self.cells = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
@@ -182,6 +197,9 @@ class _Method:
     def is_self(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and bool(self.self_name) and node.id == self.self_name
 
+    def is_super(self, node: ast.Call) -> bool:
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+
     def resolve(self, node: ast.expr) -> object:
         """The object that a dotted name stands for, as far as it is fixed: modules, classes and their attributes."""
         if isinstance(node, ast.Name):
@@ -198,6 +216,8 @@ class _Method:
 
     def problem(self) -> str:
         """Why the method cannot be compiled anew; empty where it can."""
+        if self.inherited:
+            return f"{self.name} is called through super()"
         if not self.self_name:
             return f"{self.name} takes no self"
         compiled, running = self._compile(self.excerpt), self.function.__code__
@@ -210,22 +230,22 @@ class _Method:
             return str(error)
         return ""
 
-    def rebuild(self, chosen: frozenset[str], numbers: dict[str, int]) -> tuple[types.FunctionType, list[Call]]:
-        """The method with the chosen calls replaced: same globals, closure, defaults and wrappers as the one that runs.
-
-        Also every call that it makes, chosen or not.
-        """
-        editor = _CallEditor(self, numbers, chosen)
+    def rebuild(self, calls: list[Call], chosen: frozenset[str]) -> types.FunctionType:
+        """The method with the chosen ones of its calls replaced: same globals, closure, defaults and wrappers."""
+        numbers: dict[str, int] = {}
+        for call in reversed(calls):
+            numbers[call.function] = int(call.attribute.rpartition("_")[2])
         excerpt = copy.deepcopy(self.excerpt)
         definition = _definition(excerpt, self.function.__code__)
         assert definition is not None
+        editor = _CallEditor(self, numbers, chosen)
         definition.body = [editor.visit(statement) for statement in definition.body]
         code = self._compile(ast.fix_missing_locations(excerpt))
         assert code is not None
         closure = tuple(self.cells[name] for name in code.co_freevars)
         new = types.FunctionType(code, self.function.__globals__, self.function.__name__, None, closure)
         _copy_metadata(self.function, new)
-        return self._rewrap(self.outer, new), editor.calls
+        return self._rewrap(self.outer, new)
 
     def _compile(self, excerpt: ast.Module) -> types.CodeType | None:
         running = self.function.__code__
@@ -286,7 +306,7 @@ def _definition(tree: ast.AST, code: types.CodeType) -> Any:
 class _CallEditor(ast.NodeTransformer):
     """Lists the activation calls of a method in the order of its text, and replaces those that are chosen."""
 
-    def __init__(self, method: _Method, numbers: dict[str, int], chosen: frozenset[str]) -> None:
+    def __init__(self, method: _Method, numbers: dict[str, int], chosen: frozenset[str] = frozenset()) -> None:
         self.method = method
         self.numbers = numbers
         self.chosen = chosen
@@ -303,15 +323,13 @@ class _CallEditor(ast.NodeTransformer):
         if matched is None:
             return self.generic_visit(node)
         target, kind, argument, in_place = matched
-        number = self.numbers.get(target.name, 0)
-        self.numbers[target.name] = number + 1
         problem = ""
         if argument is None:
             problem = "its input is not a plain argument"
         elif in_place and node in self._discarded and not isinstance(argument, ast.Name):
             problem = "it changes a tensor in place that has no name of its own"
         call = Call(
-            attribute=f"{target.name}_expansion_{number}",
+            attribute=_attribute(target.name, self.numbers),
             function=target.name,
             kind=kind,
             code=self.method.function.__code__,

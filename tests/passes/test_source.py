@@ -151,8 +151,27 @@ def test_an_instance_that_is_left_alone_computes_as_before():
     assert torch.equal(second(x), before)
 
 
-def test_calls_of_children_and_parents_are_not_the_owners():
-    assert [call.attribute for call in find_calls(Child)] == ["mish_expansion_0"]
+def test_calls_that_only_super_reaches_are_reported_and_the_others_replaced():
+    child = Child()
+    report = rewrite_(child)
+    assert [site.name for site in report.replaced] == ["mish_expansion_0", "silu_expansion_1"]
+    assert {site.reason for site in report.left} == {"forward is called through super()"}
+    assert len(report.left) == 5
+    child(torch.randn(3, 4))
+    with pytest.raises(OrthoFxError, match="gelu_expansion_0 of Child cannot be replaced: forward is called through"):
+        rewrite_class(Child, frozenset({"gelu_expansion_0"}))
+
+
+def test_calls_of_children_are_not_the_owners():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = Everything()
+
+        def forward(self, x):
+            return self.child(x)
+
+    assert not find_calls(Parent)
 
 
 def test_rewritten_modules_compile_in_one_graph():
