@@ -1,0 +1,190 @@
+"""`gains`: what an activation does to the size of signals and of gradients, and whether depth keeps it so.
+
+For inputs N(mean, std^2) the activation is looked at in units of the input, h(z) = f(mean + std z) / std with
+z ~ N(0, 1): closed form for the bases, quadrature for any other function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.activations import ExpansionActivation
+from ortho_fx.calibration import rescale
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.initialisation import initial_parameters
+from ortho_fx.moments import Array, Moments, Values, moments
+
+# Second moments of the input between which the layer map is followed, and how closely its fixed point has to be met.
+_SMALLEST, _LARGEST, _PER_DECADE = 1e-4, 1e8, 50
+_LAYERS, _NEAR = 2000, 0.05
+# Nodes of a panel of the quadrature; how often a panel of 0.1 is halved around a kink: its width is 1e-10 then.
+_NODES, _HALVINGS = 9, 30
+
+LayerMap = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Gains of an activation f for inputs x ~ N(mean, std^2); forward = backward = 1 preserves variance.
+
+    Attributes:
+        forward: alpha = E[f(x)^2] / std^2.
+        backward: alpha' = E[f'(x)^2].
+        slope: chi = d/dq of the layer map q -> E[h(sqrt(q) z)^2] at q = 1. A second moment of 1 attracts where
+            |chi| < 1 and repels where |chi| > 1.
+        basin: the largest second moment q, in units of std^2, from which the layer map comes back to 1 and from below
+            which it always does, to within 5 %; inf where it comes back from any up to 1e8, 0 where 1 is no attracting
+            fixed point. A polynomial has a finite basin: signals that leave it grow without bound. The map is that of
+            wide layers; in a narrow one a sample's second moment strays from it, and can leave the basin earlier.
+    """
+
+    forward: float
+    backward: float
+    slope: float
+    basin: float
+
+
+def gains(
+    activation: ExpansionActivation | ExpansionConfig | Callable[[Tensor], Tensor], mean: float = 0.0, std: float = 1.0
+) -> Gains:
+    """The gains of an activation for inputs N(mean, std^2).
+
+    Args:
+        activation: a module of ours (its current parameters count; they are read in float64), an `ExpansionConfig`
+            (as it starts), or any elementwise function or module that autograd differentiates (`F.gelu`, `nn.ReLU()`).
+        mean: mean of the inputs.
+        std: standard deviation of the inputs, above zero.
+
+    Raises:
+        OrthoFxError: a std that is not above zero, or a function that returns NaN, another shape, or no gradient.
+
+    Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
+    """
+    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
+        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
+    if isinstance(activation, ExpansionConfig):
+        assert activation.degree is not None
+        values: Values = initial_parameters(activation.basis, activation.degree, activation.init)
+        unit, layer_map = _closed_form(activation.basis, values, mean, std)
+    elif isinstance(activation, ExpansionActivation):
+        parameters = {p.name: getattr(activation, p.name) for p in activation.basis.parameters}
+        values = {name: value.detach().to("cpu", torch.float64).numpy() for name, value in parameters.items()}
+        unit, layer_map = _closed_form(activation.basis.name, values, mean, std)
+    else:
+        unit, layer_map = _quadrature(activation, mean, std)
+    return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
+
+
+def _closed_form(basis: str, values: Values, mean: float, std: float) -> tuple[Moments, LayerMap]:
+    """The moments of h(z) = f(mean + std z) / std, and q -> E[h(sqrt(q) z)^2]."""
+
+    def at(q: float) -> Moments:
+        scale = std * math.sqrt(q)
+        return moments(basis, rescale(basis, values, -mean / scale, 1 / scale))
+
+    return at(1.0), lambda q: q * at(q).square
+
+
+def _quadrature(function: Callable[[Tensor], Tensor], mean: float, std: float) -> tuple[Moments, LayerMap]:
+    """The same by adaptive Gauss-Lobatto quadrature over 12 standard deviations to either side."""
+
+    def at(z: Array) -> tuple[Array, Array]:
+        value, slope = _differentiated(function, mean + std * torch.from_numpy(z))
+        return value.numpy() / std, slope.numpy()
+
+    z, weight = _adaptive_nodes(at)
+    h, slope = at(z)
+    growth = z**2 - 1
+    unit = Moments(*(float(weight @ v) for v in (h, h * h, slope * slope, growth * h, growth * h * h)))
+    nodes, weights = torch.from_numpy(z), torch.from_numpy(weight)
+
+    def layer_map(q: float) -> float:
+        with torch.no_grad():
+            return float(weights @ (function(mean + std * math.sqrt(q) * nodes) / std).square())
+
+    return unit, layer_map
+
+
+def _adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Nodes and weights (times the normal density) for the squares of a function and its derivative.
+
+    Panels are halved wherever halving changes an integral, which closes in on kinks and jumps. Lobatto's rule has nodes
+    at the ends of a panel: Gauss' would miss a kink between an end and the first node.
+    """
+    legendre = np.polynomial.Legendre.basis(_NODES - 1)
+    nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
+    weights = 2 / (_NODES * (_NODES - 1) * legendre(nodes) ** 2)
+
+    def rule(left: Array, width: float) -> tuple[Array, Array, Array]:
+        z = left[:, None] + (nodes + 1) * (width / 2)
+        weight = weights * (width / 2) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+        value, slope = (part.reshape(z.shape) for part in at(z.ravel()))
+        return z, weight, np.stack([(weight * value**2).sum(1), (weight * slope**2).sum(1)])
+
+    width = 0.1
+    left = np.arange(-120, 120) * width
+    done: list[tuple[Array, Array]] = []
+    for _ in range(_HALVINGS):
+        _, _, whole = rule(left, width)
+        halves = np.stack([left, left + width / 2], axis=1)
+        z, weight, parts = rule(halves.ravel(), width / 2)
+        parts = parts.reshape(2, -1, 2).sum(2)
+        coarse = (np.abs(parts - whole) > 1e-13 * (1 + np.abs(parts))).any(0)
+        fine = np.repeat(~coarse, 2)
+        done.append((z[fine].ravel(), weight[fine].ravel()))
+        left, width = halves[coarse].ravel(), width / 2
+        if not len(left):
+            break
+    else:
+        z, weight, _ = rule(left, width)
+        done.append((z.ravel(), weight.ravel()))
+    return np.concatenate([z for z, _ in done]), np.concatenate([weight for _, weight in done])
+
+
+def _differentiated(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
+    x = points.clone().requires_grad_()
+    with torch.enable_grad():
+        y = function(x)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
+    if y.isnan().any():
+        raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
+    if not y.requires_grad:
+        raise OrthoFxError(f"{name} returns a tensor without a gradient")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
+
+
+def _basin(unit: Moments, layer_map: LayerMap) -> float:
+    if not (abs(unit.square - 1) < _NEAR and abs(unit.square_growth) < 2):
+        return 0.0
+    grid = np.geomspace(_SMALLEST, _LARGEST, round(_PER_DECADE * math.log10(_LARGEST / _SMALLEST)) + 1)
+    with np.errstate(all="ignore"):
+        image = np.array([layer_map(float(q)) for q in grid])
+    image = np.where(np.isfinite(image), image, np.inf)
+    returns = _returns(grid, image)
+    if returns.all():
+        return math.inf
+    above = np.flatnonzero(~returns & (grid > 1))
+    below = np.flatnonzero(~returns & (grid <= 1))
+    if len(below):
+        return 0.0
+    return float(grid[above[0] - 1])
+
+
+def _returns(grid: Array, image: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """From which second moments of the grid the layer map, interpolated in logarithms, comes to 1."""
+    log_grid, log_image = np.log(grid), np.log(np.clip(image, 1e-300, 1e300))
+    q = log_grid.copy()
+    for _ in range(_LAYERS):
+        q = np.interp(q, log_grid, log_image)
+    return np.abs(q) < _NEAR
