@@ -111,15 +111,13 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _side_by_side(results: Sequence[Result]) -> str:
-    """Training loss along the way and validation loss at the end, a column a run."""
+    """Training loss at the first step and at each validation, and the last validation, a column a run."""
     names = [str(result.config.expansion or "gelu") for result in results]
-    shared = sorted(set(results[0].losses).intersection(*(result.losses for result in results[1:])))
-    every = max(len(shared) // 6, 1)
-    shown = sorted({*shared[:1], *shared[every - 1 :: every], *shared[-1:]})
+    shown = [1, *(step for step in results[0].validations if step > 1)]
     rows = [("step", *(f"{name} loss" for name in names))]
     rows += [(str(step), *(f"{result.losses[step]:.4f}" for result in results)) for step in shown]
-    last = [result.validations[max(result.validations)] for result in results if result.validations]
-    for measure in last[0] if last else ():
+    last = [result.validations[max(result.validations)] for result in results]
+    for measure in last[0]:
         rows.append((measure.replace("_", " "), *(f"{values[measure]:.4f}" for values in last)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
