@@ -129,7 +129,7 @@ def _adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, 
         return z, weight, np.stack([(weight * value**2).sum(1), (weight * slope**2).sum(1)])
 
     width = 0.1
-    left = np.arange(-120, 120) * width
+    left: Array = np.arange(-120.0, 120.0) * width
     done: list[tuple[Array, Array]] = []
     for _ in range(_HALVINGS):
         _, _, whole = rule(left, width)
