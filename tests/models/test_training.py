@@ -30,7 +30,8 @@ def small(tmp_path, **changes):
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("model", ["gpt2", "convnext"])
 def test_compiled_training_lowers_the_loss_and_reaches_every_expansion(tmp_path, model, basis):
-    run = training._Run(small(tmp_path, model=model, basis=basis, steps=40, batch_size=32))
+    pace = {"lr": 5e-3, "steps": 40} if model == "gpt2" else {"lr": 2e-3, "warmup": 5, "steps": 60}
+    run = training._Run(small(tmp_path, model=model, basis=basis, batch_size=32, **pace))
     start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     result = run.start(resume=False, overwrite=False)
     losses = list(result.losses.values())
