@@ -10,6 +10,7 @@ from ortho_fx.activations import (
 from ortho_fx.calibration import Calibration, calibrate_
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.fit import Fit, fit
 from ortho_fx.gains import Gains, gains
 from ortho_fx.optimizer import param_groups
 from ortho_fx.passes.sites import Site
@@ -21,6 +22,7 @@ __all__ = [
     "Calibration",
     "ExpansionActivation",
     "ExpansionConfig",
+    "Fit",
     "FourierActivation",
     "Gains",
     "HermiteActivation",
@@ -31,6 +33,7 @@ __all__ = [
     "TropicalRationalActivation",
     "calibrate_",
     "find_sites",
+    "fit",
     "gains",
     "param_groups",
     "rewrite_",

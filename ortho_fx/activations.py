@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.initialisation import initial_parameters
+from ortho_fx.fit import Fit, fit
+from ortho_fx.histogram import Histogram
+from ortho_fx.initialisation import initial_parameters, rescale
 from ortho_fx.moments import Values
 from ortho_fx.operators import expand
 
@@ -20,51 +25,149 @@ class ExpansionActivation(nn.Module):
     """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
 
     Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. Half-precision inputs are computed in
-    float32. The parameters are tensors of one dimension, and their names are those of the basis.
+    float32; in float16 a result beyond +-65504 becomes +-65504. The parameters have the basis' names and the shape
+    (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+
+    Args:
+        degree, init, granularity, clamp: as in `ExpansionConfig`.
+        channels: number of channels, for a granularity other than "layer".
+        channel_dim: their dimension. When omitted, that of dimensions 1 and -1 which has this size; where both have,
+            dimension 1 of inputs of four and more dimensions, and -1 of others.
+        reference: the function that init="fit" fits: any elementwise one that autograd differentiates.
 
     Raises:
-        OrthoFxError: a wrong degree or init at construction, an input that is not floating point at the call.
+        OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
+            another number of channels.
     """
 
     basis: ClassVar[Basis]
+    bounds: Tensor | None
 
     def __init__(
         self,
         degree: int | None = None,
         init: str = "stable",
         *,
+        granularity: str = "layer",
+        clamp: float | None = None,
+        channels: int | None = None,
+        channel_dim: int | None = None,
+        reference: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = ExpansionConfig(basis=self.basis.name, degree=degree, init=init)
+        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp)
+        if init == "fit" and reference is None:
+            raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
+        # In a tuple, for a module to be no submodule: its parameters, if it had any, are not the expansion's.
+        self._reference = (reference,)
+        groups = self.config.groups(channels)
+        self.channels = None if groups is None else channels
+        self.channel_dim = channel_dim
         assert self.config.degree is not None
         for parameter in self.basis.parameters:
-            values = torch.empty(parameter.size(self.config.degree), device=device, dtype=dtype)
+            size = parameter.size(self.config.degree)
+            values = torch.empty(size if groups is None else (size, groups), device=device, dtype=dtype)
             if parameter.learnable:
                 self.register_parameter(parameter.name, nn.Parameter(values))
             else:
                 self.register_buffer(parameter.name, values)
+        self.register_buffer("bounds", None if clamp is None else torch.empty(2, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Sets every parameter to its initial value, as `config.init` says."""
-        assert self.config.degree is not None
-        self.set_parameters(initial_parameters(self.config.basis, self.config.degree, self.config.init))
+    @property
+    def reference(self) -> Callable[[Tensor], Tensor] | None:
+        """The function that it took the place of, as far as it is known."""
+        return self._reference[0]
+
+    def reset_parameters(self, inputs: Histogram | None = None) -> None:
+        """Sets every parameter to its initial value, as `config.init` says.
+
+        Args:
+            inputs: the distribution of the inputs to start for; N(0, 1) when omitted.
+        """
+        self.set_parameters(self.initial_values(inputs)[0])
+
+    def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, Fit | None]:
+        """What `reset_parameters` sets, by name, and the fit that it comes from where `config.init` asks for one."""
+        mean, std = (0.0, 1.0) if inputs is None else (inputs.mean, inputs.std)
+        fitted = None
+        if self.config.init == "fit":
+            assert self.reference is not None
+            fitted = _fit(self.reference, self.config, inputs)
+            values = dict(fitted.parameters)
+        else:
+            values = rescale(self.basis.name, initial_parameters(self.config), mean, std)
+        if self.config.clamp is not None:
+            values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
+        return values, fitted
 
     def set_parameters(self, values: Values) -> None:
-        """Copies these values, arrays by the name of the parameter, into the parameters and buffers."""
+        """Copies these values, arrays by name, into the parameters and buffers of every group."""
         with torch.no_grad():
             for name, value in values.items():
-                getattr(self, name).copy_(torch.from_numpy(np.asarray(value)))
+                parameter = getattr(self, name)
+                start = torch.from_numpy(np.asarray(value))
+                parameter.copy_(start.unsqueeze(1) if parameter.dim() > 1 and start.dim() == 1 else start)
+
+    def distinct_values(self) -> tuple[list[Values], list[int]]:
+        """The parameters in float64, once for each set of them that some group has, and how many groups have it."""
+        tensors = {parameter.name: getattr(self, parameter.name).detach() for parameter in self.basis.parameters}
+        stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
+        columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
+        distinct, counts = np.unique(columns, axis=1, return_counts=True)
+        ends = np.cumsum([len(value) for value in stored.values()])[:-1]
+        sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
+        return sets, [int(count) for count in counts]
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
-        return expand(self.basis, x, *(getattr(self, parameter.name) for parameter in self.basis.parameters))
+        dim = 1 if self.channels is None else self._channel_dim_of(x)
+        if self.bounds is not None:
+            x = x.clamp(self.bounds[0], self.bounds[1])
+        parameters = (getattr(self, parameter.name) for parameter in self.basis.parameters)
+        return expand(self.basis, x, *parameters, channel_dim=dim)
+
+    def _channel_dim_of(self, x: Tensor) -> int:
+        likely = (1, -1) if x.dim() >= 4 else (-1, 1)
+        for dim in likely if self.channel_dim is None else (self.channel_dim,):
+            if -x.dim() <= dim < x.dim() and x.shape[dim] == self.channels:
+                return dim
+        where = "" if self.channel_dim is None else f" in dimension {self.channel_dim}"
+        raise OrthoFxError(f"{type(self).__name__} has {self.channels} channels{where}; got shape {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
-        return f"degree={self.config.degree}, init={self.config.init!r}"
+        shown = f"degree={self.config.degree}, init={self.config.init!r}"
+        if self.channels is not None:
+            shown += f", granularity={self.config.granularity!r}, channels={self.channels}"
+        if self.config.clamp is not None:
+            shown += f", clamp={self.config.clamp:g}"
+        return shown
+
+
+def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs: Histogram | None) -> Fit:
+    if inputs is not None:
+        return fit(reference, config, weight="measured", samples=inputs)
+    try:
+        return _standard_fit(reference, config)
+    except TypeError:  # a function that cannot be hashed
+        return fit(reference, config)
+
+
+def activation_at(result: Fit, **settings: Any) -> ExpansionActivation:
+    """The module that starts at a fit, whatever weight and interval that was made with."""
+    activation = make_activation(replace(result.config, init="stable"), **settings)
+    activation.config = result.config
+    activation._reference = (result.function,)
+    bounds = {} if result.bounds is None else {"bounds": np.array(result.bounds)}
+    activation.set_parameters({**result.parameters, **bounds})
+    return activation
+
+
+# A model has few activation functions and many sites; the fit is a pure function of both.
+_standard_fit = functools.lru_cache(maxsize=64)(fit)
 
 
 class HermiteActivation(ExpansionActivation):
@@ -126,8 +229,7 @@ _CLASSES: dict[str, type[ExpansionActivation]] = {
 assert _CLASSES.keys() == BASES.keys()
 
 
-def make_activation(
-    config: ExpansionConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> ExpansionActivation:
-    """The activation module that a config describes."""
-    return _CLASSES[config.basis](config.degree, config.init, device=device, dtype=dtype)
+def make_activation(config: ExpansionConfig, **settings: Any) -> ExpansionActivation:
+    """The activation module that a config describes; settings are the other arguments of `ExpansionActivation`."""
+    values = {name: value for name, value in asdict(config).items() if name != "basis"}
+    return _CLASSES[config.basis](**values, **settings)

@@ -41,7 +41,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import substitute
 from ortho_fx.passes.source import Call, find_calls, origin
 from ortho_fx.passes.targets import TargetTable, choose_targets
-from ortho_fx.rewrite import find_sites, rewrite_
+from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
 
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
 
@@ -74,7 +74,7 @@ def ortho_fx(
         gm: Dynamo's graph.
         example_inputs: its inputs.
         mode: Inductor's mode ("reduce-overhead", "max-autotune" ...).
-        options: fields of `ExpansionConfig` ("basis", "degree", "init"), and Inductor's own options beside them.
+        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), and Inductor's own options beside them.
 
     Raises:
         OrthoFxError: an option that neither knows, a wrong value, or an optimizer, DDP or FSDP wrapper that was
@@ -113,7 +113,9 @@ def _read_options(
             "and those of torch._inductor.config"
         )
     try:
-        return ExpansionConfig(**mine), torch._TorchCompileInductorWrapper(mode, rest, None)
+        config = ExpansionConfig(**mine)
+        check_needs_no_example(config)
+        return config, torch._TorchCompileInductorWrapper(mode, rest, None)
     except (OrthoFxError, RuntimeError) as error:
         raise CompileError(str(error)) from None
 

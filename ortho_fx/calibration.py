@@ -10,29 +10,34 @@ parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ortho_fx.activations import ExpansionActivation
+from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.initialisation import initial_parameters
-from ortho_fx.moments import Array, Values
+from ortho_fx.histogram import Histogram
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Mean and standard deviation (of the population) of what came into one expansion, over `samples` numbers."""
+    """What came into one expansion.
+
+    Attributes:
+        name: qualified name of the expansion.
+        mean, std: mean and standard deviation (of the population).
+        samples: how many numbers were seen.
+        fit_rmse: root mean square error, over these inputs, of the fit that init="fit" starts from; else None.
+    """
 
     name: str
     mean: float
     std: float
     samples: int
+    fit_rmse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,22 @@ class Calibration:
 
     def __str__(self) -> str:
         width = max([len(site.name) for site in self.sites] + [4])
-        lines = [f"{'name':{width}}  {'mean':>10}  {'std':>10}  samples"]
-        lines += [f"{site.name:{width}}  {site.mean:10.4g}  {site.std:10.4g}  {site.samples}" for site in self.sites]
+        fits = any(site.fit_rmse is not None for site in self.sites)
+        lines = [f"{'name':{width}}  {'mean':>10}  {'std':>10}  {'samples':>10}" + "  fit rmse" * fits]
+        for site in self.sites:
+            error = "" if site.fit_rmse is None else f"{site.fit_rmse:8.2g}"
+            row = f"{site.name:{width}}  {site.mean:10.4g}  {site.std:10.4g}  {site.samples:10}  {error}"
+            lines.append(row.rstrip())
         lines += [f"{name:{width}}  not called" for name in self.uncalled]
         return "\n".join(lines)
 
 
-def calibrate_(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...] | Mapping[str, Any]]) -> Calibration:
+def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
     """Runs the model over batches and initialises each expansion for the inputs that it got, in place.
 
-    Every expansion starts again from its `config.init`: what it had learned is gone. The model runs without gradients,
-    in the mode (train or eval) that it is in.
+    Every expansion starts again from its `config.init`: what it had learned is gone. "stable", "calibrated" and
+    "paper" are rescaled to the mean and deviation, "fit" fits the replaced function anew, weighted by the histogram of
+    the inputs. Clamps move with them. The model runs without gradients, in the mode (train or eval) that it is in.
 
     Args:
         model: a model with expansions.
@@ -67,94 +77,37 @@ def calibrate_(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...] | Ma
     expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
-    streams = {name: _Stream() for name in expansions}
+    return calibrate_expansions(model, expansions, batches)
+
+
+def calibrate_expansions(
+    model: nn.Module, expansions: Mapping[str, ExpansionActivation], batches: Iterable[Batch]
+) -> Calibration:
+    """The same for some of the model's expansions, by their names."""
+    inputs = {name: Histogram() for name in expansions}
     handles = [
-        expansion.register_forward_pre_hook(lambda _, inputs, stream=streams[name]: stream.add(inputs[0]))
+        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
         for name, expansion in expansions.items()
     ]
     try:
         with torch.no_grad():
             for batch in batches:
-                _call(model, batch)
+                call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    if not any(stream.samples for stream in streams.values()):
+    called = {name: seen for name, seen in inputs.items() if seen.samples}
+    if not called:
         raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
-    sites = [
-        SiteStatistics(name, stream.mean, stream.std, stream.samples)
-        for name, stream in streams.items()
-        if stream.samples
-    ]
-    for site in sites:
-        if not math.isfinite(site.std):
-            raise OrthoFxError(f"the inputs of {site.name} are not finite")
-        if site.std <= 1e-12 * max(abs(site.mean), 1e-30):
-            raise OrthoFxError(f"the inputs of {site.name} are constant ({site.mean:g}): they have no scale to fit to")
-    for site in sites:
-        expansion = expansions[site.name]
-        config = expansion.config
-        assert config.degree is not None
-        start = initial_parameters(config.basis, config.degree, config.init)
-        expansion.set_parameters(rescale(config.basis, start, site.mean, site.std))
-    return Calibration(tuple(sites), tuple(name for name in expansions if not streams[name].samples))
-
-
-def rescale(basis: str, values: Values, mean: float, std: float) -> dict[str, Array]:
-    """The parameters of std * f((x - mean) / std), for those of f: exact, since every basis is closed under it.
-
-    Hermite polynomials change variable by their generating function exp(x t - t^2 / 2): P_n(u x + v) =
-    sum_k u^k h_{n-k} P_k(x), where m h_m = v h_{m-1} + (u^2 - 1) h_{m-2} and h_0 = 1.
-    """
-    if basis == "hermite":
-        a = np.asarray(values["coefficients"], dtype=np.float64)
-        u, v = 1 / std, -mean / std
-        h = np.zeros(len(a))
-        h[0] = 1.0
-        for m in range(1, len(a)):
-            h[m] = (v * h[m - 1] + (u**2 - 1) * (h[m - 2] if m > 1 else 0.0)) / m
-        return {"coefficients": np.array([std * u**k * (a[k:] @ h[: len(a) - k]) for k in range(len(a))])}
-    if basis == "fourier":
-        return {
-            "constant": std * values["constant"],
-            "coefficients": std * values["coefficients"],
-            "frequencies": values["frequencies"] / std,
-            "phases": values["phases"] + values["frequencies"] * (mean / std),
-        }
-    moved = dict(values)
-    for slopes, offsets in (("slopes", "offsets"), ("denominator_slopes", "denominator_offsets")):
-        if offsets in values:
-            moved[offsets] = std * values[offsets] - mean * values[slopes]
-    return moved
-
-
-class _Stream:
-    """Mean and variance of numbers that come in chunks, merged in float64 (Chan, Golub and LeVeque, 1979)."""
-
-    def __init__(self) -> None:
-        self.samples, self.mean, self._squares = 0, 0.0, 0.0
-
-    def add(self, chunk: Tensor) -> None:
-        if chunk.numel() == 0:
-            return
-        # Devices without float64 (MPS) reduce in float32; chunks are merged in float64 on the host all the same.
-        dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
-        variance, mean = torch.var_mean(chunk.detach().to(dtype), correction=0)
-        count, delta = chunk.numel(), mean.item() - self.mean
-        total = self.samples + count
-        self._squares += variance.item() * count + delta**2 * self.samples * count / total
-        self.mean += delta * count / total
-        self.samples = total
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(self._squares / self.samples)
-
-
-def _call(model: nn.Module, batch: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
+    for name, seen in called.items():
+        if not seen.finite:
+            raise OrthoFxError(f"the inputs of {name} are not finite")
+        if seen.constant:
+            raise OrthoFxError(f"the inputs of {name} are constant ({seen.mean:g}): they have no scale to fit to")
+    starts = {name: expansions[name].initial_values(seen) for name, seen in called.items()}
+    sites = []
+    for name, seen in called.items():
+        values, fitted = starts[name]
+        expansions[name].set_parameters(values)
+        sites.append(SiteStatistics(name, seen.mean, seen.std, seen.samples, fitted.rmse if fitted else None))
+    return Calibration(tuple(sites), tuple(name for name in expansions if name not in called))

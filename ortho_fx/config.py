@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 from ortho_fx.bases import BASES
 from ortho_fx.errors import OrthoFxError
 
-INITS = ("stable", "paper")
+INITS = ("stable", "paper", "calibrated", "fit")
 VERSION = 1
+_GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,25 @@ class ExpansionConfig:
     Args:
         basis: "hermite", "fourier", "tropical" or "tropical_rational".
         degree: 1 to 32 for Hermite, 1 to 64 for the others; None takes the basis' default (3, 5, 5, 6).
-        init: "stable" (forward and backward gains 1, and the signal's variance attracted to 1 as depth grows) or
-            "paper" (the initialisation of arXiv 2502.01247).
+        init: "stable" (forward and backward gains 1 for inputs N(0, 1), and the signal's variance attracted to 1 as
+            depth grows), "paper" (the initialisation of arXiv 2502.01247), "calibrated" (stable, for the mean and the
+            standard deviation that each site's inputs are measured to have) or "fit" (the activation that is replaced,
+            as closely as the basis can).
+        granularity: "layer" (one expansion a site), "channel" (one a channel) or "group:N" (one for each of N groups of
+            neighbouring channels).
+        clamp: None, or the number of standard deviations to either side of the mean at which inputs are cut off: the
+            expansion is constant beyond. The mean and the deviation are those of the initialisation, N(0, 1) until
+            `calibrate_` measures others.
 
     Raises:
-        OrthoFxError: an unknown basis or init, or a degree out of range.
+        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero.
     """
 
     basis: str = "hermite"
     degree: int | None = None
     init: str = "stable"
+    granularity: str = "layer"
+    clamp: float | None = None
 
     def __post_init__(self) -> None:
         if self.basis not in BASES:
@@ -44,6 +56,27 @@ class ExpansionConfig:
             )
         if self.init not in INITS:
             raise OrthoFxError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+        if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
+            raise OrthoFxError(f'granularity must be "layer", "channel" or "group:N"; got {self.granularity!r}')
+        if self.clamp is not None:
+            if isinstance(self.clamp, bool) or not isinstance(self.clamp, int | float) or not 0 < self.clamp < math.inf:
+                raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
+            object.__setattr__(self, "clamp", float(self.clamp))
+
+    def groups(self, channels: int | None) -> int | None:
+        """How many expansions a site with so many channels has; None for one that all share.
+
+        Raises:
+            OrthoFxError: channels that are not known, or do not divide into the groups.
+        """
+        if self.granularity == "layer":
+            return None
+        if channels is None:
+            raise OrthoFxError(f"granularity {self.granularity!r} needs the number of channels")
+        groups = channels if self.granularity == "channel" else int(self.granularity.removeprefix("group:"))
+        if channels < 1 or channels % groups:
+            raise OrthoFxError(f"{channels} channels do not divide into {groups} groups")
+        return groups
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, with a version: what a checkpoint stores."""
@@ -59,7 +92,12 @@ class ExpansionConfig:
         return cls(**check_fields(values))
 
     def __str__(self) -> str:
-        return f"{self.basis} {self.degree}"
+        parts = [self.basis, str(self.degree)]
+        if self.granularity != "layer":
+            parts.append(f"a {self.granularity}" if self.granularity == "channel" else self.granularity)
+        if self.clamp is not None:
+            parts.append(f"clamp {self.clamp:g}")
+        return " ".join(parts)
 
 
 def check_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ortho_fx.activations import ExpansionActivation
-from ortho_fx.calibration import rescale
+from ortho_fx.activations import ExpansionActivation, make_activation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.initialisation import initial_parameters
-from ortho_fx.moments import Array, Moments, Values, moments
+from ortho_fx.initialisation import rescale
+from ortho_fx.moments import Array, Moments, moments
+from ortho_fx.sampling import differentiated
 
 # Second moments of the input between which the layer map is followed, and how closely its fixed point has to be met.
 _SMALLEST, _LARGEST, _PER_DECADE = 1e-4, 1e8, 50
@@ -57,8 +57,9 @@ def gains(
     """The gains of an activation for inputs N(mean, std^2).
 
     Args:
-        activation: a module of ours (its current parameters count; they are read in float64), an `ExpansionConfig`
-            (as it starts), or any elementwise function or module that autograd differentiates (`F.gelu`, `nn.ReLU()`).
+        activation: a module of ours (its current parameters count; they are read in float64, and the moments of an
+            expansion a channel or group are the means over these), an `ExpansionConfig` (as it starts), or any
+            elementwise function or module that autograd differentiates (`F.gelu`, `nn.ReLU()`).
         mean: mean of the inputs.
         std: standard deviation of the inputs, above zero.
 
@@ -70,24 +71,26 @@ def gains(
     if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
         raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
     if isinstance(activation, ExpansionConfig):
-        assert activation.degree is not None
-        values: Values = initial_parameters(activation.basis, activation.degree, activation.init)
-        unit, layer_map = _closed_form(activation.basis, values, mean, std)
-    elif isinstance(activation, ExpansionActivation):
-        parameters = {p.name: getattr(activation, p.name) for p in activation.basis.parameters}
-        values = {name: value.detach().to("cpu", torch.float64).numpy() for name, value in parameters.items()}
-        unit, layer_map = _closed_form(activation.basis.name, values, mean, std)
+        if activation.init == "fit":
+            raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
+        activation = make_activation(replace(activation, granularity="layer"), dtype=torch.float64)
+    if isinstance(activation, ExpansionActivation):
+        unit, layer_map = _closed_form(activation, mean, std)
     else:
         unit, layer_map = _quadrature(activation, mean, std)
     return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
 
 
-def _closed_form(basis: str, values: Values, mean: float, std: float) -> tuple[Moments, LayerMap]:
+def _closed_form(activation: ExpansionActivation, mean: float, std: float) -> tuple[Moments, LayerMap]:
     """The moments of h(z) = f(mean + std z) / std, and q -> E[h(sqrt(q) z)^2]."""
+    basis, (groups, counts) = activation.basis.name, activation.distinct_values()
+    bounds = None if activation.bounds is None else activation.bounds.tolist()
 
     def at(q: float) -> Moments:
         scale = std * math.sqrt(q)
-        return moments(basis, rescale(basis, values, -mean / scale, 1 / scale))
+        cut = None if bounds is None else ((bounds[0] - mean) / scale, (bounds[1] - mean) / scale)
+        each = [astuple(moments(basis, rescale(basis, values, -mean / scale, 1 / scale), cut)) for values in groups]
+        return Moments(*np.average(each, axis=0, weights=counts).tolist())
 
     return at(1.0), lambda q: q * at(q).square
 
@@ -96,7 +99,7 @@ def _quadrature(function: Callable[[Tensor], Tensor], mean: float, std: float) -
     """The same by adaptive Gauss-Lobatto quadrature over 12 standard deviations to either side."""
 
     def at(z: Array) -> tuple[Array, Array]:
-        value, slope = _differentiated(function, mean + std * torch.from_numpy(z))
+        value, slope = differentiated(function, mean + std * torch.from_numpy(z))
         return value.numpy() / std, slope.numpy()
 
     z, weight = _adaptive_nodes(at)
@@ -146,22 +149,6 @@ def _adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, 
         z, weight, _ = rule(left, width)
         done.append((z.ravel(), weight.ravel()))
     return np.concatenate([z for z, _ in done]), np.concatenate([weight for _, weight in done])
-
-
-def _differentiated(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
-    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
-    x = points.clone().requires_grad_()
-    with torch.enable_grad():
-        y = function(x)
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
-    if y.isnan().any():
-        raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
-    if not y.requires_grad:
-        raise OrthoFxError(f"{name} returns a tensor without a gradient")
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    return y.detach(), slope
 
 
 def _basin(unit: Moments, layer_map: LayerMap) -> float:

@@ -15,14 +15,16 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ortho_fx.moments import Array, moments
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.moments import Array, Values, moments
 
 
-def initial_parameters(basis: str, degree: int, init: str) -> dict[str, Array]:
-    """The starting parameters of an expansion, by name, in float64.
+def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
+    """The starting parameters of an expansion for inputs N(0, 1), by name, in float64.
 
-    "stable" is exact at every degree: forward and backward gain 1, and |chi| < 1 but for the Hermite expansion of
-    degree 1, which is the identity (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
+    "stable" (and "calibrated", which is rescaled once the inputs are measured) is exact at every degree, clamped or
+    not: forward and backward gain 1, and |chi| < 1 but for the Hermite expansion of degree 1, which is the identity
+    (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
     (+-1 at degree 2), in the sign pattern + + - - that makes chi small; Fourier with frequencies 1 .. n and phases
     pi / 4; tropical maxima with equally spaced slopes, and knots that divide the Gaussian into pieces of equal mass.
 
@@ -31,18 +33,45 @@ def initial_parameters(basis: str, degree: int, init: str) -> dict[str, Array]:
     scale sqrt(2) / n and equal offsets for tropical. The paper starts its tropical rational from fits only: here it
     is the tropical start over a denominator of zeros.
 
-    Args:
-        basis: name of the basis.
-        degree: degree n.
-        init: "stable" or "paper".
+    "fit" depends on the function that is replaced, and starts in `ortho_fx.fit`.
     """
-    if init == "paper":
-        return _PAPER[basis](degree)
-    return _stable(basis, _SHAPES[basis](degree))
+    assert config.degree is not None
+    if config.init == "paper":
+        return _PAPER[config.basis](config.degree)
+    bounds = None if config.clamp is None else (-config.clamp, config.clamp)
+    return _stable(config.basis, _SHAPES[config.basis](config.degree), bounds)
 
 
-def _stable(basis: str, values: dict[str, Array]) -> dict[str, Array]:
-    g = moments(basis, values)
+def rescale(basis: str, values: Values, mean: float, std: float) -> dict[str, Array]:
+    """The parameters of std * f((x - mean) / std), for those of f: exact, since every basis is closed under it.
+
+    Hermite polynomials change variable by their generating function exp(x t - t^2 / 2): P_n(u x + v) =
+    sum_k u^k h_{n-k} P_k(x), where m h_m = v h_{m-1} + (u^2 - 1) h_{m-2} and h_0 = 1.
+    """
+    if basis == "hermite":
+        a = np.asarray(values["coefficients"], dtype=np.float64)
+        u, v = 1 / std, -mean / std
+        h = np.zeros(len(a))
+        h[0] = 1.0
+        for m in range(1, len(a)):
+            h[m] = (v * h[m - 1] + (u**2 - 1) * (h[m - 2] if m > 1 else 0.0)) / m
+        return {"coefficients": np.array([std * u**k * (a[k:] @ h[: len(a) - k]) for k in range(len(a))])}
+    if basis == "fourier":
+        return {
+            "constant": std * values["constant"],
+            "coefficients": std * values["coefficients"],
+            "frequencies": values["frequencies"] / std,
+            "phases": values["phases"] + values["frequencies"] * (mean / std),
+        }
+    moved = dict(values)
+    for slopes, offsets in (("slopes", "offsets"), ("denominator_slopes", "denominator_offsets")):
+        if offsets in values:
+            moved[offsets] = std * values[offsets] - mean * values[slopes]
+    return moved
+
+
+def _stable(basis: str, values: dict[str, Array], bounds: tuple[float, float] | None) -> dict[str, Array]:
+    g = moments(basis, values, bounds)
     gamma = 1.0 / math.sqrt(g.derivative_square)
     shift = math.sqrt(max(g.derivative_square - g.variance, 0.0))
     candidates = []
@@ -53,7 +82,7 @@ def _stable(basis: str, values: dict[str, Array]) -> dict[str, Array]:
         moved[_constant_index(basis)] += gamma * beta
         candidate[constant] = moved
         candidates.append(candidate)
-    return min(candidates, key=lambda candidate: abs(moments(basis, candidate).square_growth))
+    return min(candidates, key=lambda candidate: abs(moments(basis, candidate, bounds).square_growth))
 
 
 # The parameters that multiply the function, and the one that holds its constant term.

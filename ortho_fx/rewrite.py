@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from ortho_fx.activations import ExpansionActivation, make_activation
+from ortho_fx.batches import Batch
+from ortho_fx.calibration import calibrate_expansions
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.find import find_occurrences
+from ortho_fx.passes.find import Occurrence, find_occurrences
+from ortho_fx.passes.observe import Observation, copied, observe
 from ortho_fx.passes.sites import Site, format_sites
-from ortho_fx.passes.targets import choose_targets
+from ortho_fx.passes.targets import TargetTable, choose_targets
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
 
@@ -66,6 +69,7 @@ def rewrite_(
     config: ExpansionConfig | ConfigMap | None = None,
     *,
     targets: Iterable[str] | None = None,
+    example_inputs: Batch | None = None,
 ) -> RewriteReport:
     """Replaces the activations of a model by learnable expansions, in place.
 
@@ -79,9 +83,14 @@ def rewrite_(
             configs, of which the first that matches counts: an exact name, a glob ("blocks.*.act") or "re:" with a
             regular expression for the whole name. None as a config leaves the sites alone, as does no match.
         targets: activation functions by name; by default every one that is not a gate.
+        example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments; a copy of the model is
+            run with it. Needed for init="calibrated" and for expansions a channel or group, which take the
+            dimension of their channels from the layers before; with it, init="fit" weighs by the inputs that each
+            activation really gets, where it otherwise takes N(0, 1).
 
     Raises:
-        OrthoFxError: a model with nothing to replace, a pattern that matches no site, a target that is not known.
+        OrthoFxError: a model with nothing to replace, a pattern that matches no site, a target that is not known,
+            a config that needs example_inputs, or inputs that are constant or not finite. The model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
@@ -90,26 +99,112 @@ def rewrite_(
         1     module  gelu      hermite 3  4
         1 replaced, 0 left, 4 new parameters
     """
-    occurrences = find_occurrences(_checked(model), choose_targets(targets))
+    table = choose_targets(targets)
+    occurrences = find_occurrences(_checked(model), table)
     earlier = sum(isinstance(module, ExpansionActivation) for module in model.modules())
     configs = _configs([occurrence.site.name for occurrence in occurrences], config, strict=not earlier)
-    planned, sites = [], []
-    for occurrence, chosen in zip(occurrences, configs, strict=True):
+    wanted = [chosen for occurrence, chosen in zip(occurrences, configs, strict=True) if not occurrence.site.reason]
+    if example_inputs is None:
+        for chosen in wanted:
+            check_needs_no_example(chosen)
+        observations: list[Observation | None] = [None] * len(occurrences)
+    elif any(chosen is not None and _looks_at_inputs(chosen) for chosen in wanted):
+        observations = [*observe(model, table, example_inputs)]
+    else:
+        observations = [None] * len(occurrences)
+
+    expansions: list[ExpansionActivation | None] = []
+    sites = []
+    for occurrence, chosen, seen in zip(occurrences, configs, observations, strict=True):
         site = occurrence.site
-        if not site.reason and chosen is None:
-            site = replace(site, reason="excluded by its name")
-        if chosen is not None and not site.reason:
-            device, dtype = _placement(model, site.name)
-            expansion = make_activation(chosen, device=device, dtype=dtype).train(occurrence.owner.training)
-            planned.append((occurrence, expansion))
+        if not site.reason:
+            site = replace(site, reason=_obstacle(chosen, occurrence, seen))
+        expansion = None
+        if not site.reason and chosen is not None:
+            expansion, fit_rmse = _make(model, occurrence, chosen, seen)
             parameters = sum(parameter.numel() for parameter in expansion.parameters())
-            site = replace(site, expansion=str(chosen), parameters=parameters)
+            site = replace(site, expansion=str(chosen), parameters=parameters, fit_rmse=fit_rmse)
+        expansions.append(expansion)
         sites.append(site)
-    if not planned and not earlier:
+    if not any(expansions) and not earlier:
         raise OrthoFxError(_nothing_to_replace(model, sites))
-    for occurrence, expansion in planned:
-        occurrence.substitute(expansion)
+    if example_inputs is not None:
+        _calibrate(model, table, expansions, example_inputs)
+    for occurrence, expansion in zip(occurrences, expansions, strict=True):
+        if expansion is not None:
+            occurrence.substitute(expansion)
     return RewriteReport(tuple(sites), earlier)
+
+
+def check_needs_no_example(config: ExpansionConfig | None) -> None:
+    """Raises an `OrthoFxError` where a config can be met only by running the model."""
+    if config is None:
+        return
+    for field, value in (("granularity", config.granularity), ("init", config.init)):
+        if value not in ("layer", "stable", "paper", "fit"):
+            raise OrthoFxError(
+                f"{field} {value!r} needs a batch to run: call rewrite_(model, config, example_inputs=...)"
+            )
+
+
+def _looks_at_inputs(config: ExpansionConfig) -> bool:
+    return config.granularity != "layer" or config.init == "fit"
+
+
+def _obstacle(config: ExpansionConfig | None, occurrence: Occurrence, seen: Observation | None) -> str:
+    """Why a site that could be replaced is not; empty where it is."""
+    if config is None:
+        return "excluded by its name"
+    if config.init == "fit" and occurrence.reference is None:
+        return "its arguments are known only when it runs, and init 'fit' needs them before"
+    if config.granularity != "layer" and seen is not None:
+        if seen.problem:
+            return seen.problem
+        try:
+            config.groups(seen.channels)
+        except OrthoFxError as error:
+            return str(error)
+    return ""
+
+
+def _make(
+    model: nn.Module, occurrence: Occurrence, config: ExpansionConfig, seen: Observation | None
+) -> tuple[ExpansionActivation, float | None]:
+    """The expansion for a site, and the error of the fit that it starts from."""
+    device, dtype = _placement(model, occurrence.site.name)
+    expansion = make_activation(
+        config,
+        channels=seen and seen.channels,
+        channel_dim=seen and seen.channel_dim,
+        reference=occurrence.reference,
+        device=device,
+        dtype=dtype,
+    )
+    # Only a fit starts from what was observed; "stable" is made for N(0, 1), and "calibrated" is set afterwards.
+    measured = seen.inputs if seen is not None and seen.inputs.samples and config.init == "fit" else None
+    try:
+        values, fit = expansion.initial_values(measured)
+    except OrthoFxError as error:
+        raise OrthoFxError(f"{occurrence.site.name}: {error}") from None
+    expansion.set_parameters(values)
+    return expansion.train(occurrence.owner.training), fit.rmse if fit else None
+
+
+def _calibrate(
+    model: nn.Module, table: TargetTable, expansions: Sequence[ExpansionActivation | None], batch: Batch
+) -> None:
+    """Starts the expansions with init "calibrated" for what they get in a copy of the model that has them all."""
+    if not any(expansion is not None and expansion.config.init == "calibrated" for expansion in expansions):
+        return
+    trial = copied(model)
+    pending: dict[str, ExpansionActivation] = {}
+    for occurrence, expansion in zip(find_occurrences(trial, table), expansions, strict=True):
+        if expansion is not None:
+            # The expansions themselves, not copies: those to calibrate are set in the course of it.
+            occurrence.substitute(expansion)
+            if expansion.config.init == "calibrated":
+                pending[occurrence.site.name] = expansion
+    calibrate_expansions(trial, pending, [batch])
 
 
 def _checked(model: nn.Module) -> nn.Module:

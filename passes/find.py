@@ -16,16 +16,20 @@ from ortho_fx.activations import ExpansionActivation
 from ortho_fx.passes import substitute
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.source import find_calls, origin
-from ortho_fx.passes.targets import TargetTable
+from ortho_fx.passes.targets import Reference, TargetTable
 
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A site, the module that its expansion is placed beside, and what puts an expansion there."""
+    """A site, the module that its expansion is placed beside, and what puts an expansion there.
+
+    `reference` is the scalar function that is computed there, None where that is known only when it runs.
+    """
 
     site: Site
     owner: nn.Module
     substitute: substitute.Substitute
+    reference: Reference | None = None
     places: tuple[tuple[nn.Module, str], ...] = ()
 
 
@@ -51,7 +55,7 @@ def _children(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occ
         target = None if child is None else table.of_module(child)
         if child is not None and target is not None:
             site, places = Site(_join(prefix, key), "module", target.name), ((owner, key),)
-            yield Occurrence(site, owner, substitute.module_in(places), places)
+            yield Occurrence(site, owner, substitute.module_in(places), target.reference_of(child), places)
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
@@ -66,7 +70,7 @@ def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
         else:
             places = (*first.places, *occurrence.places)
             site = replace(first.site, aliases=(*first.site.aliases, occurrence.site.name))
-            merged[identity] = Occurrence(site, first.owner, substitute.module_in(places), places)
+            merged[identity] = replace(first, site=site, substitute=substitute.module_in(places), places=places)
     return list(merged.values())
 
 
@@ -75,7 +79,7 @@ def _attributes(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[O
         target = table.of_function(value) if isinstance(value, types.BuiltinFunctionType | types.FunctionType) else None
         if target is not None:
             site = Site(_join(prefix, key), "attribute", target.name)
-            yield Occurrence(site, owner, substitute.attribute_of(owner, key))
+            yield Occurrence(site, owner, substitute.attribute_of(owner, key), target.reference())
 
 
 def _calls(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurrence]:
@@ -89,7 +93,7 @@ def _calls(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurr
             reason = f"the module has a {call.attribute} of its own"
         name = _join(prefix, call.attribute)
         site = Site(name, call.kind, call.function, location=call.location, reason=reason)
-        yield Occurrence(site, owner, substitute.call_in(owner, call.attribute))
+        yield Occurrence(site, owner, substitute.call_in(owner, call.attribute), call.reference)
 
 
 def _nodes(prefix: str, owner: fx.GraphModule, table: TargetTable) -> Iterator[Occurrence]:
@@ -102,6 +106,7 @@ def _nodes(prefix: str, owner: fx.GraphModule, table: TargetTable) -> Iterator[O
                 Site(_join(prefix, name), "node", target.name, location=location),
                 owner,
                 substitute.node_in(owner, node, name),
+                target.reference(node.args[1:], node.kwargs),
             )
 
 

@@ -19,6 +19,8 @@ class Site:
         aliases: the other names of a shared module.
         expansion: what it was replaced by ("hermite 3"); None where it was not.
         parameters: how many learnable numbers that has.
+        fit_rmse: where init="fit" starts from the replaced function, the root mean square error of that fit under the
+            inputs' distribution (N(0, 1) where it was not measured); else None.
         reason: why it is left as it is; empty where it is replaced.
     """
 
@@ -29,12 +31,16 @@ class Site:
     aliases: tuple[str, ...] = ()
     expansion: str | None = None
     parameters: int = 0
+    fit_rmse: float | None = None
     reason: str = ""
 
 
 def format_sites(sites: Sequence[Site]) -> str:
     """The sites as a table in plain text, one a line."""
-    header = ("name", "kind", "function", "expansion", "parameters")
+    header = ["name", "kind", "function", "expansion", "parameters"]
+    fits = any(site.fit_rmse is not None for site in sites)
+    if fits:
+        header.append("fit rmse")
     rows = [
         (
             ", ".join((site.name, *site.aliases)),
@@ -42,6 +48,7 @@ def format_sites(sites: Sequence[Site]) -> str:
             site.function,
             f"left: {site.reason}" if site.reason else site.expansion or "",
             str(site.parameters) if site.parameters else "",
+            *([f"{site.fit_rmse:.2g}" if site.fit_rmse is not None else ""] if fits else []),
         )
         for site in sites
     ]

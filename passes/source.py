@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.targets import TARGETS, Target, TargetTable
+from ortho_fx.passes.targets import TARGETS, Reference, Target, TargetTable
 
 _EVERY_TARGET = TargetTable(TARGETS)
 _UNRESOLVED = object()
@@ -40,7 +40,8 @@ class Call:
 
     `attribute` names the expansion on the instance: the function, then its number among the class' calls of that
     function, so that the name does not depend on what else is rewritten. `code` is the code object that runs the call,
-    `order` the number of the call in the order of evaluation. `problem` says why it cannot be replaced.
+    `order` the number of the call in the order of evaluation. `reference` is the scalar function that the call
+    computes, None where its arguments are no constants. `problem` says why it cannot be replaced.
     """
 
     attribute: str
@@ -49,6 +50,7 @@ class Call:
     code: types.CodeType
     line: int
     order: int = 0
+    reference: Reference | None = None
     problem: str = ""
 
     @property
@@ -322,7 +324,7 @@ class _CallEditor(ast.NodeTransformer):
         matched = self._match(node)
         if matched is None:
             return self.generic_visit(node)
-        target, kind, argument, in_place = matched
+        target, kind, argument, in_place, reference = matched
         problem = ""
         if argument is None:
             problem = "its input is not a plain argument"
@@ -334,6 +336,7 @@ class _CallEditor(ast.NodeTransformer):
             kind=kind,
             code=self.method.function.__code__,
             line=node.lineno,
+            reference=reference,
             problem=problem,
         )
         index = len(self.calls)
@@ -354,25 +357,27 @@ class _CallEditor(ast.NodeTransformer):
             replaced = ast.NamedExpr(ast.Name(argument.id, ast.Store()), replaced)
         return ast.copy_location(replaced, node)
 
-    def _match(self, node: ast.Call) -> tuple[Target, str, ast.expr | None, bool] | None:
-        """The target, the kind of call, its input (None where that is not one plain expression), and if in place."""
+    def _match(self, node: ast.Call) -> tuple[Target, str, ast.expr | None, bool, Reference | None] | None:
+        """The target, the kind of call, its input (None where that is not one plain expression), if it is in place, and
+        the scalar function."""
         function = self.method.resolve(node.func)
         target = _EVERY_TARGET.of_function(function) if function is not _UNRESOLVED else None
         if target is not None:
             in_place = function in _EVERY_TARGET.in_place or any(_may_be_in_place(k) for k in node.keywords)
-            return target, "function", _first_argument(node), in_place
+            return target, "function", _first_argument(node), in_place, _reference(target, node.args[1:], node.keywords)
         if isinstance(node.func, ast.Call):
             built = self.method.resolve(node.func.func)
             target = _EVERY_TARGET.modules.get(built) if isinstance(built, type) else None
             if target is not None:
                 in_place = any(_may_be_in_place(keyword) for keyword in node.func.keywords)
-                return target, "built in forward", _first_argument(node), in_place
+                reference = _reference(target, node.func.args, node.func.keywords)
+                return target, "built in forward", _first_argument(node), in_place, reference
         if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
             target = _EVERY_TARGET.methods.get(node.func.attr)
             receiver = node.func.value
             fixed = self.method.resolve(receiver) is not _UNRESOLVED
             if target is not None and not fixed and not self.method.is_self(receiver):
-                return target, "method", receiver, node.func.attr.endswith("_")
+                return target, "method", receiver, node.func.attr.endswith("_"), target.reference()
         return None
 
 
@@ -397,6 +402,16 @@ def _first_argument(node: ast.Call) -> ast.expr | None:
     if node.args:
         return None if isinstance(node.args[0], ast.Starred) else node.args[0]
     return next((keyword.value for keyword in node.keywords if keyword.arg == "input"), None)
+
+
+def _reference(target: Target, values: list[ast.expr], named: list[ast.keyword]) -> Reference | None:
+    """The scalar function of a call with these further arguments, if they are written as constants."""
+    try:
+        constants = [ast.literal_eval(value) for value in values[: len(target.settings)]]
+        settings = [keyword for keyword in named if keyword.arg is None or keyword.arg in target.settings]
+        return target.reference(constants, {str(k.arg): ast.literal_eval(k.value) for k in settings})
+    except ValueError:
+        return None
 
 
 def _may_be_in_place(keyword: ast.keyword) -> bool:

@@ -9,17 +9,16 @@ from collections.abc import Callable, Sequence
 
 from torch import fx, nn
 
-from ortho_fx.activations import ExpansionActivation
 from ortho_fx.passes.source import origin, rewrite_class
 from ortho_fx.passes.targets import may_change_input
 
-Substitute = Callable[[ExpansionActivation], None]
+Substitute = Callable[[nn.Module], None]
 
 
 def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
     """Replaces a child module in every place that holds it, so that a shared activation stays shared."""
 
-    def put(expansion: ExpansionActivation) -> None:
+    def put(expansion: nn.Module) -> None:
         for owner, key in places:
             owner._modules[key] = expansion
             _leave_fast_path(owner)
@@ -30,7 +29,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
 def attribute_of(owner: nn.Module, key: str) -> Substitute:
     """Replaces a function that the module keeps as an attribute (`self.activation = F.gelu`) by a child module."""
 
-    def put(expansion: ExpansionActivation) -> None:
+    def put(expansion: nn.Module) -> None:
         delattr(owner, key)
         owner.add_module(key, expansion)
         _leave_fast_path(owner)
@@ -41,7 +40,7 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 def call_in(owner: nn.Module, attribute: str) -> Substitute:
     """Replaces a call in the source of the module's class, for this instance."""
 
-    def put(expansion: ExpansionActivation) -> None:
+    def put(expansion: nn.Module) -> None:
         cls, done = origin(type(owner))
         rewritten = rewrite_class(cls, done | {attribute})
         owner.add_module(attribute, expansion)
@@ -53,7 +52,7 @@ def call_in(owner: nn.Module, attribute: str) -> Substitute:
 def node_in(owner: fx.GraphModule, node: fx.Node, name: str) -> Substitute:
     """Replaces a node of a graph by a call of a child module of that name."""
 
-    def put(expansion: ExpansionActivation) -> None:
+    def put(expansion: nn.Module) -> None:
         source = node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(source, fx.Node)
         owner.add_module(name, expansion)

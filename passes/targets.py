@@ -6,13 +6,13 @@ Sigmoid, tanh and the like are gates more often than activations, so they are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ortho_fx.errors import OrthoFxError
 
@@ -22,7 +22,8 @@ class Target:
     """One activation function and every callable of PyTorch that computes it.
 
     `gate` says that it is bounded or otherwise rarely the activation of a network: replaced only when it is named.
-    `in_place` holds the functions that also write to their argument.
+    `in_place` holds the functions that also write to their argument. `settings` are the arguments besides the input
+    that change the function, in order; modules keep them as attributes of the same names.
     """
 
     name: str
@@ -31,25 +32,54 @@ class Target:
     in_place: tuple[Callable[..., Any], ...] = ()
     methods: tuple[str, ...] = ()
     gate: bool = False
+    settings: tuple[str, ...] = ()
+
+    def reference(self, values: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> Reference | None:
+        """The scalar function that a call with these further arguments computes; None where they are no constants."""
+        given = {**dict(zip(self.settings, values, strict=False)), **(named or {})}
+        settings = tuple((name, given[name]) for name in self.settings if name in given)
+        if not all(isinstance(value, bool | int | float | str) for _, value in settings):
+            return None
+        return Reference(self.name, settings)
+
+    def reference_of(self, module: nn.Module) -> Reference | None:
+        """The scalar function that a module of one of the target's classes computes."""
+        return self.reference(named={name: getattr(module, name) for name in self.settings})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A scalar function by the name of its target, with its settings: callable, hashable, picklable."""
+
+    target: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return BY_NAME[self.target].functions[0](x, **dict(self.settings))
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.settings)
+        return f"{self.target}({arguments})" if arguments else self.target
 
 
 TARGETS: tuple[Target, ...] = (
     Target("relu", (nn.ReLU,), (F.relu, torch.relu), (F.relu_, torch.relu_), ("relu", "relu_")),
     Target("relu6", (nn.ReLU6,), (F.relu6,)),
-    Target("leaky_relu", (nn.LeakyReLU,), (F.leaky_relu,), (F.leaky_relu_,)),
-    Target("elu", (nn.ELU,), (F.elu,), (F.elu_,)),
-    Target("celu", (nn.CELU,), (F.celu, torch.celu), (F.celu_, torch.celu_)),
+    Target("leaky_relu", (nn.LeakyReLU,), (F.leaky_relu,), (F.leaky_relu_,), settings=("negative_slope",)),
+    Target("elu", (nn.ELU,), (F.elu,), (F.elu_,), settings=("alpha",)),
+    Target("celu", (nn.CELU,), (F.celu, torch.celu), (F.celu_, torch.celu_), settings=("alpha",)),
     Target("selu", (nn.SELU,), (F.selu, torch.selu), (F.selu_, torch.selu_)),
-    Target("gelu", (nn.GELU,), (F.gelu,)),
+    Target("gelu", (nn.GELU,), (F.gelu,), settings=("approximate",)),
     Target("silu", (nn.SiLU,), (F.silu,)),
     Target("mish", (nn.Mish,), (F.mish,)),
     Target("hardswish", (nn.Hardswish,), (F.hardswish,)),
-    Target("softplus", (nn.Softplus,), (F.softplus,), gate=True),
+    Target("softplus", (nn.Softplus,), (F.softplus,), gate=True, settings=("beta", "threshold")),
     Target("sigmoid", (nn.Sigmoid,), (F.sigmoid, torch.sigmoid), (torch.sigmoid_,), ("sigmoid", "sigmoid_"), gate=True),
     Target("hardsigmoid", (nn.Hardsigmoid,), (F.hardsigmoid,), gate=True),
     Target("tanh", (nn.Tanh,), (F.tanh, torch.tanh), (torch.tanh_,), ("tanh", "tanh_"), gate=True),
-    Target("hardtanh", (nn.Hardtanh,), (F.hardtanh,), (F.hardtanh_,), gate=True),
+    Target("hardtanh", (nn.Hardtanh,), (F.hardtanh,), (F.hardtanh_,), gate=True, settings=("min_val", "max_val")),
 )
+BY_NAME: Mapping[str, Target] = {target.name: target for target in TARGETS}
 
 
 class TargetTable:
@@ -99,8 +129,7 @@ def choose_targets(names: Iterable[str] | None) -> TargetTable:
         return TargetTable(target for target in TARGETS if not target.gate)
     if isinstance(names, str):
         names = (names,)
-    by_name = {target.name: target for target in TARGETS}
-    unknown = [name for name in names if name not in by_name]
+    unknown = [name for name in names if name not in BY_NAME]
     if unknown:
-        raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(by_name)}")
-    return TargetTable(by_name[name] for name in names)
+        raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(BY_NAME)}")
+    return TargetTable(BY_NAME[name] for name in names)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter
+from ortho_fx.bases.basis import Basis, Parameter, Reduce
 
 
 class Fourier(Basis):
@@ -20,7 +20,7 @@ class Fourier(Basis):
             y = y + weight * torch.cos(frequencies[k] * x - phases[k])
         return y
 
-    def gradients(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
         _, coefficients, frequencies, phases = parameters
         degree = coefficients.shape[0]
         angles = [frequencies[k] * x - phases[k] for k in range(degree)]
@@ -34,12 +34,12 @@ class Fourier(Basis):
         grad_coefficients, grad_frequencies, grad_phases = [], [], []
         for k in range(degree):
             projected = grad * sines[k]
-            grad_coefficients.append((grad * torch.cos(angles[k])).sum() * (1.0 / math.factorial(k + 1)))
-            grad_frequencies.append(-weights[k] * (projected * x).sum())
-            grad_phases.append(weights[k] * projected.sum())
+            grad_coefficients.append(reduce(grad * torch.cos(angles[k])) * (1.0 / math.factorial(k + 1)))
+            grad_frequencies.append(-weights[k] * reduce(projected * x))
+            grad_phases.append(weights[k] * reduce(projected))
         return (
             grad_x,
-            grad.sum().reshape(1),
+            reduce(grad).unsqueeze(0),
             torch.stack(grad_coefficients),
             torch.stack(grad_frequencies),
             torch.stack(grad_phases),

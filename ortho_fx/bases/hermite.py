@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter
+from ortho_fx.bases.basis import Basis, Parameter, Reduce
 
 
 def polynomials(x: Tensor, count: int) -> list[Tensor]:
@@ -32,7 +32,7 @@ class Hermite(Basis):
             y = y + coefficients[k] * p
         return y
 
-    def gradients(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
         (coefficients,) = parameters
         degree = coefficients.shape[0] - 1
         values = polynomials(x, degree)
@@ -40,7 +40,7 @@ class Hermite(Basis):
         for k in range(2, degree + 1):
             slope = slope + coefficients[k] * values[k - 2]
         grad_x = grad * slope
-        return grad_x, torch.stack([grad.sum(), *((grad * p).sum() for p in values)])
+        return grad_x, torch.stack([reduce(grad), *(reduce(grad * p) for p in values)])
 
 
 HERMITE = Hermite(

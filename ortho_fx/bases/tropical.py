@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter
+from ortho_fx.bases.basis import Basis, Parameter, Reduce
 
 
 def maximum(x: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class Tropical(Basis):
         slopes, offsets = parameters
         return maximum(x, slopes, offsets)
 
-    def gradients(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
         slopes, offsets = parameters
         slope, shares = piece_shares(x, slopes, offsets)
         grad_x = grad * slope
-        return grad_x, torch.stack([(grad * share).sum() for share in shares])
+        return grad_x, torch.stack([reduce(grad * share) for share in shares])
 
 
 TROPICAL = Tropical(

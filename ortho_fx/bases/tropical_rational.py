@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter
+from ortho_fx.bases.basis import Basis, Parameter, Reduce
 from ortho_fx.bases.tropical import maximum, piece_shares
 
 
@@ -19,7 +19,7 @@ class TropicalRational(Basis):
         slopes, offsets, denominator_slopes, denominator_offsets = parameters
         return maximum(x, slopes, offsets) - maximum(x, denominator_slopes, denominator_offsets)
 
-    def gradients(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
         slopes, offsets, denominator_slopes, denominator_offsets = parameters
         up, shares = piece_shares(x, slopes, offsets)
         down, denominator_shares = piece_shares(x, denominator_slopes, denominator_offsets)
@@ -27,10 +27,10 @@ class TropicalRational(Basis):
         negated = -grad
         return (
             grad_x,
-            torch.stack([(grad * share * x).sum() for share in shares]),
-            torch.stack([(grad * share).sum() for share in shares]),
-            torch.stack([(negated * share * x).sum() for share in denominator_shares]),
-            torch.stack([(negated * share).sum() for share in denominator_shares]),
+            torch.stack([reduce(grad * share * x) for share in shares]),
+            torch.stack([reduce(grad * share) for share in shares]),
+            torch.stack([reduce(negated * share * x) for share in denominator_shares]),
+            torch.stack([reduce(negated * share) for share in denominator_shares]),
         )
 
 

@@ -54,6 +54,90 @@ def test_repr_names_degree_and_init():
     assert repr(HermiteActivation(degree=4)) == "HermiteActivation(degree=4, init='stable')"
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_one_expansion_a_channel_or_group(cls):
+    x = torch.randn(2, 6, 5, 4)
+    per_channel = cls(granularity="channel", channels=6)
+    per_group = cls(granularity="group:2", channels=6)
+    assert all(p.shape[1] == 6 for p in per_channel.parameters())
+    assert all(p.shape[1] == 2 for p in per_group.parameters())
+    # They start equal, so they are the shared expansion wherever the channels are.
+    for activation in (per_channel, per_group):
+        torch.testing.assert_close(activation(x), cls()(x))
+        torch.testing.assert_close(activation(x.movedim(1, -1)), cls()(x).movedim(1, -1))
+        torch.testing.assert_close(activation(x.to(memory_format=torch.channels_last)), cls()(x))
+    fresh = cls(granularity="channel", channels=6, init="paper")
+    fresh.load_state_dict(per_channel.state_dict())
+    assert torch.equal(fresh(x), per_channel(x))
+    with torch.no_grad():
+        next(per_channel.parameters())[:, 3] += 1
+    changed = (per_channel(x) != cls()(x)).flatten(2).any(2)
+    assert changed[:, 3].all()
+    assert not changed[:, :3].any()
+
+
+def test_a_channel_dimension_can_be_named():
+    x = torch.randn(2, 4, 4, 4)
+    last = HermiteActivation(granularity="channel", channels=4, channel_dim=-1)
+    first = HermiteActivation(granularity="channel", channels=4)
+    with torch.no_grad():
+        last.coefficients[0] = torch.arange(4.0)
+        first.coefficients[0] = torch.arange(4.0)
+    torch.testing.assert_close(last(x), first(x.movedim(-1, 1)).movedim(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "message"),
+    [
+        ({"granularity": "channel"}, None, "granularity 'channel' needs the number of channels"),
+        ({"granularity": "group:4", "channels": 6}, None, "6 channels do not divide into 4 groups"),
+        ({"granularity": "row"}, None, 'granularity must be "layer", "channel" or "group:N"; got \'row\''),
+        ({"clamp": -1.0}, None, "clamp must be a finite number above zero, or None; got -1.0"),
+        ({"init": "fit"}, None, "init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it"),
+        (
+            {"granularity": "channel", "channels": 6},
+            (2, 5),
+            r"HermiteActivation has 6 channels; got shape \(2, 5\)",
+        ),
+        (
+            {"granularity": "channel", "channels": 6, "channel_dim": 1},
+            (2, 5, 6),
+            r"HermiteActivation has 6 channels in dimension 1; got shape \(2, 5, 6\)",
+        ),
+    ],
+)
+def test_wrong_settings_and_shapes_are_named(settings, shape, message):
+    with pytest.raises(OrthoFxError, match=f"^{message}$"):
+        HermiteActivation(**settings)(torch.randn(shape or (2,)))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_clamp_holds_value_and_gradient_beyond_it(cls):
+    activation = cls(clamp=2.0, dtype=torch.float64)
+    x = torch.tensor([-50.0, -2.0, 0.5, 2.0, 50.0], dtype=torch.float64, requires_grad=True)
+    y = activation(x)
+    assert (y[0], y[4]) == (y[1], y[3])
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert (grad[0], grad[4]) == (0, 0)
+    assert grad[2] != 0
+    assert "bounds" in activation.state_dict()
+
+
+def test_fit_starts_at_the_reference_again_and_survives_copies():
+    activation = HermiteActivation(degree=8, init="fit", reference=torch.nn.LeakyReLU(0.3))
+    x = torch.linspace(-2, 2, 101)
+    assert (activation(x) - torch.nn.functional.leaky_relu(x, 0.3)).abs().max() < 0.2
+    assert not list(activation.children())
+    start = activation.coefficients.clone()
+    with torch.no_grad():
+        activation.coefficients.zero_()
+    activation.reset_parameters()
+    assert torch.equal(activation.coefficients, start)
+    for other in (copy.deepcopy(activation), pickle.loads(pickle.dumps(activation))):
+        other.reset_parameters()
+        assert torch.equal(other.coefficients, start)
+
+
 def test_integers_are_refused_by_name():
     with pytest.raises(OrthoFxError, match=r"^HermiteActivation takes a floating-point tensor; got torch\.int64$"):
         HermiteActivation()(torch.arange(3))

@@ -193,7 +193,8 @@ def refused(model, **keywords):
     [
         (
             {"options": {"bases": "hermite"}},
-            "unknown option 'bases'; options are basis, degree, init and those of torch._inductor.config",
+            "unknown option 'bases'; options are basis, degree, init, granularity, clamp "
+            "and those of torch._inductor.config",
         ),
         ({"options": {"degree": 99}}, "degree of hermite must be an integer from 1 to 32; got 99"),
         (

@@ -3,10 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, calibrate_, rewrite_
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, calibrate_, gains, rewrite_
 from ortho_fx.bases import BASES
-from ortho_fx.calibration import rescale
-from ortho_fx.initialisation import initial_parameters
+from ortho_fx.initialisation import initial_parameters, rescale
 
 
 def evaluate(name, values, x):
@@ -17,7 +16,7 @@ def evaluate(name, values, x):
 @pytest.mark.parametrize("degree", [1, 3, 8])
 @pytest.mark.parametrize("name", BASES)
 def test_rescaling_is_the_change_of_variable(name, degree, mean, std):
-    start = initial_parameters(name, degree, "stable")
+    start = initial_parameters(ExpansionConfig(name, degree))
     z = torch.linspace(-4, 4, 101, dtype=torch.float64)
     expected = std * evaluate(name, start, z)
     torch.testing.assert_close(evaluate(name, rescale(name, start, mean, std), mean + std * z), expected)
@@ -43,6 +42,32 @@ def test_statistics_are_exact_over_chunks():
     assert site.samples == 7000
     assert site.mean == pytest.approx(x.mean().item(), rel=1e-12)
     assert site.std == pytest.approx(x.std(correction=0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_clamps_move_with_the_inputs_and_gains_stay_one(name):
+    model = nn.Sequential(nn.GELU())
+    rewrite_(model, ExpansionConfig(name, clamp=2.0))
+    x = 5 + 0.3 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    calibrate_(model, [x])
+    torch.testing.assert_close(model[0].bounds, torch.tensor([5 - 0.6, 5 + 0.6]), atol=0.01, rtol=0)
+    result = gains(model[0], 5.0, 0.3)
+    assert (model(x).square().mean() / 0.3**2).item() == pytest.approx(1, rel=0.02)
+    assert result.backward == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_fits_are_made_anew_for_the_measured_inputs(name):
+    model = nn.Sequential(nn.SiLU())
+    report = rewrite_(model, ExpansionConfig(name, 4, init="fit"))
+    x = 1 + 0.2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    before = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
+    (site,) = calibrate_(model, [x]).sites
+    after = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
+    assert after < before
+    # The rounding of float32 is beside it where the fit is as good as exact.
+    assert site.fit_rmse == pytest.approx(after, rel=0.05, abs=1e-6)
+    assert site.fit_rmse < report.sites[0].fit_rmse
 
 
 def test_expansions_that_no_batch_reaches_are_named_and_kept():

@@ -70,3 +70,36 @@ def test_help_and_version_work_as_a_module():
         done = subprocess.run([sys.executable, "-m", "ortho_fx.cli", argument], capture_output=True, text=True)
         assert done.returncode == 0
         assert expected in done.stdout
+
+
+def test_fit_prints_and_draws(tmp_path, capsys):
+    plot = tmp_path / "fit.png"
+    arguments = "fit gelu --basis tropical_rational --weight uniform --interval -5 5 --plot".split()
+    code, out, _ = run(capsys, *arguments, str(plot))
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "tropical_rational 6 fit of gelu, uniform weight, errors on [-5, 5]"
+    assert [line.split()[0] for line in lines[3:7]] == [
+        "slopes",
+        "offsets",
+        "denominator_slopes",
+        "denominator_offsets",
+    ]
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit swish", "unknown target 'swish'; targets are relu, "),
+        ("fit gelu --interval 5 -5", "interval must be two finite numbers, the lower one first; got (5.0, -5.0)"),
+        ("fit gelu --weight uniform", "weight 'uniform' needs an interval"),
+        ("fit gelu --basis sine", "basis must be one of hermite, "),
+        ("fit gelu --plot missing/fit.png", "cannot write missing/fit.png: "),
+    ],
+)
+def test_fit_names_mistakes_in_one_line(arguments, message, capsys):
+    code, _, err = run(capsys, *arguments.split())
+    assert code == 2
+    assert err.startswith(f"ortho-fx: error: {message}")
+    assert err.count("\n") == 1

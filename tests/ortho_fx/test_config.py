@@ -24,7 +24,7 @@ def test_round_trip_and_hash():
         ({"basis": "fourier", "degree": 0}, "degree of fourier must be an integer from 1 to 64; got 0"),
         ({"degree": 2.5}, "degree of hermite must be an integer from 1 to 32; got 2.5"),
         ({"degree": True}, "degree of hermite must be an integer from 1 to 32; got True"),
-        ({"init": "zeros"}, "init must be one of stable, paper; got 'zeros'"),
+        ({"init": "zeros"}, "init must be one of stable, paper, calibrated, fit; got 'zeros'"),
     ],
 )
 def test_wrong_values_are_named(arguments, message):
@@ -34,7 +34,7 @@ def test_wrong_values_are_named(arguments, message):
 
 
 def test_unknown_fields_and_versions_are_named():
-    with pytest.raises(OrthoFxError, match=r"^unknown option 'degre'; options are basis, degree, init$"):
+    with pytest.raises(OrthoFxError, match=r"^unknown option 'degre'; options are basis, degree, init, gr"):
         ExpansionConfig.from_dict({"degre": 3})
     with pytest.raises(OrthoFxError, match="version 2; this release reads version 1"):
         ExpansionConfig.from_dict({"version": 2})

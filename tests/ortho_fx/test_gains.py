@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -32,6 +33,55 @@ def test_closed_forms_agree_with_quadrature_wherever_the_coefficients_have_got_t
     assert (closed.forward, closed.backward, closed.slope) == pytest.approx(
         (numeric.forward, numeric.backward, numeric.slope), rel=1e-7, abs=1e-7
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(BASES)),
+    degree=st.integers(1, 8),
+    clamp=st.floats(0.2, 6),
+    mean=st.floats(-1, 1),
+    std=st.floats(0.3, 3),
+    seed=st.integers(0, 1000),
+)
+def test_clamped_moments_agree_with_quadrature(name, degree, clamp, mean, std, seed):
+    torch.manual_seed(seed)
+    activation = make_activation(ExpansionConfig(name, degree, clamp=clamp), dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in activation.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    closed = gains(activation, mean, std)
+    numeric = gains(lambda x: activation(x), mean, std)
+    assert (closed.forward, closed.backward, closed.slope) == pytest.approx(
+        (numeric.forward, numeric.backward, numeric.slope), rel=1e-7, abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("clamp", [None, 2.5])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "group:3"])
+@pytest.mark.parametrize("name", BASES)
+def test_stable_modules_have_gains_of_one_whatever_their_settings(name, granularity, clamp):
+    for degree in (1, 5, 12) if clamp else (1, 8, BASES[name].degrees[-1]):
+        config = ExpansionConfig(name, degree, granularity=granularity, clamp=clamp)
+        result = gains(make_activation(config, channels=6, dtype=torch.float64))
+        assert abs(result.forward - 1) < 1e-9
+        assert abs(result.backward - 1) < 1e-9
+        assert abs(result.slope) < 1 or (name, degree, clamp) == ("hermite", 1, None)
+        assert dataclasses.astuple(gains(config)) == pytest.approx(dataclasses.astuple(result))
+
+
+def test_gains_of_groups_are_the_means_over_them():
+    shared = [make_activation(ExpansionConfig("hermite", 3, init), dtype=torch.float64) for init in ("stable", "paper")]
+    config = ExpansionConfig("hermite", 3, granularity="group:2")
+    both = make_activation(config, channels=4, dtype=torch.float64)
+    with torch.no_grad():
+        both.coefficients.copy_(torch.stack([activation.coefficients for activation in shared], 1))
+    assert gains(both).slope == pytest.approx(sum(gains(activation).slope for activation in shared) / 2)
+
+
+def test_a_clamp_makes_the_basin_unbounded():
+    assert gains(ExpansionConfig("hermite", 3)).basin < 4
+    assert gains(ExpansionConfig("hermite", 3, clamp=2.0)).basin == math.inf
 
 
 def test_gains_of_known_functions():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ortho_fx import ExpansionConfig
 from ortho_fx.bases import BASES
 from ortho_fx.initialisation import initial_parameters
 from ortho_fx.moments import moments
@@ -34,7 +35,7 @@ def quadrature(function):
 @pytest.mark.parametrize("init", ["stable", "paper"])
 @pytest.mark.parametrize(("name", "degree"), SOME)
 def test_closed_forms_agree_with_quadrature(name, degree, init):
-    values = initial_parameters(name, degree, init)
+    values = initial_parameters(ExpansionConfig(name, degree, init))
     g = moments(name, values)
     closed = [g.mean, g.square, g.derivative_square, g.mean_growth, g.square_growth]
     assert closed == pytest.approx(quadrature(function_of(name, values)), abs=2e-5)
@@ -42,7 +43,7 @@ def test_closed_forms_agree_with_quadrature(name, degree, init):
 
 @pytest.mark.parametrize(("name", "degree"), EVERY)
 def test_stable_gains_are_one_and_attract(name, degree):
-    g = moments(name, initial_parameters(name, degree, "stable"))
+    g = moments(name, initial_parameters(ExpansionConfig(name, degree)))
     assert abs(g.square - 1) < 1e-12
     assert abs(g.derivative_square - 1) < 1e-12
     if (name, degree) == ("hermite", 1):  # the identity
@@ -53,13 +54,13 @@ def test_stable_gains_are_one_and_attract(name, degree):
 
 @pytest.mark.parametrize("degree", [1, 3, 8, 32])
 def test_paper_hermite_gains_are_one_with_the_finite_sum(degree):
-    g = moments("hermite", initial_parameters("hermite", degree, "paper"))
+    g = moments("hermite", initial_parameters(ExpansionConfig("hermite", degree, "paper")))
     assert (g.square, g.derivative_square) == pytest.approx((1, 1), abs=1e-12)
 
 
 def test_paper_initialisation_has_the_published_gains():
-    fourier = moments("fourier", initial_parameters("fourier", 64, "paper"))
-    tropical = moments("tropical", initial_parameters("tropical", 5, "paper"))
+    fourier = moments("fourier", initial_parameters(ExpansionConfig("fourier", 64, "paper")))
+    tropical = moments("tropical", initial_parameters(ExpansionConfig("tropical", 5, "paper")))
     assert (fourier.square, fourier.derivative_square) == pytest.approx((1.307, 0.965), abs=1e-3)
     assert (tropical.square, tropical.derivative_square) == pytest.approx((1.399, 1.000), abs=1e-3)
 
@@ -67,7 +68,7 @@ def test_paper_initialisation_has_the_published_gains():
 @pytest.mark.parametrize("degree", [1, 5, 12, 64])
 @pytest.mark.parametrize("name", ["tropical", "tropical_rational"])
 def test_every_tropical_piece_is_the_maximum_somewhere_likely(name, degree):
-    values = initial_parameters(name, degree, "stable")
+    values = initial_parameters(ExpansionConfig(name, degree))
     x = torch.linspace(-3.5, 3.5, 20001, dtype=torch.float64)
     for slopes, offsets in (("slopes", "offsets"), ("denominator_slopes", "denominator_offsets")):
         if slopes in values:
@@ -79,7 +80,7 @@ def test_every_tropical_piece_is_the_maximum_somewhere_likely(name, degree):
     ("name", "degree"), [("hermite", 3), ("fourier", 5), ("tropical", 5), ("tropical_rational", 6)]
 )
 def test_a_deep_plain_network_keeps_its_signal_and_its_gradient(name, degree):
-    function = function_of(name, initial_parameters(name, degree, "stable"))
+    function = function_of(name, initial_parameters(ExpansionConfig(name, degree)))
     generator = torch.Generator().manual_seed(0)
     width = 512
     h = first = torch.randn(64, width, generator=generator, dtype=torch.float64).requires_grad_()
@@ -93,7 +94,7 @@ def test_a_deep_plain_network_keeps_its_signal_and_its_gradient(name, degree):
 
 
 def test_the_papers_hermite_initialisation_does_not():
-    function = function_of("hermite", initial_parameters("hermite", 3, "paper"))
+    function = function_of("hermite", initial_parameters(ExpansionConfig("hermite", 3, "paper")))
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(64, 512, generator=generator, dtype=torch.float64)
     for _ in range(16):

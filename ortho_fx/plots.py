@@ -1,0 +1,71 @@
+"""Pictures; the one place that needs matplotlib, which is an extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.sampling import differentiated, name_of
+
+if TYPE_CHECKING:
+    from ortho_fx.fit import Fit
+
+_INK, _RED = "0.25", "#c0392b"
+
+
+def plot_fit(fit: Fit, path: str | Path) -> None:
+    """Value and derivative of a fit beside those of the function, over its interval, with the errors below.
+
+    Raises:
+        OrthoFxError: a file that cannot be written, or no matplotlib.
+    """
+    pyplot = _pyplot()
+    low, high = fit.interval
+    # The middles of cells, not their edges: derivatives jump at kinks, which are at round numbers.
+    x = low + (torch.arange(2000, dtype=torch.float64) + 0.5) * (high - low) / 2000
+    exact = differentiated(fit.function, x)
+    fitted = differentiated(fit, x)
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(9, 4.6), sharex=True, layout="constrained", gridspec_kw={"height_ratios": [3, 1]}
+    )
+    errors = ((fit.rmse, fit.max_error), (fit.derivative_rmse, fit.derivative_max_error))
+    for column, (title, (rmse, largest)) in enumerate(zip(("value", "first derivative"), errors, strict=True)):
+        top, bottom = axes[0, column], axes[1, column]
+        top.plot(x, exact[column], color=_INK, lw=3.0, alpha=0.45, label=name_of(fit.function))
+        top.plot(x, fitted[column], color=_RED, lw=1.4, label=str(fit.config))
+        top.set_title(f"{title}: rmse {rmse:.2g}, max {largest:.2g}", fontsize=10)
+        top.legend(frameon=False, fontsize=9, loc="upper left")
+        bottom.plot(x, fitted[column] - exact[column], color=_RED, lw=1.0)
+        bottom.axhline(0, color=_INK, lw=0.6)
+        bottom.set_ylabel("error", fontsize=9)
+        bottom.set_xlabel("x")
+        for axis in (top, bottom):
+            axis.grid(alpha=0.2)
+            axis.margins(x=0)
+    save(figure, path)
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a figure in the format that the path's ending names."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OrthoFxError(f"cannot write {path}: {error}") from None
+    finally:
+        _pyplot().close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise OrthoFxError('plots need matplotlib: pip install "ortho-fx[train]"') from None
+    # A figure is written to a file wherever this runs, with a display or without.
+    from matplotlib import pyplot
+
+    if not matplotlib.is_interactive():
+        pyplot.switch_backend("agg")
+    return pyplot

@@ -1,0 +1,38 @@
+"""A user's elementwise function at given points: its value and derivative, and what it did wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.errors import OrthoFxError
+
+
+def name_of(function: Callable[[Tensor], Tensor]) -> str:
+    """What a message calls it."""
+    if isinstance(function, nn.Module):
+        return type(function).__name__
+    return getattr(function, "__name__", None) or str(function)
+
+
+def differentiated(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and, by autograd, the derivatives of a function at points (float64, one dimension).
+
+    Raises:
+        OrthoFxError: a function that returns another shape, NaN, or a tensor without a gradient.
+    """
+    name = name_of(function)
+    x = points.clone().requires_grad_()
+    with torch.enable_grad():
+        y = function(x)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
+    if y.isnan().any():
+        raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
+    if not y.requires_grad:
+        raise OrthoFxError(f"{name} returns a tensor without a gradient")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
