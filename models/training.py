@@ -56,7 +56,7 @@ class TrainConfig:
         model: "gpt2" or "convnext".
         size: a preset of the model; "tiny" is made for a CPU and for the bundled data.
         basis: basis of the expansions, or "none" for the untouched model.
-        degree, init: as in `ExpansionConfig`.
+        degree, init, granularity, clamp: as in `ExpansionConfig`.
         calibrate: whether the expansions start fitted to the model's own pre-activations (`calibrate_`).
         lr, expansion_lr: peak learning rates of the model and of the expansions (None: `lr`).
         warmup: steps of linear warm-up, then a cosine to a tenth of the peak.
@@ -71,6 +71,8 @@ class TrainConfig:
     basis: str = "hermite"
     degree: int | None = None
     init: str = "stable"
+    granularity: str = "layer"
+    clamp: float | None = None
     calibrate: bool = True
     steps: int | None = None
     batch_size: int | None = None
@@ -111,7 +113,8 @@ class TrainConfig:
     @property
     def expansion(self) -> ExpansionConfig | None:
         """The expansion that replaces the model's activations."""
-        return None if self.basis == "none" else ExpansionConfig(self.basis, self.degree, self.init)
+        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp)
+        return None if self.basis == "none" else ExpansionConfig(*expansion)
 
     @property
     def directory(self) -> Path:
@@ -163,11 +166,11 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = task.build(preset).to(config.device)
         if config.expansion is not None:
-            rewrite_(self.model, config.expansion)
+            assert config.batch_size is not None
+            inputs = self.data.batch(config.seed, 0, config.batch_size)[0].to(config.device)
+            rewrite_(self.model, config.expansion, example_inputs=inputs)
             if config.calibrate:
-                assert config.batch_size is not None
-                inputs, _ = self.data.batch(config.seed, 0, config.batch_size)
-                calibrate_(self.model, [inputs.to(config.device)])
+                calibrate_(self.model, [inputs])
         assert config.lr is not None
         groups = param_groups(
             self.model, lr=config.lr, weight_decay=config.weight_decay, expansion_lr=config.expansion_lr

@@ -24,9 +24,14 @@ from ortho_fx.operators import expand
 class ExpansionActivation(nn.Module):
     """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
 
-    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. Half-precision inputs are computed in
-    float32; in float16 a result beyond +-65504 becomes +-65504. The parameters have the basis' names and the shape
-    (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters have the basis' names and
+    the shape (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+
+    Rounding: half-precision inputs are computed in float32 and the result is rounded once, by at most 4e-3 of it in
+    bfloat16 and 5e-4 in float16; there a result beyond +-65504 becomes +-65504, while a gradient that large is inf,
+    which gradient scalers look for. Nothing else saturates unless `clamp=` says so. The classes state the errors of
+    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as benchmarks/accuracy.py measures
+    them.
 
     Args:
         degree, init, granularity, clamp: as in `ExpansionConfig`.
@@ -175,6 +180,11 @@ class HermiteActivation(ExpansionActivation):
 
     He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default.
 
+    Rounding in float32, started for N(0, 1): at most 5e-6 at degree 3, 7e-6 at degree 8, and 5e-5 at degrees 16 and 32;
+    the three-term recurrence is stable where a sum of powers of x is not. Inputs far outside of the range that the
+    coefficients are made for cancel: started for N(0, 0.2^2), where 10 is 50 deviations off, 8e-5 at degree 8, 9e-3 at
+    degree 16, and 0.12 at degree 32 in the gradient. A clamp keeps them from that.
+
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
     Example:
@@ -192,6 +202,8 @@ class FourierActivation(ExpansionActivation):
     Parameters: `constant` a_0 of shape (1,); `coefficients` a_k, `frequencies` w_k (radians per unit of x, starting
     from 1 .. n) and `phases` p_k (radians, starting from pi / 4), each of shape (n,). Degrees 1 to 64; 5 by default.
 
+    Rounding in float32: at most 8e-7 in value and, for frequencies up to 5 n, 8e-6 in the gradient. Bounded everywhere.
+
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
@@ -202,6 +214,9 @@ class TropicalActivation(ExpansionActivation):
     r"""y(x) = \max_{k=0}^n (s_k x + b_k), convex and piecewise linear, with learnable `offsets` b_0 .. b_n.
 
     The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Degrees 1 to 64; 5 by default.
+
+    Rounding in float32: at most 2e-7 in value. At an input within rounding of a knot the gradient can be that of the
+    piece beside: it is off by a difference of two slopes there, and exact everywhere else. It grows linearly.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247, whose scale * max_k (k x + b_k) this is with
     s_k = scale * k and the scale multiplied into the offsets.
@@ -215,6 +230,8 @@ class TropicalRationalActivation(ExpansionActivation):
 
     Parameters: `slopes` s, `offsets` b, `denominator_slopes` t and `denominator_offsets` c, each of shape (n + 1,); in
     tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default.
+
+    Rounding in float32: at most 1e-6 in value; in the gradient as that of `TropicalActivation`.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """

@@ -105,6 +105,8 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     train.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)}, or none for the untouched model")
     train.add_argument("--degree", type=int, help="degree of the expansions (default: that of the basis)")
     train.add_argument("--init", default="stable", help=f"start of the expansions: {', '.join(INITS)}")
+    train.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
+    train.add_argument("--clamp", type=float, help="cut inputs off so many standard deviations from their mean")
     train.add_argument(
         "--no-calibrate",
         dest="calibrate",

@@ -45,6 +45,17 @@ def test_compiled_training_lowers_the_loss_and_reaches_every_expansion(tmp_path,
             assert not torch.equal(parameter, start[f"{name}.{key}"])
 
 
+@pytest.mark.parametrize("model", ["gpt2", "convnext"])
+def test_expansions_a_channel_with_clamps_train(tmp_path, model):
+    config = small(tmp_path, model=model, granularity="channel", clamp=4.0, compile=False, lr=1e-3, steps=20)
+    run = training._Run(config)
+    result = run.start(resume=False, overwrite=False)
+    expansions = [m for m in run.model.modules() if isinstance(m, ExpansionActivation)]
+    assert [m.coefficients.shape for m in expansions] == [(4, 4 * w) for w in ((32, 32), (32, 64))[model == "convnext"]]
+    assert all(m.bounds is not None for m in expansions)
+    assert result.losses[20] < result.losses[1]
+
+
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize(
     ("build", "inputs"),
