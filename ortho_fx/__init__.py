@@ -14,7 +14,7 @@ from ortho_fx.fit import Fit, fit
 from ortho_fx.gains import Gains, gains
 from ortho_fx.optimizer import param_groups
 from ortho_fx.passes.sites import Site
-from ortho_fx.rewrite import RewriteReport, find_sites, rewrite_
+from ortho_fx.rewrite import RewriteReport, find_sites, revert_, rewrite_
 
 __version__ = "0.1.0"
 
@@ -36,5 +36,6 @@ __all__ = [
     "fit",
     "gains",
     "param_groups",
+    "revert_",
     "rewrite_",
 ]

@@ -21,8 +21,8 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -39,7 +39,8 @@ from ortho_fx.activations import ExpansionActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import substitute
-from ortho_fx.passes.source import Call, find_calls, origin
+from ortho_fx.passes.graph import Match, find_matches
+from ortho_fx.passes.source import Call, find_calls, source_of
 from ortho_fx.passes.targets import TargetTable, choose_targets
 from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
 
@@ -81,21 +82,19 @@ def ortho_fx(
             made before the first call added the parameters.
     """
     config, inductor = _read_options(mode, options)
-    table = choose_targets(None)
-    activations = list(_activation_nodes(gm, table))
-    if activations:
-        frame = _frame()
-        roots = _roots(frame, activations)
-        if _rewrite(roots, config):
-            _restart(frame)
-        own = dict(_own_calls(frame, roots, activations))
-        for node in activations:
-            if node not in own:
-                warnings.warn(f"ortho_fx left {_describe(node)}: no module's own code calls it", stacklevel=2)
-        if own:
-            return _run_once(frame, gm, own)
-    else:
-        _warn_of_nothing()
+    frame = _frame()
+    roots = _roots(frame, gm.graph.nodes)
+    if _rewrite(roots, config):
+        _restart(frame)
+    activations = list(_activations(gm, choose_targets(None)))
+    own = dict(_own_calls(frame, roots, activations))
+    for match in activations:
+        if match.node not in own:
+            warnings.warn(f"ortho_fx left {_describe(match.node)}: no module's own code calls it", stacklevel=2)
+    if own:
+        return _run_once(frame, gm, activations, own)
+    if not activations:
+        _warn_of_nothing(roots)
     return inductor(gm, example_inputs)
 
 
@@ -120,18 +119,16 @@ def _read_options(
         raise CompileError(str(error)) from None
 
 
-def _activation_nodes(gm: fx.GraphModule, table: TargetTable) -> Iterator[fx.Node]:
+def _activations(gm: fx.GraphModule, table: TargetTable) -> Iterator[Match]:
     """The activations of the graph and of the graphs inside it, such as checkpointed regions."""
     for graph_module in gm.modules():
         if isinstance(graph_module, fx.GraphModule):
-            for node in graph_module.graph.nodes:
-                if table.of_node(node) is not None:
-                    yield node
+            yield from (match for match in find_matches(graph_module.graph) if match.function in table.names)
 
 
-def _warn_of_nothing() -> None:
+def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
     """Warns of a compiled model that neither has an activation nor ever had one replaced."""
-    (root,) = _roots(_frame(), ()) or (None,)
+    (root,) = roots or (None,)
     if root is not None and not any(isinstance(module, ExpansionActivation) for module in root.modules()):
         warnings.warn(f"ortho_fx found no activation to replace in {type(root).__name__}", stacklevel=3)
 
@@ -148,7 +145,7 @@ def _restart(frame: InstructionTranslatorBase) -> NoReturn:
     raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
 
 
-def _roots(frame: InstructionTranslatorBase, nodes: Sequence[fx.Node]) -> list[nn.Module]:
+def _roots(frame: InstructionTranslatorBase, nodes: Iterable[fx.Node]) -> list[nn.Module]:
     """The outermost modules that the frame runs: the one whose method it is, or those that it calls."""
     code: types.CodeType = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -211,38 +208,49 @@ def _refuse_late_parameters(model: nn.Module) -> None:
 
 
 def _own_calls(
-    frame: InstructionTranslatorBase, roots: Sequence[nn.Module], nodes: Sequence[fx.Node]
+    frame: InstructionTranslatorBase, roots: Sequence[nn.Module], matches: Sequence[Match]
 ) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
-    """The nodes that the frame's own old code computes, each with the expansion that the new code has in its place."""
+    """The activations that the frame's own old code computes, each with the expansion that is in its place now."""
+    if not roots:
+        return
+    root = roots[0]
+    source = source_of(root)
     places: dict[tuple[str, int], list[Call]] = {}
-    root = roots[0] if roots else None
-    cls, replaced = origin(type(root)) if root is not None else (nn.Module, frozenset())
-    for call in find_calls(cls) if replaced else ():
-        if call.attribute in replaced and call.code is frame.f_code:
+    for call in find_calls(source) if source.replaced else ():
+        if call.attribute in source.replaced and call.code is frame.f_code:
             places.setdefault((call.function, call.line), []).append(call)
-    table = choose_targets(None)
     visits: dict[tuple[str, int], int] = {}
-    for node in nodes:
-        file, line = _source_line(node)
-        target = table.of_node(node)
-        if target is None or file != frame.f_code.co_filename or (target.name, line) not in places:
+    for match in matches:
+        file, line = _source_line(match.node)
+        place = (match.function, line)
+        if file != frame.f_code.co_filename or place not in places:
             continue
         # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
-        calls = sorted(places[target.name, line], key=lambda call: call.order)
-        visit = visits[target.name, line] = visits.get((target.name, line), -1) + 1
-        yield node, getattr(root, calls[visit % len(calls)].attribute)
+        calls = sorted(places[place], key=lambda call: call.order)
+        visit = visits[place] = visits.get(place, -1) + 1
+        yield match.node, getattr(root, calls[visit % len(calls)].attribute)
 
 
 def _run_once(
-    frame: InstructionTranslatorBase, gm: fx.GraphModule, own: Mapping[fx.Node, ExpansionActivation]
+    frame: InstructionTranslatorBase,
+    gm: fx.GraphModule,
+    matches: Sequence[Match],
+    own: Mapping[fx.Node, ExpansionActivation],
 ) -> Callable[..., Any]:
-    """The graph with these nodes replaced, for the call that is under way."""
+    """The graph with these activations replaced, for the call that is under way."""
     copied: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copied))
     runner = fx.GraphModule(gm, graph)
-    for number, (node, expansion) in enumerate(own.items()):
-        substitute.node_in(runner, copied[node], f"expansion_{number}")(expansion)
+    for number, match in enumerate(match for match in matches if match.node in own):
+        assert match.argument is not None
+        inside = replace(
+            match,
+            node=copied[match.node],
+            argument=copied[match.argument],
+            nodes=tuple(copied[node] for node in match.nodes),
+        )
+        substitute.node_in(runner, inside, f"expansion_{number}")(own[match.node])
     code = frame.f_code
 
     def run(*args: Any) -> Any:

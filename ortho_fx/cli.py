@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OrthoFxError as error:
         print(f"ortho-fx: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("ortho-fx: interrupted; go on with --resume", file=sys.stderr)
         return 130

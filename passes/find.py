@@ -1,22 +1,28 @@
 """Finds the activations of a model: child modules, functions kept as attributes, calls in source, nodes of FX graphs.
 
-What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Nothing
-is run and nothing is changed. Every kind is looked up in the one table of `targets`.
+What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Every kind is looked
+up in the one table of `targets`, and activations that the chosen targets leave out are found as well, with that as the
+reason. Nothing is changed; of the model's code only copies of leaf modules without parameters are run, to see whether
+they are activations.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx, nn
 
 from ortho_fx.activations import ExpansionActivation
 from ortho_fx.passes import substitute
+from ortho_fx.passes.graph import find_matches
+from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
-from ortho_fx.passes.source import find_calls, origin
-from ortho_fx.passes.targets import Reference, TargetTable
+from ortho_fx.passes.source import find_calls, source_of
+from ortho_fx.passes.targets import BY_NAME, EVERY_TARGET, Reference, TargetTable
 
 
 @dataclass(frozen=True)
@@ -33,29 +39,84 @@ class Occurrence:
     places: tuple[tuple[nn.Module, str], ...] = ()
 
 
-def find_occurrences(model: nn.Module, table: TargetTable) -> list[Occurrence]:
-    """Every activation of the table in the model, in the order of `model.named_modules()`."""
-    target = table.of_module(model)
+def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
+    """Every activation of the model, in the order of `model.named_modules()`; those not of the table with that reason.
+
+    With `share`, a module that stands in several places or is called several times is one occurrence; without, each
+    place and each call is.
+    """
+    found = list(_find(model, table, share))
+    return _merge_shared(found) if share else found
+
+
+def _find(model: nn.Module, table: TargetTable, share: bool) -> Iterator[Occurrence]:
+    target = EVERY_TARGET.modules.get(type(model))
     if target is not None:
         site = Site("", "module", target.name, reason="the model itself is the activation, and nothing holds it")
-        return [Occurrence(site, model, substitute.module_in(()))]
-    occurrences: list[Occurrence] = []
+        yield Occurrence(site, model, substitute.module_in(()))
+        return
     for prefix, owner in list(model.named_modules()):
-        if isinstance(owner, ExpansionActivation):
+        replaced = isinstance(owner, ExpansionActivation) or hasattr(owner, "_replaced")
+        if replaced or (owner is not model and _function_of(owner) is not None):
             continue
-        occurrences += _attributes(prefix, owner, table)
-        calls = _nodes if isinstance(owner, fx.GraphModule) else _calls
-        occurrences += calls(prefix, owner, table)
-        occurrences += _children(prefix, owner, table)
-    return _merge_shared(occurrences)
+        if isinstance(owner, torch.jit.ScriptModule):
+            yield from _scripted(prefix, owner)
+            continue
+        found = _attributes(prefix, owner)
+        found = [*found, *(_nodes if isinstance(owner, fx.GraphModule) else _calls)(prefix, owner)]
+        for occurrence in (*found, *_children(prefix, owner, share)):
+            function, reason = occurrence.site.function, occurrence.site.reason
+            if not reason and function not in table.names:
+                gate = "it is a gate unless it is named as a target"
+                reason = gate if BY_NAME[function].gate else "it is not among the targets"
+                occurrence = replace(occurrence, site=replace(occurrence.site, reason=reason))
+            yield occurrence
 
 
-def _children(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurrence]:
+def _function_of(module: nn.Module) -> str | None:
+    """The name of the activation function that a module is."""
+    target = EVERY_TARGET.modules.get(type(module))
+    if target is not None:
+        return target.name
+    reference = recognise_module(module)
+    return reference.target if reference is not None else None
+
+
+def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
-        target = None if child is None else table.of_module(child)
-        if child is not None and target is not None:
-            site, places = Site(_join(prefix, key), "module", target.name), ((owner, key),)
-            yield Occurrence(site, owner, substitute.module_in(places), target.reference_of(child), places)
+        if child is None or isinstance(child, ExpansionActivation):
+            continue
+        name, function, places = _join(prefix, key), _function_of(child), ((owner, key),)
+        if function is not None:
+            calls = () if share else _calls_of_child(prefix, owner, key)
+            if calls:
+                yield from calls
+                continue
+            site = Site(name, "module", function)
+            yield Occurrence(site, owner, substitute.module_in(places), recognise_module(child), places)
+        elif computes_unknown_function(child):
+            trait = "learns parameters of its own" if any(True for _ in child.parameters()) else "is in no table"
+            site = Site(name, "module", type(child).__name__, reason=f"its function {trait}")
+            yield Occurrence(site, owner, substitute.module_in(places), places=places)
+
+
+def _calls_of_child(prefix: str, owner: nn.Module, key: str) -> tuple[Occurrence, ...]:
+    """The calls of a child in the source of its owner, where these are several."""
+    split = frozenset((key,))
+    calls = [call for call in find_calls(source_of(owner, split)) if call.function == key]
+    child = owner._modules[key]
+    function = _function_of(child) if child is not None else None
+    if len(calls) < 2 or child is None or function is None:
+        return ()
+    return tuple(
+        Occurrence(
+            Site(_join(prefix, call.attribute), "call", function, location=call.location, reason=call.problem),
+            owner,
+            substitute.call_in(owner, call.attribute, split),
+            recognise_module(child),
+        )
+        for call in calls
+    )
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
@@ -74,19 +135,33 @@ def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
     return list(merged.values())
 
 
-def _attributes(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurrence]:
+_KEPT = types.BuiltinFunctionType | types.FunctionType | functools.partial | torch.jit.ScriptFunction | nn.Module
+
+
+def _attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
     for key, value in vars(owner).items():
-        target = table.of_function(value) if isinstance(value, types.BuiltinFunctionType | types.FunctionType) else None
-        if target is not None:
-            site = Site(_join(prefix, key), "attribute", target.name)
-            yield Occurrence(site, owner, substitute.attribute_of(owner, key), target.reference())
+        if key in OWN_ATTRIBUTES:
+            continue
+        if isinstance(value, _KEPT):
+            reference = recognise(value)
+            if reference is not None:
+                site = Site(_join(prefix, key), "attribute", reference.target)
+                yield Occurrence(site, owner, substitute.attribute_of(owner, key), reference)
+        elif isinstance(value, list | tuple | dict):
+            for item, kept in value.items() if isinstance(value, dict) else enumerate(value):
+                function = _function_of(kept) if isinstance(kept, nn.Module) else None
+                if function is not None:
+                    reason = (
+                        f"PyTorch does not see a module in a {type(value).__name__}: use nn.ModuleList or nn.ModuleDict"
+                    )
+                    site = Site(f"{_join(prefix, key)}[{item!r}]", "attribute", function, reason=reason)
+                    yield Occurrence(site, owner, substitute.module_in(()))
 
 
-def _calls(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurrence]:
-    cls, done = origin(type(owner))
-    chosen = {target.name for target in table.targets}
-    for call in find_calls(cls):
-        if call.attribute in done or call.function not in chosen:
+def _calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
+    source = source_of(owner)
+    for call in find_calls(source):
+        if call.attribute in source.replaced or call.function in source.split:
             continue
         reason = call.problem
         if hasattr(owner, call.attribute):
@@ -96,18 +171,32 @@ def _calls(prefix: str, owner: nn.Module, table: TargetTable) -> Iterator[Occurr
         yield Occurrence(site, owner, substitute.call_in(owner, call.attribute), call.reference)
 
 
-def _nodes(prefix: str, owner: fx.GraphModule, table: TargetTable) -> Iterator[Occurrence]:
-    for node in owner.graph.nodes:
-        target = table.of_node(node)
-        if target is not None:
-            name = f"{node.name}_expansion"
-            location = f"node {node.name}"
-            yield Occurrence(
-                Site(_join(prefix, name), "node", target.name, location=location),
-                owner,
-                substitute.node_in(owner, node, name),
-                target.reference(node.args[1:], node.kwargs),
-            )
+def _nodes(prefix: str, owner: fx.GraphModule) -> Iterator[Occurrence]:
+    for match in find_matches(owner.graph):
+        name = f"{match.node.name}_expansion"
+        reason = "" if match.argument is not None else "its input is no tensor of the graph"
+        site = Site(_join(prefix, name), match.kind, match.function, f"node {match.node.name}", reason=reason)
+        yield Occurrence(site, owner, substitute.node_in(owner, match, name), match.reference)
+
+
+def _scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:
+    """What a scripted module calls; its children are listed by themselves."""
+    try:
+        code = owner.graph
+    except Exception:  # a container has no forward
+        return
+    for node in _script_nodes(code.nodes()):
+        function = node.kind().removeprefix("aten::").removesuffix("_")
+        if node.kind().startswith("aten::") and function in BY_NAME:
+            site = Site(_join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
+            yield Occurrence(site, owner, substitute.module_in(()))
+
+
+def _script_nodes(nodes: Iterable[torch._C.Node]) -> Iterator[torch._C.Node]:
+    for node in nodes:
+        yield node
+        for block in node.blocks():
+            yield from _script_nodes(block.nodes())
 
 
 def _join(prefix: str, key: str) -> str:

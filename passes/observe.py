@@ -78,13 +78,13 @@ class _LastLayer:
                 module.register_forward_hook(lambda *_, dim=dim: setattr(self, "channel_dim", dim))
 
 
-def observe(model: nn.Module, table: TargetTable, batch: Batch) -> list[Observation]:
-    """Runs a copy of the model on a batch; one observation for each of `find_occurrences(model, table)`, in order."""
+def observe(model: nn.Module, table: TargetTable, batch: Batch, *, share: bool = True) -> list[Observation]:
+    """Runs a copy of the model on a batch; one observation for each of its occurrences, in order."""
     model = copied(model)
     layers = _LastLayer()
     layers.watch(model)
     probes = []
-    for occurrence in find_occurrences(model, table):
+    for occurrence in find_occurrences(model, table, share=share):
         probe = _Probe(occurrence.reference, layers)
         probes.append(probe)
         if not occurrence.site.reason:

@@ -1,18 +1,30 @@
-"""Puts expansions in the place of activations, one function for each kind of site.
+"""Puts expansions in the place of activations, one function for each kind of site, and back.
 
-Each takes what is known of the site when it is found, and returns the function that does the replacing.
+Each takes what is known of the site when it is found, and returns the function that does the replacing. The expansion
+keeps what stood there in `_replaced`, by which `restore` undoes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
-from ortho_fx.passes.source import origin, rewrite_class
-from ortho_fx.passes.targets import may_change_input
+from ortho_fx.passes.graph import Match, piece
+from ortho_fx.passes.source import rewrite_class, source_of
 
 Substitute = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What an expansion took the place of: "module" and "attribute" keep it, "call" needs nothing, "node" a graph."""
+
+    kind: str
+    value: Any = None
 
 
 def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
@@ -20,6 +32,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         for owner, key in places:
+            _remember(expansion, Replaced("module", owner._modules[key]))
             owner._modules[key] = expansion
             _leave_fast_path(owner)
 
@@ -30,6 +43,7 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
     """Replaces a function that the module keeps as an attribute (`self.activation = F.gelu`) by a child module."""
 
     def put(expansion: nn.Module) -> None:
+        _remember(expansion, Replaced("attribute", vars(owner)[key]))
         delattr(owner, key)
         owner.add_module(key, expansion)
         _leave_fast_path(owner)
@@ -37,38 +51,79 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
     return put
 
 
-def call_in(owner: nn.Module, attribute: str) -> Substitute:
+def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset()) -> Substitute:
     """Replaces a call in the source of the module's class, for this instance."""
 
     def put(expansion: nn.Module) -> None:
-        cls, done = origin(type(owner))
-        rewritten = rewrite_class(cls, done | {attribute})
+        source = source_of(owner, split)
+        rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
+        _remember(expansion, Replaced("call"))
         owner.add_module(attribute, expansion)
         owner.__class__ = rewritten
 
     return put
 
 
-def node_in(owner: fx.GraphModule, node: fx.Node, name: str) -> Substitute:
-    """Replaces a node of a graph by a call of a child module of that name."""
+def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
+    """Replaces nodes of a graph by a call of a child module of that name."""
 
     def put(expansion: nn.Module) -> None:
-        source = node.args[0] if node.args else node.kwargs["input"]
-        assert isinstance(source, fx.Node)
+        node = match.node
+        # Looked up now: the input may be a node that took the place of the one that was found.
+        (source,) = {other for part in match.nodes for other in part.all_input_nodes if other not in match.nodes}
+        _remember(expansion, Replaced("node", piece(match.nodes, source)))
         owner.add_module(name, expansion)
         with owner.graph.inserting_before(node):
             call = owner.graph.call_module(name, (source,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
-        if may_change_input(node):
+        if match.in_place:
             # Whoever reads the input afterwards expects the changed tensor.
             order = {other: index for index, other in enumerate(owner.graph.nodes)}
             source.replace_all_uses_with(call, delete_user_cb=lambda user: order[user] > order[node])
-        owner.graph.erase_node(node)
+        # From the result upwards: a node goes once nobody uses it.
+        for part in match.nodes:
+            if not part.users:
+                owner.graph.erase_node(part)
         owner.graph.lint()
         owner.recompile()
 
     return put
+
+
+def restore(owner: nn.Module, key: str) -> None:
+    """Puts what an expansion replaced back in one place that holds it."""
+    expansion = owner._modules[key]
+    assert expansion is not None
+    (replaced,) = expansion._replaced
+    if replaced.kind == "module":
+        owner._modules[key] = replaced.value.train(expansion.training)
+    elif replaced.kind == "attribute":
+        delattr(owner, key)
+        # Past nn.Module, which would register a module that the owner did not.
+        object.__setattr__(owner, key, replaced.value)
+    elif replaced.kind == "call":
+        delattr(owner, key)
+        source = source_of(owner)
+        left = replace(source, replaced=source.replaced - {key})
+        owner.__class__ = rewrite_class(left) if left.replaced else left.cls
+    else:
+        assert isinstance(owner, fx.GraphModule)
+        for node in [node for node in owner.graph.nodes if node.op == "call_module" and node.target == key]:
+            with owner.graph.inserting_before(node):
+                (start,) = (part for part in replaced.value.nodes if part.op == "placeholder")
+                node.replace_all_uses_with(owner.graph.graph_copy(replaced.value, {start: node.args[0]}))
+            owner.graph.erase_node(node)
+        delattr(owner, key)
+        owner.graph.lint()
+        owner.recompile()
+    if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
+        owner.activation_relu_or_gelu = _fast_path_of(owner.activation)
+
+
+def _remember(expansion: nn.Module, replaced: Replaced) -> None:
+    # In a tuple, for a module in it to be no submodule.
+    expansion._replaced = (replaced,)  # type: ignore[assignment]
 
 
 def _leave_fast_path(owner: nn.Module) -> None:
@@ -76,3 +131,9 @@ def _leave_fast_path(owner: nn.Module) -> None:
     # `activation` is; 0 names none.
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0
+
+
+def _fast_path_of(activation: object) -> int:
+    if activation is F.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is F.gelu or isinstance(activation, nn.GELU) else 0

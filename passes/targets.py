@@ -1,11 +1,13 @@
 """The one table of activations: which callables are activations, and which scalar function each computes.
 
-Every way of finding an activation reads this table: module classes, functions (in-place ones too) and tensor methods.
-Sigmoid, tanh and the like are gates more often than activations, so they are replaced only when they are named.
+Every way of finding an activation reads this table: module classes, functions (in-place ones too), tensor methods, ATen
+operators, and, through `recognise`, whatever computes one of its functions under another name. Sigmoid, tanh and the
+like are gates more often than activations, so they are replaced only when they are named.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ from ortho_fx.errors import OrthoFxError
 class Target:
     """One activation function and every callable of PyTorch that computes it.
 
-    `gate` says that it is bounded or otherwise rarely the activation of a network: replaced only when it is named.
+    `gate` says that it is bounded or otherwise rarely a plain activation: replaced only when it is named.
     `in_place` holds the functions that also write to their argument. `settings` are the arguments besides the input
     that change the function, in order; modules keep them as attributes of the same names.
     """
@@ -62,6 +64,21 @@ class Reference:
         return f"{self.target}({arguments})" if arguments else self.target
 
 
+def swish(x: Tensor, beta: float = 1.702) -> Tensor:
+    """x sigmoid(beta x); beta = 1.702 is also called quick GELU."""
+    return x * torch.sigmoid(beta * x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return F.relu(x).square()
+
+
+def self_gated(x: Tensor, formula: str) -> Tensor:
+    """A product of x with a gate of x that has no name of its own, by its formula in `x`, `torch`, `F` and `math`."""
+    return eval(formula, {"__builtins__": {}, "torch": torch, "F": F, "math": math, "x": x})
+
+
 TARGETS: tuple[Target, ...] = (
     Target("relu", (nn.ReLU,), (F.relu, torch.relu), (F.relu_, torch.relu_), ("relu", "relu_")),
     Target("relu6", (nn.ReLU6,), (F.relu6,)),
@@ -73,11 +90,17 @@ TARGETS: tuple[Target, ...] = (
     Target("silu", (nn.SiLU,), (F.silu,)),
     Target("mish", (nn.Mish,), (F.mish,)),
     Target("hardswish", (nn.Hardswish,), (F.hardswish,)),
+    Target("rrelu", (nn.RReLU,), (F.rrelu, torch.rrelu), (F.rrelu_, torch.rrelu_), settings=("lower", "upper")),
+    Target("relu_squared", (), (relu_squared,)),
+    Target("swish", (), (swish,), settings=("beta",)),
+    Target("self_gated", (), (self_gated,), settings=("formula",)),
+    Target("prelu", (nn.PReLU,), (F.prelu, torch.prelu), gate=True),
     Target("softplus", (nn.Softplus,), (F.softplus,), gate=True, settings=("beta", "threshold")),
     Target("sigmoid", (nn.Sigmoid,), (F.sigmoid, torch.sigmoid), (torch.sigmoid_,), ("sigmoid", "sigmoid_"), gate=True),
     Target("hardsigmoid", (nn.Hardsigmoid,), (F.hardsigmoid,), gate=True),
     Target("tanh", (nn.Tanh,), (F.tanh, torch.tanh), (torch.tanh_,), ("tanh", "tanh_"), gate=True),
     Target("hardtanh", (nn.Hardtanh,), (F.hardtanh,), (F.hardtanh_,), gate=True, settings=("min_val", "max_val")),
+    Target("softsign", (nn.Softsign,), (F.softsign,), gate=True),
 )
 BY_NAME: Mapping[str, Target] = {target.name: target for target in TARGETS}
 
@@ -87,35 +110,42 @@ class TargetTable:
 
     def __init__(self, targets: Iterable[Target]) -> None:
         self.targets = tuple(targets)
+        self.names = frozenset(t.name for t in self.targets)
         self.modules: Mapping[type[nn.Module], Target] = {cls: t for t in self.targets for cls in t.modules}
         self.functions: Mapping[Hashable, Target] = {f: t for t in self.targets for f in (*t.functions, *t.in_place)}
         self.in_place = frozenset(f for t in self.targets for f in t.in_place)
         self.methods: Mapping[str, Target] = {method: t for t in self.targets for method in t.methods}
 
-    def of_module(self, module: nn.Module) -> Target | None:
-        """The target that the module is exactly; a subclass may compute anything, so it is not taken for its base."""
-        return self.modules.get(type(module))
-
     def of_node(self, node: fx.Node) -> Target | None:
-        """The target that a node of a graph computes, as a function or a method."""
+        """The target that a node of a graph computes, as a function, an ATen operator or a method."""
         if node.op == "call_function":
             return self.of_function(node.target)
         return self.methods.get(str(node.target)) if node.op == "call_method" else None
 
     def of_function(self, function: object) -> Target | None:
+        if isinstance(function, torch._ops.OpOverload):
+            target = BY_NAME.get(_operator_name(function)) if function.namespace == "aten" else None
+            return target if target is not None and target.name in self.names else None
         try:
             return self.functions.get(function)
         except TypeError:  # unhashable, so not a function of ours
             return None
 
 
-_IN_PLACE = frozenset(function for target in TARGETS for function in target.in_place)
+EVERY_TARGET = TargetTable(TARGETS)
+_IN_PLACE = EVERY_TARGET.in_place
+
+
+def _operator_name(operator: torch._ops.OpOverload) -> str:
+    return operator._schema.name.removeprefix("aten::").removesuffix("_")
 
 
 def may_change_input(node: fx.Node) -> bool:
     """Whether an activation's node writes to its input as well."""
     if node.op == "call_method":
         return str(node.target).endswith("_")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
 
 

@@ -1,0 +1,231 @@
+"""Walks the syntax tree of a method: lists its activations in the order of the text, and replaces the chosen ones."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ortho_fx.passes.elementwise import bends
+from ortho_fx.passes.formulas import Formula, formula_of
+from ortho_fx.passes.methods import UNRESOLVED, Method
+from ortho_fx.passes.recognise import recognise
+from ortho_fx.passes.targets import BY_NAME, EVERY_TARGET, Reference, Target
+
+
+@dataclass(frozen=True)
+class Found:
+    """An activation in a method's text; the fields are those of `ortho_fx.passes.source.Call`.
+
+    `argument` is its input, None where that is not one plain expression; `constants` are the attributes of self that
+    decide which activation it is.
+    """
+
+    function: str
+    kind: str
+    argument: ast.expr | None
+    reference: Reference | None
+    in_place: bool = False
+    problem: str = ""
+    constants: frozenset[str] = frozenset()
+    attribute: str = ""
+    line: int = 0
+    order: int = 0
+
+
+class CallEditor(ast.NodeTransformer):
+    """Lists activations in `found`; puts `self.<attribute>(argument)` in the place of the chosen ones.
+
+    Args:
+        method: whose text it is.
+        numbers: how many expansions of each function the class has before these; it is counted on.
+        split: children whose calls are activations as well.
+        chosen: the attributes of those to replace.
+        helpers: functions that became methods of the class, with the names that they have there.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        numbers: dict[str, int],
+        split: frozenset[str] = frozenset(),
+        chosen: frozenset[str] = frozenset(),
+        helpers: Mapping[types.FunctionType, str] = types.MappingProxyType({}),
+    ) -> None:
+        self.method, self.numbers, self.split, self.chosen, self.helpers = method, numbers, split, chosen, helpers
+        self.found: list[Found] = []
+        self._discarded: set[ast.expr] = set()
+        self._evaluated = 0
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        self._discarded.add(node.value)
+        return self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        """`x *= torch.sigmoid(x)` is an assignment of a formula to x."""
+        if isinstance(node.target, ast.Name):
+            target = ast.Name(node.target.id, ast.Load())
+            value = ast.copy_location(ast.BinOp(ast.copy_location(target, node), node.op, node.value), node)
+            found = self._formula(value)
+            if found is not None:
+                edited = self._replaced(value, found)
+                if edited is not value:
+                    return ast.copy_location(ast.Assign([node.target], edited), node)
+                return node
+        return self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        found = self._formula(node)
+        return self._replaced(node, found) if found is not None else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        found = self._call(node)
+        if found is None:
+            found = self._formula(node)
+        if found is not None:
+            return self._replaced(node, found)
+        helper = self.method.resolve(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else None
+        edited = self.generic_visit(node)
+        if isinstance(helper, types.FunctionType) and helper in self.helpers:
+            assert isinstance(edited, ast.Call)
+            edited.func = ast.copy_location(self._of_self(self.helpers[helper]), node.func)
+        return edited
+
+    def _of_self(self, attribute: str) -> ast.Attribute:
+        return ast.Attribute(ast.Name(self.method.self_name, ast.Load()), attribute, ast.Load())
+
+    def _replaced(self, node: ast.expr, found: Found) -> ast.expr:
+        """Lists an activation, and replaces it if it is chosen."""
+        number = self.numbers[found.function] = self.numbers.get(found.function, -1) + 1
+        argument, problem = found.argument, found.problem
+        if not problem and argument is None:
+            problem = "its input is not a plain argument"
+        elif not problem and found.in_place and node in self._discarded and not isinstance(argument, ast.Name):
+            problem = "it changes a tensor in place that has no name of its own"
+        attribute = f"{found.function}_expansion_{number}"
+        index = len(self.found)
+        self.found.append(replace(found, attribute=attribute, line=node.lineno, problem=problem))
+        edited: ast.expr = node
+        if attribute in self.chosen and argument is not None:
+            edited = ast.Call(self._of_self(attribute), [self.visit(argument)], [])
+            if found.in_place and isinstance(argument, ast.Name):
+                # The name held the changed tensor afterwards, so it has to hold the expansion's output.
+                edited = ast.NamedExpr(ast.Name(argument.id, ast.Store()), edited)
+            edited = ast.copy_location(edited, node)
+        elif found.kind == "formula" and argument is not None:
+            self.visit(argument)
+        else:
+            self.generic_visit(node)
+        # Python evaluates the calls inside the arguments first, and those have been visited by now.
+        self.found[index] = replace(self.found[index], order=self._evaluated)
+        self._evaluated += 1
+        return edited
+
+    def _call(self, node: ast.Call) -> Found | None:
+        """A call of one activation function, whatever stands in the place of the function."""
+        asked = set(self.method.asked)
+        self.method.asked.clear()
+        function = self.method.called(node.func)
+        constants = frozenset(self.method.asked)
+        self.method.asked |= asked
+        target = EVERY_TARGET.of_function(function) if function is not UNRESOLVED else None
+        if target is not None:
+            in_place = function in EVERY_TARGET.in_place or any(_may_be_in_place(k) for k in node.keywords)
+            reference = _reference(target, node.args[1:], node.keywords)
+            return Found(target.name, "function", _first_argument(node), reference, in_place, constants=constants)
+        if function is not UNRESOLVED:
+            return self._of_object(node, function, constants)
+        return self._unknown(node) or self._method(node)
+
+    def _of_object(self, node: ast.Call, function: object, constants: frozenset[str]) -> Found | None:
+        """A call of a module that is no child, or of a function of somebody's."""
+        if isinstance(function, type):
+            return None
+        reference = recognise(function)
+        if reference is None:
+            return None
+        built = isinstance(node.func, ast.Call)
+        in_place = any(_may_be_in_place(k) for k in (*node.keywords, *(node.func.keywords if built else ())))
+        kind = (
+            "built in forward"
+            if isinstance(function, nn.Module) and not isinstance(node.func, ast.Name)
+            else "function"
+        )
+        return Found(reference.target, kind, _first_argument(node), reference, in_place, constants=constants)
+
+    def _unknown(self, node: ast.Call) -> Found | None:
+        """A call of an item of a map of activations, by a key that is known only when it runs."""
+        if isinstance(node.func, ast.Subscript):
+            table = self.method.resolve(node.func.value)
+            if isinstance(table, Mapping) and any(key in BY_NAME for key in table if isinstance(key, str)):
+                problem = "which activation it calls is known only when it runs"
+                return Found("activation", "function", _first_argument(node), None, problem=problem)
+        return None
+
+    def _method(self, node: ast.Call) -> Found | None:
+        if not isinstance(node.func, ast.Attribute):
+            return None
+        receiver, name = node.func.value, node.func.attr
+        if self.method.is_self(receiver):
+            if name in self.split:
+                return Found(name, "call", _first_argument(node), None)
+            return None
+        target = EVERY_TARGET.methods.get(name)
+        if target is None or node.args or node.keywords or self.method.resolve(receiver) is not UNRESOLVED:
+            return None
+        return Found(target.name, "method", receiver, target.reference(), name.endswith("_"))
+
+    def _formula(self, node: ast.expr) -> Found | None:
+        if not any(_bends(part) for part in ast.walk(node)):
+            return None
+        asked = set(self.method.asked)
+        self.method.asked.clear()
+        formula = formula_of(node, self.method)
+        constants = frozenset(self.method.asked)
+        self.method.asked |= asked
+        reference = formula and formula.reference()
+        if formula is None or reference is None:
+            reference = self._gated(node, formula)
+        if formula is None or reference is None:
+            return None
+        in_place = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_")
+        return Found(reference.target, "formula", formula.argument, reference, in_place, constants=constants)
+
+    def _gated(self, node: ast.expr, formula: Formula | None) -> Reference | None:
+        """The reference of a self-gated product without a name, if nothing inside of it is an activation already."""
+        reference = formula.gated() if formula is not None else None
+        if reference is None:
+            return None
+        inside = CallEditor(self.method, {}, self.split)
+        inside.generic_visit(node)
+        names = {found.function for found in inside.found}
+        return reference if all(name in BY_NAME and BY_NAME[name].gate for name in names) else None
+
+
+def _bends(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Attribute) and bends(node.attr)) or (isinstance(node, ast.Name) and bends(node.id))
+
+
+def _first_argument(node: ast.Call) -> ast.expr | None:
+    if node.args:
+        return None if isinstance(node.args[0], ast.Starred) else node.args[0]
+    if len(node.keywords) == 1 and node.keywords[0].arg is not None:
+        return node.keywords[0].value
+    return next((keyword.value for keyword in node.keywords if keyword.arg == "input"), None)
+
+
+def _reference(target: Target, values: list[ast.expr], named: list[ast.keyword]) -> Reference | None:
+    """The scalar function of a call with these further arguments, if they are written as constants."""
+    try:
+        constants = [ast.literal_eval(value) for value in values[: len(target.settings)]]
+        settings = [keyword for keyword in named if keyword.arg is None or keyword.arg in target.settings]
+        return target.reference(constants, {str(k.arg): ast.literal_eval(k.value) for k in settings})
+    except ValueError:
+        return None
+
+
+def _may_be_in_place(keyword: ast.keyword) -> bool:
+    return keyword.arg == "inplace" and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)

@@ -1,0 +1,167 @@
+"""Activations in `torch.fx` graphs, whoever traced them: single nodes, and formulas of several nodes.
+
+A formula is a cone of elementwise nodes above a node whose only ingredient besides constants is one node; it is written
+as an expression in `x` and recognised like a formula in source. In a graph nothing tells where one activation ends and
+the next begins, so the smallest cone that is a known function counts.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends
+from ortho_fx.passes.formulas import Formula
+from ortho_fx.passes.targets import EVERY_TARGET, Reference, may_change_input
+
+# A formula that somebody wrote is shorter, in nodes and in characters.
+_MOST_NODES, _LONGEST = 24, 600
+_SYMBOLS = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "truediv": "{} / {}",
+    "pow": "{} ** {}",
+    "neg": "-{}",
+    "pos": "+{}",
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """An activation in a graph: the node of its result, that of its input, and all between from the result upwards."""
+
+    node: fx.Node
+    argument: fx.Node | None
+    nodes: tuple[fx.Node, ...]
+    function: str
+    kind: str
+    reference: Reference | None
+    in_place: bool = False
+
+
+def find_matches(graph: fx.Graph) -> list[Match]:
+    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own."""
+    found: list[Match] = []
+    covered: set[fx.Node] = set()
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in reversed(graph.nodes):
+        if node in covered:
+            continue
+        match = _formula(node, order) or _single(node)
+        if match is not None:
+            found.append(match)
+            covered.update(match.nodes)
+    return found[::-1]
+
+
+def _single(node: fx.Node) -> Match | None:
+    target = EVERY_TARGET.of_node(node)
+    if target is None:
+        return None
+    argument = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    named = {name: value for name, value in node.kwargs.items() if name not in ("input", "self", "inplace")}
+    further = node.args[1:] if not isinstance(node.target, torch._ops.OpOverload) else _further(node)
+    reference = target.reference(further, named) if len(further) <= len(target.settings) else None
+    source = argument if isinstance(argument, fx.Node) else None
+    return Match(node, source, (node,), target.name, "node", reference, may_change_input(node))
+
+
+def _further(node: fx.Node) -> tuple[object, ...]:
+    """The arguments of an ATen operator after its input, without those that have their defaults at the end."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    defaults = [argument.default_value for argument in node.target._schema.arguments[1:]]
+    given = list(node.args[1:])
+    while given and given[-1] == defaults[len(given) - 1]:
+        given.pop()
+    return tuple(given)
+
+
+def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
+    """The smallest formula that ends in a node: its input is the nearest node that all of it depends on."""
+    inside: set[fx.Node] = set()
+    frontier = {node}
+    while len(inside) < _MOST_NODES and frontier:
+        latest = max(frontier, key=order.__getitem__)
+        if _name(latest) is None or (may_change_input(latest) and latest is not node):
+            return None
+        inside.add(latest)
+        frontier = (frontier - {latest}) | set(latest.all_input_nodes)
+        if len(frontier) == 1 and len(inside) > 1 and any(bends(_base(part)) for part in inside):
+            (argument,) = frontier
+            reference = _recognised(node, argument, inside)
+            in_place = may_change_input(node)
+            if reference is not None and not (in_place and node.args[0] is not argument):
+                nodes = tuple(sorted(inside, key=order.__getitem__, reverse=True))
+                return Match(node, argument, nodes, reference.target, "formula", reference, in_place)
+    return None
+
+
+def _recognised(node: fx.Node, argument: fx.Node, inside: set[fx.Node]) -> Reference | None:
+    uses = sum(part.all_input_nodes.count(argument) for part in inside)
+    text = _text(node, argument)
+    if text is None or len(text) > _LONGEST:
+        return None
+    formula = Formula(ast.Name("x", ast.Load()), text, uses > 1)
+    reference = formula.reference()
+    if reference is None and not any(_is_activation(part) for part in inside):
+        reference = formula.gated()
+    return reference
+
+
+def _is_activation(node: fx.Node) -> bool:
+    target = EVERY_TARGET.of_node(node)
+    return target is not None and not target.gate
+
+
+def _name(node: fx.Node) -> str | None:
+    """What an elementwise node is called in an expression, methods with a dot before; None for any other."""
+    if node.op == "call_method" and str(node.target) in METHODS:
+        return f".{str(node.target).removesuffix('_')}"
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.OpOverload):
+        base = node.target._schema.name.removeprefix("aten::").removesuffix("_")
+        return next((name for name in (f"torch.{base}", f"F.{base}") if name in _NAMES), None)
+    return ARITHMETIC.get(node.target) or OPERATIONS.get(node.target)
+
+
+def _base(node: fx.Node) -> str:
+    return (_name(node) or "").rpartition(".")[2]
+
+
+def _text(value: object, argument: fx.Node) -> str | None:
+    """A value as an expression in `x`, which stands for the argument; None where it cannot be written."""
+    if value is argument:
+        return "x"
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    name = _name(value) if isinstance(value, fx.Node) else None
+    if not isinstance(value, fx.Node) or name is None:
+        return None
+    arguments = [_text(part, argument) for part in value.args]
+    named = [f"{key}={_text(part, argument)}" for key, part in value.kwargs.items() if key not in ("inplace", "out")]
+    if any(part is None or len(part) > _LONGEST for part in arguments):
+        return None
+    if name in _SYMBOLS:
+        return f"({_SYMBOLS[name].format(*arguments)})"
+    if name.startswith("."):
+        name = f"({arguments.pop(0)}){name}"
+    return f"{name}({', '.join([*(part for part in arguments if part is not None), *named])})"
+
+
+_NAMES = frozenset(OPERATIONS.values())
+
+
+def piece(nodes: Sequence[fx.Node], source: fx.Node) -> fx.Graph:
+    """The nodes of a match as a graph of its own, from its input to its result: what puts it back."""
+    graph = fx.Graph()
+    values = {source: graph.placeholder("x")}
+    for node in reversed(nodes):
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(values[nodes[0]])
+    return graph
