@@ -8,6 +8,7 @@ from ortho_fx.activations import (
     TropicalRationalActivation,
 )
 from ortho_fx.calibration import Calibration, calibrate_
+from ortho_fx.check import Check
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.fit import Fit, fit
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Check",
     "ExpansionActivation",
     "ExpansionConfig",
     "Fit",

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
-def call(model: nn.Module, batch: Batch) -> None:
+def call(model: nn.Module, batch: Batch) -> Any:
     """Calls the model with a tensor, a tuple of positional arguments or a map of keyword arguments."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)

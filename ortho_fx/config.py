@@ -63,6 +63,12 @@ class ExpansionConfig:
                 raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
             object.__setattr__(self, "clamp", float(self.clamp))
 
+    @property
+    def size(self) -> int:
+        """How many numbers one expansion learns."""
+        assert self.degree is not None
+        return sum(p.size(self.degree) for p in BASES[self.basis].parameters if p.learnable)
+
     def groups(self, channels: int | None) -> int | None:
         """How many expansions a site with so many channels has; None for one that all share.
 

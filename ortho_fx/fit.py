@@ -179,9 +179,8 @@ def fit(
         derivative_weight=derivative_weight / scale**2,
         standard=weight == "gaussian" and (mean, std) == (0.0, 1.0) and interval is None and bounds is None,
     )
-    needed = sum(parameter.size(config.degree) for parameter in BASES[config.basis].parameters if parameter.learnable)
-    if needed > np.count_nonzero(weights):
-        raise OrthoFxError(f"a {config} fit has {needed} coefficients for {np.count_nonzero(weights)} nodes: fit fewer")
+    if config.size > (nodes := np.count_nonzero(weights)):
+        raise OrthoFxError(f"a {config} fit has {config.size} coefficients for {nodes} nodes: fit fewer")
     parameters = rescale(config.basis, _FITS[config.basis](problem, config.degree), centre, scale)
 
     finer, finer_weights = points, weights

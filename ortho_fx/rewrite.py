@@ -14,12 +14,13 @@ from torch import nn
 from ortho_fx.activations import ExpansionActivation, make_activation
 from ortho_fx.batches import Batch
 from ortho_fx.calibration import calibrate_expansions
+from ortho_fx.check import Check, check_model
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.find import Occurrence, find_occurrences
 from ortho_fx.passes.observe import Observation, copied, observe
 from ortho_fx.passes.sites import Site, format_sites
-from ortho_fx.passes.substitute import restore
+from ortho_fx.passes.substitute import revert_expansions
 from ortho_fx.passes.targets import TargetTable, choose_targets
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
@@ -46,6 +47,16 @@ class RewriteReport:
     @property
     def left(self) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.reason)
+
+    def check(self, inputs: Batch) -> Check:
+        """Runs copies of the model with these inputs in train and in eval mode, and names what is not as it should be:
+        expansions that are never called, or in one mode only, and in-place activations whose input is read again.
+
+        Raises:
+            OrthoFxError: a model that holds no expansion any more, or that cannot be copied.
+        """
+        assert self.model is not None
+        return check_model(self.model, inputs)
 
     def to_json(self) -> str:
         """The sites as a JSON list, each with the fields of `Site`."""
@@ -115,7 +126,7 @@ def rewrite_(
         example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments; a copy of the model is
             run with it. Needed for init="calibrated" and for expansions a channel or group, which take the
             dimension of their channels from the layers before; with it, init="fit" weighs by the inputs that each
-            activation really gets, where it otherwise takes N(0, 1).
+            activation really gets (by N(mean, std^2) of them where they are few), where it otherwise takes N(0, 1).
 
     Raises:
         OrthoFxError: a model with nothing to replace, a scripted model, a device that is gone, a pattern that matches
@@ -191,19 +202,6 @@ def revert_(model: nn.Module) -> tuple[str, ...]:
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")
     return names
-
-
-def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
-    """Puts back what the chosen expansions replaced; their names."""
-    places = [
-        (f"{prefix}.{key}" if prefix else key, owner, key)
-        for prefix, owner in model.named_modules()
-        for key, child in owner._modules.items()
-        if child is not None and hasattr(child, "_replaced") and chosen(child)
-    ]
-    for _, owner, key in places:
-        restore(owner, key)
-    return tuple(name for name, _, _ in places)
 
 
 def _shares(sharing: str) -> bool:

@@ -49,7 +49,7 @@ class _Probe(nn.Module):
         self._function, self._layers = (function,), layers
         self.seen = Observation(Histogram())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         seen, dim = self.seen, self._layers.channel_dim
         if dim is None or not -x.dim() <= dim < x.dim():
             dim = 1 if x.dim() >= 4 else -1

@@ -202,12 +202,17 @@ def _read(analysis: _Analysis, method: Method, numbers: dict[str, int], split: f
     analysis.helpers[method.outer] = []
     calls = list(_calls_of(method, numbers, split, analysis))
     analysis.methods.append((method, calls))
-    analysis.asked |= {name for name in method.asked if name.startswith("self.")}
-    for helper, constants in _helpers_of(method).items():
+    method.asked.clear()
+    helpers = _helpers_of(method)
+    passed = set(method.asked)
+    analysis.asked |= passed
+    for helper, constants in helpers.items():
         analysis.helpers[method.outer].append(helper)
         if helper not in analysis.helpers:
             inner = Method(helper.__name__, helper, constants, cls=None, unreachable=method.unreachable)
             _read(analysis, inner, numbers, frozenset())
+        if any(calls for read, calls in analysis.methods if read.outer is helper):
+            analysis.used |= passed
 
 
 def _calls_of(method: Method, numbers: dict[str, int], split: frozenset[str], analysis: _Analysis) -> Iterator[Call]:
@@ -217,6 +222,7 @@ def _calls_of(method: Method, numbers: dict[str, int], split: frozenset[str], an
     editor = CallEditor(method, numbers, split)
     for statement in method.definition.body:
         editor.visit(statement)
+    analysis.asked |= method.asked
     problem = method.problem() if editor.found else ""
     for found in editor.found:
         analysis.used |= found.constants
@@ -268,17 +274,18 @@ def _helpers_of(method: Method) -> dict[types.FunctionType, Mapping[str, Scalar]
 
 def _arguments(method: Method, call: ast.Call, helper: types.FunctionType) -> dict[str, object]:
     """What is known of a helper's parameters in one call of it."""
-    if any(isinstance(argument, ast.Starred) for argument in call.args) or any(k.arg is None for k in call.keywords):
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
         return {}
     function = inspect.unwrap(helper)
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     defaults = function.__defaults__ or ()
-    return {
-        **dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)),
-        **(function.__kwdefaults__ or {}),
-        **{name: method.constant(value) for name, value in zip(names, call.args, strict=False)},
-        **{str(keyword.arg): method.constant(keyword.value) for keyword in call.keywords},
-    }
+    given = {name: method.constant(value) for name, value in zip(names, call.args, strict=False)}
+    given |= {keyword.arg: method.constant(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+    if any(keyword.arg is None for keyword in call.keywords):  # **kwargs may hold any other
+        return given
+    return (
+        dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (function.__kwdefaults__ or {}) | given
+    )
 
 
 _TORCHS_OWN = ("torch", "numpy", "builtins", "typing", "functools", "math")

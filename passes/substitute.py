@@ -91,6 +91,19 @@ def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
     return put
 
 
+def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
+    """Puts back what the chosen expansions replaced; their names."""
+    places = [
+        (f"{prefix}.{key}" if prefix else key, owner, key)
+        for prefix, owner in model.named_modules()
+        for key, child in owner._modules.items()
+        if child is not None and hasattr(child, "_replaced") and chosen(child)
+    ]
+    for _, owner, key in places:
+        restore(owner, key)
+    return tuple(name for name, _, _ in places)
+
+
 def restore(owner: nn.Module, key: str) -> None:
     """Puts what an expansion replaced back in one place that holds it."""
     expansion = owner._modules[key]
