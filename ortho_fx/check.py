@@ -1,4 +1,4 @@
-"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and that nothing goes round it."""
+"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and that none is gone round."""
 
 from __future__ import annotations
 

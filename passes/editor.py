@@ -158,8 +158,9 @@ class CallEditor(ast.NodeTransformer):
 
     def _unknown(self, node: ast.Call) -> Found | None:
         """A call of an item of a map of activations, by a key that is known only when it runs."""
-        if isinstance(node.func, ast.Subscript):
-            table = self.method.resolve(node.func.value)
+        item = node.func.func if isinstance(node.func, ast.Call) else node.func
+        if isinstance(item, ast.Subscript):
+            table = self.method.resolve(item.value)
             if isinstance(table, Mapping) and any(key in BY_NAME for key in table if isinstance(key, str)):
                 problem = "which activation it calls is known only when it runs"
                 return Found("activation", "function", _first_argument(node), None, problem=problem)

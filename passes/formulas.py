@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class Formula:
         return None if self.repeated and not _repeatable(self.argument) else _match(self.text)
 
     def gated(self) -> Reference | None:
-        """The formula itself, where it is a product of x with a gate of x that grows without bound."""
+        """The formula itself, where it is a product of x, or of what bounds x, with a gate of x."""
         return _gated(self.text) if self.repeated and _repeatable(self.argument) else None
 
 
@@ -104,12 +105,27 @@ def _match(text: str) -> Reference | None:
 
 @functools.lru_cache(maxsize=4096)
 def _gated(text: str) -> Reference | None:
-    if "*" not in text and "mul" not in text:
+    if sum(_mentions_x(factor) for factor in _factors(ast.parse(text, mode="eval").body)) < 2:
         return None
     x = torch.tensor([-64.0, -32.0, 0.0, 32.0, 64.0], dtype=torch.float64)
     y = evaluated(functools.partial(self_gated, formula=text), x)
     if y is None or y[2].abs() > 1e-6 or y.abs().max() > 4 * 64**2:
         return None
-    grows = max((y[4] - y[3]).abs(), (y[0] - y[1]).abs()) > 1
     straight = (y[4] - 2 * y[3]).abs() < 1e-6 and (y[4] + y[0]).abs() < 1e-6
-    return Reference("self_gated", (("formula", text),)) if grows and not straight else None
+    return None if straight else Reference("self_gated", (("formula", text),))
+
+
+def _factors(node: ast.expr) -> Iterator[ast.expr]:
+    """The factors of a product, divisors included; the expression itself where it is none."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div):
+        yield from (*_factors(node.left), *_factors(node.right))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("mul", "multiply"):
+        method = not (isinstance(node.func.value, ast.Name) and node.func.value.id == "torch")
+        for part in (*([node.func.value] if method else []), *node.args):
+            yield from _factors(part)
+    else:
+        yield node
+
+
+def _mentions_x(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == "x" for part in ast.walk(node))
