@@ -12,6 +12,7 @@ from ortho_fx.check import Check
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.fit import Fit, fit
+from ortho_fx.freeze import FrozenExpansion, freeze_
 from ortho_fx.gains import Gains, gains
 from ortho_fx.optimizer import param_groups
 from ortho_fx.passes.sites import Site
@@ -26,6 +27,7 @@ __all__ = [
     "ExpansionConfig",
     "Fit",
     "FourierActivation",
+    "FrozenExpansion",
     "Gains",
     "HermiteActivation",
     "OrthoFxError",
@@ -36,6 +38,7 @@ __all__ = [
     "calibrate_",
     "find_sites",
     "fit",
+    "freeze_",
     "gains",
     "param_groups",
     "revert_",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ortho_fx import torchortho
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -126,22 +127,34 @@ class ExpansionActivation(nn.Module):
         sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
         return sets, [int(count) for count in counts]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """y(x). `inplace` is taken from callers of the functions that it stands for, and never done."""
         if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
-        dim = 1 if self.channels is None else self._channel_dim_of(x)
+        dim = 1 if self.channels is None else channel_dim_of(self, x)
         if self.bounds is not None:
             x = x.clamp(self.bounds[0], self.bounds[1])
         parameters = (getattr(self, parameter.name) for parameter in self.basis.parameters)
         return expand(self.basis, x, *parameters, channel_dim=dim)
 
-    def _channel_dim_of(self, x: Tensor) -> int:
-        likely = (1, -1) if x.dim() >= 4 else (-1, 1)
-        for dim in likely if self.channel_dim is None else (self.channel_dim,):
-            if -x.dim() <= dim < x.dim() and x.shape[dim] == self.channels:
-                return dim
-        where = "" if self.channel_dim is None else f" in dimension {self.channel_dim}"
-        raise OrthoFxError(f"{type(self).__name__} has {self.channels} channels{where}; got shape {tuple(x.shape)}")
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            state_dict = torchortho.converted(self.basis.name, state_dict, prefix)
+        except OrthoFxError as error:
+            error_msgs.append(str(error))
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def extra_repr(self) -> str:
         shown = f"degree={self.config.degree}, init={self.config.init!r}"
@@ -152,8 +165,34 @@ class ExpansionActivation(nn.Module):
         return shown
 
 
+class _HasChannels(Protocol):
+    channels: int | None
+    channel_dim: int | None
+
+
+def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
+    """The dimension of an input that holds the module's channels.
+
+    Raises:
+        OrthoFxError: no dimension has that size, or not the one that the module names.
+    """
+    likely = (1, -1) if x.dim() >= 4 else (-1, 1)
+    for dim in likely if module.channel_dim is None else (module.channel_dim,):
+        if -x.dim() <= dim < x.dim() and x.shape[dim] == module.channels:
+            return dim
+    where = "" if module.channel_dim is None else f" in dimension {module.channel_dim}"
+    raise OrthoFxError(f"{type(module).__name__} has {module.channels} channels{where}; got shape {tuple(x.shape)}")
+
+
+# A histogram with fewer filled bins, as after a global pooling, says less than its mean and deviation do.
+_NODES_A_COEFFICIENT = 4
+
+
 def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs: Histogram | None) -> Fit:
     if inputs is not None:
+        few = np.count_nonzero(inputs.counts) < _NODES_A_COEFFICIENT * config.size
+        if few and inputs.finite and not inputs.constant:
+            return fit(reference, config, mean=inputs.mean, std=inputs.std)
         return fit(reference, config, weight="measured", samples=inputs)
     try:
         return _standard_fit(reference, config)

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ortho_fx.activations import ExpansionActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.freeze import OURS
 from ortho_fx.passes import substitute
 from ortho_fx.passes.graph import Match, find_matches
 from ortho_fx.passes.source import Call, find_calls, source_of
@@ -129,7 +130,7 @@ def _activations(gm: fx.GraphModule, table: TargetTable) -> Iterator[Match]:
 def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
     """Warns of a compiled model that neither has an activation nor ever had one replaced."""
     (root,) = roots or (None,)
-    if root is not None and not any(isinstance(module, ExpansionActivation) for module in root.modules()):
+    if root is not None and not any(isinstance(module, OURS) for module in root.modules()):
         warnings.warn(f"ortho_fx found no activation to replace in {type(root).__name__}", stacklevel=3)
 
 

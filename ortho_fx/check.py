@@ -1,4 +1,4 @@
-"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and that none is gone round."""
+"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and none is gone round."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ in magnitude: the variance 1 attracts, layer after layer, where |chi| < 1.
 
 from __future__ import annotations
 
+import functools
 import math
 from statistics import NormalDist
 
@@ -25,8 +26,10 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     "stable" (and "calibrated", which is rescaled once the inputs are measured) is exact at every degree, clamped or
     not: forward and backward gain 1, and |chi| < 1 but for the Hermite expansion of degree 1, which is the identity
     (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
-    (+-1 at degree 2), in the sign pattern + + - - that makes chi small; Fourier with frequencies 1 .. n and phases
-    pi / 4; tropical maxima with equally spaced slopes, and knots that divide the Gaussian into pieces of equal mass.
+    (+-1 at degree 2), in the sign pattern + + - - that makes chi small; Fourier as sines (phases pi / 2) of frequencies
+    0.35 k; tropical maxima with slopes equally spaced from a quarter of the largest, and knots that divide the Gaussian
+    into pieces of equal mass. Fourier and tropical functions start this close to a line because a network of equal
+    gains trains the deeper, the less its functions bend (benchmarks/trainable_depth.py measures how deep).
 
     "paper" is the initialisation of arXiv 2502.01247 with its sums taken up to the degree: a_k = 1 and
     a_0 = sqrt(1 - 1/n!), divided by sqrt(sum_{k<n} 1/k!), for Hermite; the same with squared factorials for Fourier;
@@ -36,10 +39,16 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     "fit" depends on the function that is replaced, and starts in `ortho_fx.fit`.
     """
     assert config.degree is not None
-    if config.init == "paper":
-        return _PAPER[config.basis](config.degree)
-    bounds = None if config.clamp is None else (-config.clamp, config.clamp)
-    return _stable(config.basis, _SHAPES[config.basis](config.degree), bounds)
+    start = _start(config.basis, config.degree, config.init == "paper", config.clamp)
+    return {name: value.copy() for name, value in start.items()}
+
+
+# A model has many sites and few configs.
+@functools.lru_cache(maxsize=256)
+def _start(basis: str, degree: int, paper: bool, clamp: float | None) -> dict[str, Array]:
+    if paper:
+        return _PAPER[basis](degree)
+    return _stable(basis, _SHAPES[basis](degree), None if clamp is None else (-clamp, clamp))
 
 
 def rescale(basis: str, values: Values, mean: float, std: float) -> dict[str, Array]:
@@ -110,18 +119,18 @@ def _hermite_shape(degree: int) -> dict[str, Array]:
     return {"coefficients": coefficients}
 
 
-def _fourier_shape(degree: int) -> dict[str, Array]:
+def _fourier_shape(degree: int, fundamental: float = 0.35, phase: float = math.pi / 2) -> dict[str, Array]:
     return {
         "constant": np.zeros(1),
         "coefficients": np.ones(degree),
-        "frequencies": np.arange(1.0, degree + 1),
-        "phases": np.full(degree, math.pi / 4),
+        "frequencies": fundamental * np.arange(1.0, degree + 1),
+        "phases": np.full(degree, phase),
     }
 
 
 def _lines(degree: int, steepest: float, shift: float) -> tuple[Array, Array]:
-    """Slopes from 0 to `steepest` and offsets of a maximum whose knots are at the quantiles (k + shift) / (n + 1)."""
-    slopes = np.linspace(0.0, steepest, degree + 1)
+    """Slopes up to `steepest` and offsets of a maximum whose knots are at the quantiles (k + shift) / (n + 1)."""
+    slopes = np.linspace(steepest / 4, steepest, degree + 1)
     knots = np.array([NormalDist().inv_cdf((k + shift) / (degree + 1)) for k in range(1, degree + 1)])
     return slopes, np.concatenate([[0.0], -np.cumsum(np.diff(slopes) * knots)])
 
@@ -157,7 +166,7 @@ def _paper_hermite(degree: int) -> dict[str, Array]:
 def _paper_fourier(degree: int) -> dict[str, Array]:
     constant, scale = _factorial_weights(degree, 2)
     return {
-        **_fourier_shape(degree),
+        **_fourier_shape(degree, 1.0, math.pi / 4),
         "constant": np.array([scale * constant]),
         "coefficients": np.full(degree, scale),
     }

@@ -17,6 +17,7 @@ from ortho_fx.calibration import calibrate_expansions
 from ortho_fx.check import Check, check_model
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.freeze import OURS
 from ortho_fx.passes.find import Occurrence, find_occurrences
 from ortho_fx.passes.observe import Observation, copied, observe
 from ortho_fx.passes.sites import Site, format_sites
@@ -142,7 +143,7 @@ def rewrite_(
     """
     table, share = choose_targets(targets), _shares(sharing)
     occurrences = find_occurrences(_checked(model), table, share=share)
-    earlier = sum(isinstance(module, ExpansionActivation) for module in model.modules())
+    earlier = sum(isinstance(module, OURS) for module in model.modules())
     configs = _configs([occurrence.site for occurrence in occurrences], config, strict=not earlier)
     wanted = [chosen for occurrence, chosen in zip(occurrences, configs, strict=True) if not occurrence.site.reason]
     if example_inputs is None:
@@ -257,13 +258,13 @@ def _make(
         )
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that a device is there
         raise OrthoFxError(f"{occurrence.site.name} cannot be placed on {device}: {error}") from None
-    # Only a fit starts from what was observed; "stable" is made for N(0, 1), and "calibrated" is set afterwards.
-    measured = seen.inputs if seen is not None and seen.inputs.samples and config.init == "fit" else None
-    try:
-        values, fit = expansion.initial_values(measured)
-    except OrthoFxError as error:
-        raise OrthoFxError(f"{occurrence.site.name}: {error}") from None
-    expansion.set_parameters(values)
+    fit = None
+    if config.init == "fit":  # "stable" is made for N(0, 1), and "calibrated" is set afterwards
+        try:
+            values, fit = expansion.initial_values(seen.inputs if seen is not None and seen.inputs.samples else None)
+        except OrthoFxError as error:
+            raise OrthoFxError(f"{occurrence.site.name}: {error}") from None
+        expansion.set_parameters(values)
     return expansion.train(occurrence.owner.training), fit.rmse if fit else None
 
 

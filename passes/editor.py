@@ -147,8 +147,8 @@ class CallEditor(ast.NodeTransformer):
         reference = recognise(function)
         if reference is None:
             return None
-        built = isinstance(node.func, ast.Call)
-        in_place = any(_may_be_in_place(k) for k in (*node.keywords, *(node.func.keywords if built else ())))
+        built_with = node.func.keywords if isinstance(node.func, ast.Call) else []
+        in_place = any(_may_be_in_place(k) for k in (*node.keywords, *built_with))
         kind = (
             "built in forward"
             if isinstance(function, nn.Module) and not isinstance(node.func, ast.Name)
@@ -187,17 +187,17 @@ class CallEditor(ast.NodeTransformer):
         formula = formula_of(node, self.method)
         constants = frozenset(self.method.asked)
         self.method.asked |= asked
-        reference = formula and formula.reference()
-        if formula is None or reference is None:
-            reference = self._gated(node, formula)
-        if formula is None or reference is None:
+        if formula is None:
+            return None
+        reference = formula.reference() or self._gated(node, formula)
+        if reference is None:
             return None
         in_place = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_")
         return Found(reference.target, "formula", formula.argument, reference, in_place, constants=constants)
 
-    def _gated(self, node: ast.expr, formula: Formula | None) -> Reference | None:
+    def _gated(self, node: ast.expr, formula: Formula) -> Reference | None:
         """The reference of a self-gated product without a name, if nothing inside of it is an activation already."""
-        reference = formula.gated() if formula is not None else None
+        reference = formula.gated()
         if reference is None:
             return None
         inside = CallEditor(self.method, {}, self.split)

@@ -54,6 +54,14 @@ ARITHMETIC: Mapping[Callable[..., Any], str] = {
 } | {operator.neg: "neg", operator.pos: "pos"}
 
 
+def operation_of(function: object) -> str | None:
+    """The name of an elementwise function in a formula; None for any other object."""
+    try:
+        return OPERATIONS.get(function)  # type: ignore[call-overload]
+    except TypeError:  # unhashable, so no function
+        return None
+
+
 def bends(name: str) -> bool:
     """Whether an operation of this name, without its module, makes a function more than a polynomial."""
     return name in _BENDING_NAMES

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from ortho_fx.activations import ExpansionActivation
+from ortho_fx.freeze import OURS
 from ortho_fx.passes import substitute
 from ortho_fx.passes.graph import find_matches
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
@@ -56,15 +56,13 @@ def _find(model: nn.Module, table: TargetTable, share: bool) -> Iterator[Occurre
         yield Occurrence(site, model, substitute.module_in(()))
         return
     for prefix, owner in list(model.named_modules()):
-        replaced = isinstance(owner, ExpansionActivation) or hasattr(owner, "_replaced")
-        if replaced or (owner is not model and _function_of(owner) is not None):
+        if isinstance(owner, OURS) or (owner is not model and _function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             yield from _scripted(prefix, owner)
             continue
-        found = _attributes(prefix, owner)
-        found = [*found, *(_nodes if isinstance(owner, fx.GraphModule) else _calls)(prefix, owner)]
-        for occurrence in (*found, *_children(prefix, owner, share)):
+        calls = _nodes(prefix, owner) if isinstance(owner, fx.GraphModule) else _calls(prefix, owner)
+        for occurrence in (*_attributes(prefix, owner), *calls, *_children(prefix, owner, share)):
             function, reason = occurrence.site.function, occurrence.site.reason
             if not reason and function not in table.names:
                 gate = "it is a gate unless it is named as a target"
@@ -84,7 +82,7 @@ def _function_of(module: nn.Module) -> str | None:
 
 def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
-        if child is None or isinstance(child, ExpansionActivation):
+        if child is None or isinstance(child, OURS):
             continue
         name, function, places = _join(prefix, key), _function_of(child), ((owner, key),)
         if function is not None:
@@ -135,7 +133,7 @@ def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
     return list(merged.values())
 
 
-_KEPT = types.BuiltinFunctionType | types.FunctionType | functools.partial | torch.jit.ScriptFunction | nn.Module
+_KEPT = (types.BuiltinFunctionType, types.FunctionType, functools.partial, torch.jit.ScriptFunction, nn.Module)
 
 
 def _attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
@@ -164,11 +162,17 @@ def _calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
         if call.attribute in source.replaced or call.function in source.split:
             continue
         reason = call.problem
-        if hasattr(owner, call.attribute):
+        if _holds(owner, call.attribute):
             reason = f"the module has a {call.attribute} of its own"
         name = _join(prefix, call.attribute)
         site = Site(name, call.kind, call.function, location=call.location, reason=reason)
         yield Occurrence(site, owner, substitute.call_in(owner, call.attribute), call.reference)
+
+
+def _holds(owner: nn.Module, name: str) -> bool:
+    """As `hasattr`, which takes long on a module that has no such attribute."""
+    own = (vars(owner), owner._modules, owner._parameters, owner._buffers)
+    return any(name in names for names in own) or hasattr(type(owner), name)
 
 
 def _nodes(prefix: str, owner: fx.GraphModule) -> Iterator[Occurrence]:

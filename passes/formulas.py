@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ortho_fx.passes.elementwise import METHODS, OPERATIONS, bends
-from ortho_fx.passes.methods import UNRESOLVED, Method
+from ortho_fx.passes.elementwise import METHODS, bends, operation_of
+from ortho_fx.passes.methods import UNRESOLVED, Method, Scalar
 from ortho_fx.passes.recognise import evaluated, match
 from ortho_fx.passes.targets import Reference, self_gated
 
@@ -60,7 +60,7 @@ class _Reader:
 
     def read(self, node: ast.expr) -> ast.expr:
         constant = self.method.constant(node)
-        if constant is not UNRESOLVED:
+        if isinstance(constant, Scalar):
             return ast.Constant(constant)
         if isinstance(node, ast.BinOp) and isinstance(node.op, _BINARY):
             return ast.BinOp(self.read(node.left), node.op, self.read(node.right))
@@ -79,7 +79,7 @@ class _Reader:
 
     def _function(self, node: ast.expr) -> ast.expr | None:
         """The function of a call as the formula writes it; None where that is no elementwise operation."""
-        operation = OPERATIONS.get(self.method.resolve(node)) if isinstance(node, ast.Name | ast.Attribute) else None
+        operation = operation_of(self.method.resolve(node)) if isinstance(node, ast.Name | ast.Attribute) else None
         if operation is not None:
             self.bends |= bends(operation.rpartition(".")[2]) and not operation.startswith("math.")
             return ast.parse(operation, mode="eval").body

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends
+from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.formulas import Formula
 from ortho_fx.passes.targets import EVERY_TARGET, Reference, may_change_input
 
@@ -127,7 +127,7 @@ def _name(node: fx.Node) -> str | None:
     if isinstance(node.target, torch._ops.OpOverload):
         base = node.target._schema.name.removeprefix("aten::").removesuffix("_")
         return next((name for name in (f"torch.{base}", f"F.{base}") if name in _NAMES), None)
-    return ARITHMETIC.get(node.target) or OPERATIONS.get(node.target)
+    return ARITHMETIC.get(node.target) or operation_of(node.target)  # type: ignore[arg-type]
 
 
 def _base(node: fx.Node) -> str:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -233,7 +233,7 @@ def _unbound(cls: type, name: str) -> object:
     return value if isinstance(value, types.BuiltinFunctionType | type) else UNRESOLVED
 
 
-def _makes_activations(maker: object) -> bool:
+def _makes_activations(maker: object) -> TypeGuard[Callable[..., object]]:
     """Whether calling it in order to see what comes out does no harm: a module's class, or get_activation's like."""
     if isinstance(maker, type):
         return issubclass(maker, nn.Module)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ortho_fx.passes.elementwise import METHODS, OPERATIONS, bends
+from ortho_fx.passes.elementwise import METHODS, bends, operation_of
 from ortho_fx.passes.targets import EVERY_TARGET, Reference
 
 _TOLERANCE = 2e-6
@@ -108,7 +108,9 @@ def recognise_module(module: nn.Module) -> Reference | None:
     if module._parameters or module._buffers or not _is_leaf(module):
         return None
     key = _key(module)
-    return _of_module(type(module), key, _Unhashed(module)) if key is not None else _probed(module)
+    if key is None:
+        return _probed(module)
+    return _of_module(type(module), key, _Unhashed(module))  # type: ignore[arg-type]
 
 
 # What every module has.
@@ -169,10 +171,14 @@ def _probed(module: nn.Module) -> Reference | None:
         copied._forward_pre_hooks.clear()
     # Some activations are written for images or for sequences, and most take any shape.
     for shape in ((2, 4, 4, 6), (8, 24), (4, 6, 8)):
-        trained, evaluated = (match(lambda x, m=m, s=shape: m(x.reshape(s)).reshape(x.shape)) for m in modes)
-        if trained is not None and trained == evaluated:
-            return trained
+        in_training, in_evaluation = (match(functools.partial(_shaped, module, shape)) for module in modes)
+        if in_training is not None and in_training == in_evaluation:
+            return in_training
     return None
+
+
+def _shaped(module: nn.Module, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    return module(x.reshape(shape)).reshape(x.shape)
 
 
 def computes_unknown_function(module: nn.Module) -> bool:
@@ -180,7 +186,7 @@ def computes_unknown_function(module: nn.Module) -> bool:
     return (
         _is_leaf(module)
         and sum(p.numel() for p in module.parameters()) <= 4096
-        and _of_class(type(module), _Unhashed(module))
+        and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
     )
 
 
@@ -257,17 +263,10 @@ def _allowed(node: ast.AST, names: dict[str, Any]) -> bool:
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
             return True
         called = resolve(node.func, names)
-        if isinstance(called, types.FunctionType) and called not in OPERATIONS:
+        if isinstance(called, types.FunctionType) and operation_of(called) is None:
             return is_arithmetic(called)
-        return _is_operation(called)
+        return operation_of(called) is not None
     return isinstance(node, _HARMLESS)
-
-
-def _is_operation(called: object) -> bool:
-    try:
-        return called in OPERATIONS
-    except TypeError:
-        return False
 
 
 def resolve(node: ast.expr, names: dict[str, Any]) -> object:

@@ -108,7 +108,7 @@ def restore(owner: nn.Module, key: str) -> None:
     """Puts what an expansion replaced back in one place that holds it."""
     expansion = owner._modules[key]
     assert expansion is not None
-    (replaced,) = expansion._replaced
+    (replaced,) = vars(expansion)["_replaced"]
     if replaced.kind == "module":
         owner._modules[key] = replaced.value.train(expansion.training)
     elif replaced.kind == "attribute":
