@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ortho_fx import torchortho
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis
@@ -114,12 +114,18 @@ class ExpansionActivation(nn.Module):
         with torch.no_grad():
             for name, value in values.items():
                 parameter = getattr(self, name)
-                start = torch.from_numpy(np.asarray(value))
-                parameter.copy_(start.unsqueeze(1) if parameter.dim() > 1 and start.dim() == 1 else start)
+                start = torch.from_numpy(np.asarray(value)).to(parameter.device, parameter.dtype)
+                if parameter.dim() > start.dim():
+                    start = start.unsqueeze(1).expand(parameter.shape)
+                if hasattr(parameter, "device_mesh"):  # a DTensor: FSDP has sharded it
+                    from torch.distributed.tensor import distribute_tensor
+
+                    start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.copy_(start)
 
     def distinct_values(self) -> tuple[list[Values], list[int]]:
         """The parameters in float64, once for each set of them that some group has, and how many groups have it."""
-        tensors = {parameter.name: getattr(self, parameter.name).detach() for parameter in self.basis.parameters}
+        tensors = {parameter.name: _whole(getattr(self, parameter.name)) for parameter in self.basis.parameters}
         stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
         columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
         distinct, counts = np.unique(columns, axis=1, return_counts=True)
@@ -129,7 +135,8 @@ class ExpansionActivation(nn.Module):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """y(x). `inplace` is taken from callers of the functions that it stands for, and never done."""
-        if not x.is_floating_point():
+        # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
+        if not isinstance(x, fx.Proxy) and not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
         dim = 1 if self.channels is None else channel_dim_of(self, x)
         if self.bounds is not None:
@@ -156,6 +163,9 @@ class ExpansionActivation(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
+
     def extra_repr(self) -> str:
         shown = f"degree={self.config.degree}, init={self.config.init!r}"
         if self.channels is not None:
@@ -163,6 +173,18 @@ class ExpansionActivation(nn.Module):
         if self.config.clamp is not None:
             shown += f", clamp={self.config.clamp:g}"
         return shown
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    # TorchScript would read the source of the model around it, which still calls the old activations.
+    raise OrthoFxError(
+        f"TorchScript cannot compile {type(module).__name__}: use torch.export.export(model, ...) or torch.jit.trace"
+    )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    full_tensor = getattr(parameter, "full_tensor", None)  # of a DTensor, which FSDP shards parameters into
+    return (parameter if full_tensor is None else full_tensor()).detach()
 
 
 class _HasChannels(Protocol):
@@ -176,6 +198,10 @@ def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
     Raises:
         OrthoFxError: no dimension has that size, or not the one that the module names.
     """
+    if isinstance(x, fx.Proxy):
+        if module.channel_dim is None:
+            raise OrthoFxError(f"{type(module).__name__} needs channel_dim= for torch.fx to trace it")
+        return module.channel_dim
     likely = (1, -1) if x.dim() >= 4 else (-1, 1)
     for dim in likely if module.channel_dim is None else (module.channel_dim,):
         if -x.dim() <= dim < x.dim() and x.shape[dim] == module.channels:

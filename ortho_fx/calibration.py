@@ -98,7 +98,9 @@ def calibrate_expansions(
             handle.remove()
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
-        raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
+        raise OrthoFxError(
+            "no batch reached an expansion: batches is empty, the model calls none of them, or it is on the meta device"
+        )
     for name, seen in called.items():
         if not seen.finite:
             raise OrthoFxError(f"the inputs of {name} are not finite")

@@ -18,13 +18,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ortho_fx.activations import ExpansionActivation, channel_dim_of
+from ortho_fx.activations import ExpansionActivation, channel_dim_of, refuse_scripting
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.moments import Array, Values
 
@@ -132,7 +132,10 @@ class FrozenExpansion(nn.Module):
         self.register_buffer("bounds", None if bounds is None else bounds.detach().to(dtype, copy=True))
         self.train(expansion.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """As that of the expansion."""
+        if isinstance(x, fx.Proxy):
+            raise OrthoFxError("torch.fx cannot trace a FrozenExpansion: trace before freeze_, or use torch.export")
         if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -154,6 +157,9 @@ class FrozenExpansion(nn.Module):
             return result if _at_least_float32(result.dtype) == result.dtype else constant.to(result.device)
 
         return super()._apply(moved, recurse)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
 
     def extra_repr(self) -> str:
         counted = [name for name in self._constants if name.endswith(("coefficients", "amplitudes", "offsets"))]

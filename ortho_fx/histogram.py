@@ -26,8 +26,8 @@ class Histogram:
         self.counts: Array = np.zeros(_BINS)
 
     def add(self, chunk: Tensor) -> None:
-        """Counts the numbers of a tensor in."""
-        if chunk.numel() == 0:
+        """Counts the numbers of a tensor in; one on the meta device has none."""
+        if chunk.numel() == 0 or chunk.is_meta:
             return
         # Devices without float64 (MPS) reduce in float32; chunks are merged in float64 on the host all the same.
         dtype = torch.float32 if chunk.device.type == "mps" else torch.float64

@@ -104,9 +104,11 @@ def _clamped(basis: str, values: Values, bounds: tuple[float, float]) -> Moments
     weight = np.tile(weights, panels) * ((high - low) / (2 * panels)) * _density(x)
     ends = np.array([low, high])
     formula = BASES[basis]
-    points = torch.from_numpy(np.concatenate([x, ends])).requires_grad_()
-    y = formula.evaluate(points, *(torch.from_numpy(np.asarray(values[p.name], float)) for p in formula.parameters))
-    (slope,) = torch.autograd.grad(y.sum(), points)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the model is built in
+        points = torch.from_numpy(np.concatenate([x, ends])).requires_grad_()
+        parameters = [torch.from_numpy(np.asarray(values[parameter.name], float)) for parameter in formula.parameters]
+        y = formula.evaluate(points, *parameters)
+        (slope,) = torch.autograd.grad(y.sum(), points)
     inner, outer = np.split(y.detach().numpy(), [len(x)])
     # Beyond a bound t: P(X > t), and E[X^2 - 1; X > t] = t phi(t).
     mass = np.array([_above(-low), _above(high)])

@@ -24,15 +24,15 @@ def differentiated(function: Callable[[Tensor], Tensor], points: Tensor) -> tupl
         OrthoFxError: a function that returns another shape, NaN, or a tensor without a gradient.
     """
     name = name_of(function)
-    x = points.clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+        x = points.clone().requires_grad_()
         y = function(x)
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
-    if y.isnan().any():
-        raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
-    if not y.requires_grad:
-        raise OrthoFxError(f"{name} returns a tensor without a gradient")
-    (slope,) = torch.autograd.grad(y.sum(), x)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
+        if y.isnan().any():
+            raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
+        if not y.requires_grad:
+            raise OrthoFxError(f"{name} returns a tensor without a gradient")
+        (slope,) = torch.autograd.grad(y.sum(), x)
     return y.detach(), slope

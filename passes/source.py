@@ -78,16 +78,41 @@ class Call:
 
 def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
     """The source of a module, rewritten or not."""
-    known = type(module).__dict__.get(_SOURCE)
+    cls = _underlying(module)
+    known = cls.__dict__.get(_SOURCE)
     if known is not None:
         return replace(known, split=known.split | split)
-    asked = _analyse(Source(type(module), split=split)).asked
+    asked = _analyse(Source(cls, split=split)).asked
     values = ((name, _value(module, name)) for name in asked)
     # A plain value, for it to be part of what a class is looked up by.
     constants = frozenset((name, value) for name, value in values if isinstance(value, Scalar))
-    source = Source(type(module), constants, split)
+    source = Source(cls, constants, split)
     used = _analyse(source).used
     return replace(source, constants=frozenset((name, value) for name, value in constants if name in used))
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Puts another class in the place of that which the module's methods come from."""
+    module.__class__ = _with_base(type(module), _underlying(module), cls)
+
+
+def _underlying(module: nn.Module) -> type:
+    """The class that was written, or rewritten: below those that parametrize and FSDP derive from it."""
+    written = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not _is_pytorchs(cls))
+    return next(written, type(module))
+
+
+def _is_pytorchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "torch"
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """The class with `new` among its bases in the place of `old`, or `new` for `old` itself."""
+    if old not in cls.__mro__ or cls is old:
+        return new if cls is old else cls
+    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, {}, lambda body: body.update(members))
 
 
 def _value(module: nn.Module, dotted: str) -> object:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ortho_fx.passes.graph import Match, piece
-from ortho_fx.passes.source import rewrite_class, source_of
+from ortho_fx.passes.source import rewrite_class, set_class, source_of
 
 Substitute = Callable[[nn.Module], None]
 
@@ -59,7 +59,7 @@ def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset(
         rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
         _remember(expansion, Replaced("call"))
         owner.add_module(attribute, expansion)
-        owner.__class__ = rewritten
+        set_class(owner, rewritten)
 
     return put
 
@@ -119,7 +119,7 @@ def restore(owner: nn.Module, key: str) -> None:
         delattr(owner, key)
         source = source_of(owner)
         left = replace(source, replaced=source.replaced - {key})
-        owner.__class__ = rewrite_class(left) if left.replaced else left.cls
+        set_class(owner, rewrite_class(left) if left.replaced else left.cls)
     else:
         assert isinstance(owner, fx.GraphModule)
         for node in [node for node in owner.graph.nodes if node.op == "call_module" and node.target == key]:

@@ -91,7 +91,7 @@ def test_fit_prints_and_draws(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("fit swish", "unknown target 'swish'; targets are relu, "),
+        ("fit swoosh", "unknown target 'swoosh'; targets are relu, "),
         ("fit gelu --interval 5 -5", "interval must be two finite numbers, the lower one first; got (5.0, -5.0)"),
         ("fit gelu --weight uniform", "weight 'uniform' needs an interval"),
         ("fit gelu --basis sine", "basis must be one of hermite, "),

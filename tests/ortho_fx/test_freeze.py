@@ -363,3 +363,13 @@ def test_what_cannot_be_frozen_is_named():
     message = r"^FrozenExpansion takes a floating-point tensor; got torch\.int64$"
     with pytest.raises(OrthoFxError, match=message):
         FrozenExpansion(HermiteActivation())(torch.arange(3))
+
+
+def test_what_cannot_be_traced_says_what_to_do():
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    rewrite_(model)
+    freeze_(model)
+    with pytest.raises(OrthoFxError, match=r"^torch.fx cannot trace a FrozenExpansion: trace before freeze_"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(OrthoFxError, match=r"^TorchScript cannot compile FrozenExpansion: use torch.export"):
+        torch.jit.script(model)

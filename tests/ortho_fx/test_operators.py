@@ -1,7 +1,11 @@
-"""The operators: exact derivatives of every order, dtypes, what is saved, and how they trace."""
+"""The operators: exact derivatives of every order and kind, dtypes, what is saved, and how they trace."""
+
+import itertools
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, vmap
 from torch.library import opcheck
 
 from ortho_fx import ExpansionConfig
@@ -21,8 +25,9 @@ def arguments(name, degree, dtype=torch.float64, shape=(4, 5)):
 @pytest.mark.parametrize("name", BASES)
 def test_first_and_second_derivatives_agree_with_finite_differences(name, degree):
     x, parameters = arguments(name, degree)
-    assert torch.autograd.gradcheck(operator(BASES[name]), (x, *parameters))
-    assert torch.autograd.gradgradcheck(operator(BASES[name]), (x, *parameters))
+    op = operator(BASES[name])
+    assert gradcheck(op, (x, *parameters), check_forward_ad=True)
+    assert gradgradcheck(op, (x, *parameters), check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 6, 3), 1), ((2, 3, 6), -1), ((6,), 0), ((2, 6, 2, 2), -3)])
@@ -54,7 +59,7 @@ def test_groups_of_channels_are_expansions_of_their_own(name, groups, shape, cha
 def test_operators_with_groups_pass_pytorchs_own_checks_and_gradgradcheck(name):
     x, parameters = arguments(name, 2, shape=(2, 4, 3))
     grouped = [p.detach().unsqueeze(1).repeat(1, 2).requires_grad_(p.requires_grad) for p in parameters]
-    assert torch.autograd.gradgradcheck(lambda *a: operator(BASES[name])(*a, 1), (x, *grouped))
+    assert gradgradcheck(lambda *a: operator(BASES[name])(*a, 1), (x, *grouped), check_fwd_over_rev=True)
     assert set(opcheck(operator(BASES[name]), (x, *grouped, 1)).values()) == {"SUCCESS"}
 
 
@@ -128,25 +133,89 @@ def test_shapes_without_elements_or_dimensions(name):
         assert x.grad.shape == shape
 
 
+@pytest.fixture
+def without_loops():
+    """Makes it an error where `torch.vmap` has no rule and would call an operator once for each member."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+@pytest.mark.parametrize("channel_dim", [None, 0, 1, -1])
 @pytest.mark.parametrize("name", BASES)
-def test_functional_transforms(name):
-    x, parameters = arguments(name, 3)
-    x, parameters = x.detach(), [p.detach() for p in parameters]
+@pytest.mark.usefixtures("without_loops")
+def test_one_call_for_a_batch_is_a_call_for_each_member(name, channel_dim):
+    """Whichever arguments are batched and wherever, for the forward and the backward operator."""
+    _, parameters = arguments(name, 2)
+    generator = torch.Generator().manual_seed(2)
+    further = () if channel_dim is None else (channel_dim,)
+    backward = getattr(torch.ops.ortho_fx, f"{name}_backward").default
 
-    def f(t):
-        return expand(BASES[name], t, *parameters)
+    def batched(shape, at):
+        return torch.randn((*shape[:at], 3, *shape[at:]), generator=generator, dtype=torch.float64)
 
-    reference = x.clone().requires_grad_()
-    f(reference).sum().backward()
-    torch.testing.assert_close(torch.vmap(f)(x), f(x))
-    torch.testing.assert_close(torch.vmap(torch.func.grad(lambda row: f(row).sum()))(x), reference.grad)
+    size = (2,) if further else ()
+    shapes = [(4, 4), (4, 4), *((*p.shape, *size) for p in parameters)]
+    for op, first in ((operator(BASES[name]), 1), (backward, 0)):
+        for batches in itertools.product([None, 0, 1], [None, 2], [None, 0, 1], [None, 1]):
+            dims = (*batches[first:3], *(batches[3] for _ in parameters[1:]))
+            if all(dim is None for dim in dims):
+                continue
+            tensors = [
+                batched(shape, 0)[0] if dim is None else batched(shape, dim)
+                for shape, dim in zip(shapes[first:], dims, strict=False)
+            ]
+            together = vmap(lambda *t, op=op: op(*t, *further), in_dims=dims)(*tensors)
+            for member in range(3):
+                picked = [t if d is None else t.select(d, member) for t, d in zip(tensors, dims, strict=True)]
+                apart = op(*picked, *further)
+                if op is not backward:
+                    torch.testing.assert_close(together[member], apart)
+                else:
+                    torch.testing.assert_close(tuple(t[member] for t in together), tuple(apart))
 
 
-def test_functional_gradient_compiles():
-    x, parameters = arguments("hermite", 3)
-    x, parameters = x.detach(), [p.detach() for p in parameters]
-    gradient = torch.func.grad(lambda t: expand(BASES["hermite"], t, *parameters).sum())
-    torch.testing.assert_close(torch.compile(gradient, fullgraph=True)(x), gradient(x))
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.usefixtures("without_loops")
+def test_a_batch_saves_its_inputs_and_parameters_alone(name):
+    activation = make_activation(ExpansionConfig(name, 3))
+    stacked = {n: p.detach().repeat(4, 1).requires_grad_() for n, p in activation.named_parameters()}
+    x, saved = torch.randn(4, 50, requires_grad=True), {}
+
+    def keep(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = vmap(lambda p, row: functional_call(activation, p, (row,)))(stacked, x)
+    assert y.requires_grad
+    inputs = [x, *stacked.values(), *activation.buffers()]
+    assert sum(saved.values()) == sum(t.untyped_storage().nbytes() for t in inputs)
+
+
+def test_pieces_that_tie_share_the_gradient_equally_under_every_transform():
+    activation = make_activation(ExpansionConfig("tropical_rational", 3, init="paper"), dtype=torch.float64)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in activation.named_parameters()}
+
+    def total(p, t):
+        return functional_call(activation, p, (t,)).sum()
+
+    activation(x).sum().backward()
+    expected = {name: p.grad for name, p in activation.named_parameters()}
+    assert expected["denominator_offsets"].tolist() == [-5.0] * 4
+    torch.testing.assert_close(grad(total)(parameters, x), expected)
+    torch.testing.assert_close(grad(lambda p: vmap(total, (None, 0))(p, x).sum())(parameters), expected)
+    each = vmap(grad(total), (None, 0))(parameters, x)
+    torch.testing.assert_close({name: g.sum(0) for name, g in each.items()}, expected)
+
+
+def test_third_derivatives_under_transforms():
+    _, (coefficients,) = arguments("hermite", 3)
+    cubic, x = coefficients.detach(), torch.tensor(0.3, dtype=torch.float64)
+    third = grad(grad(grad(lambda t: expand(BASES["hermite"], t, cubic))))
+    torch.testing.assert_close(third(x), cubic[3])
+    torch.testing.assert_close(torch.compile(third, backend="aot_eager", fullgraph=True)(x), cubic[3])
 
 
 @pytest.mark.parametrize("groups", [None, 5])
