@@ -1,6 +1,6 @@
 """How deep a plain network still trains: no normalisation, no residuals, scikit-learn's digits, 95 % in validation.
 
-    python benchmarks/trainable_depth.py [--only NAME ...] [--deepest 128] [--steps 1000]
+    python benchmarks/trainable_depth.py [--only NAME ...] [--deepest 64] [--steps 1000]
 
 A ladder of depths, each twice the one before; a depth trains if any of three learning rates of Adam brings the
 validation accuracy to 95 % within the steps. A run that has not come to 50 % after half of them is given up, and the
@@ -29,7 +29,7 @@ from ortho_fx import ExpansionConfig, param_groups
 from ortho_fx.activations import make_activation
 
 RESULT = Path(__file__).parent / "results" / "trainable_depth.json"
-WIDTH, BATCH, LEARNING_RATES, ACCURACY = 128, 128, (3e-4, 1e-3, 1e-4), 0.95
+WIDTH, BATCH, LEARNING_RATES, ACCURACY = 128, 128, (2e-4, 5e-4, 1e-3), 0.95
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def climb(name: str, case: Case, deepest: int, steps: int, data: tuple[Tensor, T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--deepest", type=int, default=128)
+    parser.add_argument("--deepest", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     settings = {"width": WIDTH, "batch": BATCH, "deepest": arguments.deepest, "steps": arguments.steps}

@@ -27,7 +27,7 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     not: forward and backward gain 1, and |chi| < 1 but for the Hermite expansion of degree 1, which is the identity
     (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
     (+-1 at degree 2), in the sign pattern + + - - that makes chi small; Fourier as sines (phases pi / 2) of frequencies
-    0.3 k; tropical maxima with slopes equally spaced from a quarter of the largest, and knots that divide the Gaussian
+    0.35 k; tropical maxima with slopes equally spaced from a quarter of the largest, and knots that divide the Gaussian
     into pieces of equal mass. Fourier and tropical functions start this close to a line because a network of equal
     gains trains the deeper, the less its functions bend (benchmarks/trainable_depth.py measures how deep).
 
@@ -119,7 +119,7 @@ def _hermite_shape(degree: int) -> dict[str, Array]:
     return {"coefficients": coefficients}
 
 
-def _fourier_shape(degree: int, fundamental: float = 0.3, phase: float = math.pi / 2) -> dict[str, Array]:
+def _fourier_shape(degree: int, fundamental: float = 0.35, phase: float = math.pi / 2) -> dict[str, Array]:
     return {
         "constant": np.zeros(1),
         "coefficients": np.ones(degree),
