@@ -7,13 +7,17 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ortho_fx.passes.elementwise import bends
 from ortho_fx.passes.formulas import Formula, formula_of
-from ortho_fx.passes.methods import UNRESOLVED, Method
+from ortho_fx.passes.methods import UNRESOLVED, Method, is_getattr
 from ortho_fx.passes.recognise import recognise
 from ortho_fx.passes.targets import BY_NAME, EVERY_TARGET, Reference, Target
+
+_CHOSEN_LATER = "which activation it calls is known only when it runs"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class CallEditor(ast.NodeTransformer):
         self.method, self.numbers, self.split, self.chosen, self.helpers = method, numbers, split, chosen, helpers
         self.found: list[Found] = []
         self._discarded: set[ast.expr] = set()
+        self._called: set[ast.expr] = set()
         self._evaluated = 0
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
@@ -81,7 +86,29 @@ class CallEditor(ast.NodeTransformer):
         found = self._formula(node)
         return self._replaced(node, found) if found is not None else self.generic_visit(node)
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        if isinstance(node.targets[0], ast.Name) and self.method.is_assigned(node.targets[0].id):
+            self._called.add(node.value)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return self._passed_on(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return self._passed_on(node)
+
+    def _passed_on(self, node: ast.Name | ast.Attribute) -> ast.AST:
+        """Lists a function that is no call's: `checkpoint(F.gelu, x)`."""
+        target = None
+        if isinstance(node.ctx, ast.Load) and node not in self._called:
+            target = EVERY_TARGET.of_function(self.method.resolve(node))
+        if target is None:
+            return self.generic_visit(node)
+        problem = "it is handed on as a function, and where that is called is not known"
+        return self._replaced(node, Found(target.name, "function", None, None, problem=problem))
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        self._called.add(node.func)
         found = self._call(node)
         if found is None:
             found = self._formula(node)
@@ -157,13 +184,17 @@ class CallEditor(ast.NodeTransformer):
         return Found(reference.target, kind, _first_argument(node), reference, in_place, constants=constants)
 
     def _unknown(self, node: ast.Call) -> Found | None:
-        """A call of an item of a map of activations, by a key that is known only when it runs."""
+        """A call of an item of a map of activations, or of `getattr(F, ...)`, by what is known only when it runs."""
+        if is_getattr(node.func):
+            assert isinstance(node.func, ast.Call)
+            base = self.method.resolve(node.func.args[0])
+            if base in (F, torch, nn):
+                return Found("activation", "function", _first_argument(node), None, problem=_CHOSEN_LATER)
         item = node.func.func if isinstance(node.func, ast.Call) else node.func
         if isinstance(item, ast.Subscript):
             table = self.method.resolve(item.value)
             if isinstance(table, Mapping) and any(key in BY_NAME for key in table if isinstance(key, str)):
-                problem = "which activation it calls is known only when it runs"
-                return Found("activation", "function", _first_argument(node), None, problem=problem)
+                return Found("activation", "function", _first_argument(node), None, problem=_CHOSEN_LATER)
         return None
 
     def _method(self, node: ast.Call) -> Found | None:

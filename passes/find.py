@@ -162,7 +162,9 @@ def _calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
         if call.attribute in source.replaced or call.function in source.split:
             continue
         reason = call.problem
-        if _holds(owner, call.attribute):
+        if "forward" in vars(owner):
+            reason = "the instance has a forward of its own, which is not the class'"
+        elif _holds(owner, call.attribute):
             reason = f"the module has a {call.attribute} of its own"
         name = _join(prefix, call.attribute)
         site = Site(name, call.kind, call.function, location=call.location, reason=reason)

@@ -77,6 +77,10 @@ class Method:
             and node.targets[0].id not in parameters
         }
 
+    def is_assigned(self, name: str) -> bool:
+        """Whether a local name has one assignment, which it stands for."""
+        return name in self._assigned
+
     @property
     def available(self) -> bool:
         """Whether there is source."""
@@ -137,7 +141,7 @@ class Method:
         """The object that an expression in the place of a function stands for, where that is fixed.
 
         Besides names: `nn.GELU()` and `get_activation("gelu")`, a class or a function made for activations called with
-        constants, and `ACT2FN["gelu"]`, an item of a map by a constant key.
+        constants, `ACT2FN["gelu"]`, an item of a map by a constant key, and `getattr(F, "gelu")`.
         """
         if isinstance(node, ast.Name | ast.Attribute):
             return self.resolve(node)
@@ -148,6 +152,13 @@ class Method:
                     return table[key]
                 except Exception:  # a map may build its items
                     return UNRESOLVED
+        if isinstance(node, ast.Call) and is_getattr(node):
+            base, name = self.resolve(node.args[0]), self.constant(node.args[1])
+            return (
+                getattr(base, name, UNRESOLVED)
+                if isinstance(base, types.ModuleType) and isinstance(name, str)
+                else UNRESOLVED
+            )
         if isinstance(node, ast.Call):
             maker = self.called(node.func)
             values = [self.constant(value) for value in node.args]
@@ -225,12 +236,19 @@ class Method:
         return copied
 
 
+def is_getattr(node: ast.expr) -> bool:
+    """Whether an expression is `getattr(x, name)`."""
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
+    return called and isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords
+
+
 def _unbound(cls: type, name: str) -> object:
-    """A function of the class that is called without self: a static method, or one of PyTorch's own."""
+    """What the class holds and calls without self: a static method, a module, or a function of PyTorch's own."""
     value = inspect.getattr_static(cls, name, UNRESOLVED)
     if isinstance(value, staticmethod):
         return value.__func__
-    return value if isinstance(value, types.BuiltinFunctionType | type) else UNRESOLVED
+    unbound = isinstance(value, (types.BuiltinFunctionType, functools.partial, nn.Module, type))
+    return value if unbound else UNRESOLVED
 
 
 def _makes_activations(maker: object) -> TypeGuard[Callable[..., object]]:

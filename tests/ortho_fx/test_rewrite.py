@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import fx, nn
 
-from ortho_fx import ExpansionConfig, FourierActivation, HermiteActivation, OrthoFxError, find_sites, rewrite_
+from ortho_fx import ExpansionConfig, FourierActivation, HermiteActivation, OrthoFxError, find_sites, rewrite, rewrite_
 
 
 class Block(nn.Module):
@@ -183,3 +184,65 @@ def test_unknown_targets_and_broken_patterns_are_named():
         rewrite_(Block(), targets=["swoosh"])
     with pytest.raises(OrthoFxError, match=r"^pattern 're:\(' is no regular expression: "):
         rewrite_(Block(), {"re:(": ExpansionConfig()})
+
+
+def test_scripted_models_are_refused_and_scripted_children_reported():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    with pytest.raises(OrthoFxError, match=r"^Sequential is scripted: rewrite the module that it was scripted from$"):
+        rewrite_(scripted)
+    report = rewrite_(nn.Sequential(scripted, nn.ReLU()))
+    assert [(site.function, site.reason) for site in report.left] == [("gelu", "scripted code cannot be rewritten")]
+    assert [site.name for site in report.replaced] == ["1"]
+
+
+def test_a_device_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setattr(rewrite, "_placement", lambda model, name: (torch.device("cuda:99"), None))
+    network = model()
+    with pytest.raises(OrthoFxError, match=r"^1 cannot be placed on cuda:99: "):
+        rewrite_(network)
+    assert isinstance(network[0].act, nn.GELU)
+
+
+def test_a_module_in_a_list_is_reported():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.acts, self.act = [nn.GELU()], nn.ReLU()
+
+        def forward(self, x):
+            return self.acts[0](self.act(x))
+
+    (site,) = rewrite_(Hidden()).left
+    assert site.name == "acts[0]"
+    assert site.reason == "PyTorch does not see a module in a list: use nn.ModuleList or nn.ModuleDict"
+
+
+def test_activations_that_learn_already_are_reported():
+    class Snake(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x + torch.sin(self.a * x) ** 2
+
+    reasons = [site.reason for site in rewrite_(nn.Sequential(Snake(), nn.PReLU(), nn.GELU())).left]
+    assert reasons == ["its function learns parameters of its own", "it is a gate unless it is named as a target"]
+
+
+def test_the_report_reads_as_json():
+    report = rewrite_(model())
+    assert [site["name"] for site in json.loads(report.to_json())] == [site.name for site in report.sites]
+
+
+def test_sites_that_inputs_do_not_reach_are_listed():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.GELU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.used(x)
+
+    reasons = {site.name: site.reason for site in find_sites(Partly(), torch.randn(2, 3))}
+    assert reasons == {"used": "", "unused": "example_inputs do not reach it"}

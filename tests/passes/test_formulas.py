@@ -1,11 +1,13 @@
 """Formulas spelled out in a forward are activations, whatever the spelling."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ortho_fx import ExpansionConfig, find_sites, rewrite_
 from ortho_fx.passes.methods import Method
@@ -137,6 +139,58 @@ def test_an_activation_that_is_chosen_at_run_time_is_reported():
 
     reasons = {site.reason for site in find_sites(Chosen())}
     assert reasons == {"which activation it calls is known only when it runs"}
+
+
+class HeldByTheClass(nn.Module):
+    act, partial = nn.GELU(), functools.partial(F.leaky_relu, negative_slope=0.2)
+    static = staticmethod(torch.relu)
+
+    def __init__(self):
+        super().__init__()
+        self.name = "mish"
+
+    def forward(self, x):
+        named = [F.elu(y) for y in (x, x)]
+        inner = lambda y: F.selu(y)  # noqa: E731
+        x = self.act(x) + self.partial(x) + self.static(x) + getattr(F, self.name)(x)
+        return inner(x) + named[0] + named[1]
+
+
+def test_what_the_class_holds_and_inner_functions_are_found():
+    module, x = HeldByTheClass().double(), torch.randn(500, 4, dtype=torch.float64)
+    expected = module(x)
+    report = rewrite_(module, CLOSE, example_inputs=x)
+    functions = {"elu", "selu", "gelu", "leaky_relu", "relu", "mish"}
+    assert {site.function for site in report.replaced} == functions
+    assert not report.left
+    assert (module(x) - expected).norm() < 0.01 * expected.norm()
+    assert type(HeldByTheClass.act) is nn.GELU
+
+
+def test_functions_that_are_handed_on_or_named_at_run_time_are_reported():
+    class Handing(nn.Module):
+        def forward(self, x, name="relu"):
+            act = F.gelu
+            return checkpoint(F.silu, x, use_reentrant=False) + getattr(F, name)(x) + act(x)
+
+    sites = {(site.function, site.reason) for site in find_sites(Handing())}
+    assert sites == {
+        ("silu", "it is handed on as a function, and where that is called is not known"),
+        ("activation", "which activation it calls is known only when it runs"),
+        ("gelu", ""),
+    }
+
+
+def test_a_forward_of_the_instance_is_reported():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.gelu(x)
+
+    module = nn.Sequential(nn.Linear(2, 2), Plain())
+    holder = nn.Sequential(nn.Linear(2, 2), Formulas())
+    holder[1].forward = lambda x: x
+    assert not any(site.reason for site in find_sites(module))
+    assert {s.reason for s in find_sites(holder)} == {"the instance has a forward of its own, which is not the class'"}
 
 
 @pytest.mark.parametrize(
