@@ -76,7 +76,7 @@ def evaluated(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor | 
             value = function(points.clone())
         except Exception:  # whatever a candidate does with a tensor that it is not made for
             return None
-    if not isinstance(value, Tensor) or value.shape != points.shape or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.shape != points.shape or not value.is_floating_point() or value.is_meta:
         return None
     return value.double() if value.isfinite().all() else None
 
@@ -163,12 +163,9 @@ def _of_module(cls: type, key: tuple[Hashable, ...], module: _Unhashed) -> Refer
 
 def _probed(module: nn.Module) -> Reference | None:
     try:
-        modes = [copy.deepcopy(module).train(), copy.deepcopy(module).eval()]
+        modes = [_copied(module).train(), _copied(module).eval()]
     except Exception:  # a module that cannot be copied is not run
         return None
-    for copied in modes:
-        copied._forward_hooks.clear()
-        copied._forward_pre_hooks.clear()
     # Some activations are written for images or for sequences, and most take any shape.
     for shape in ((2, 4, 4, 6), (8, 24), (4, 6, 8)):
         in_training, in_evaluation = (match(functools.partial(_shaped, module, shape)) for module in modes)
@@ -177,26 +174,33 @@ def _probed(module: nn.Module) -> Reference | None:
     return None
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy without hooks, which may hold anything and do anything."""
+    bare = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.endswith("_hooks"):
+            vars(bare)[name] = type(value)()
+    return copy.deepcopy(bare)
+
+
 def _shaped(module: nn.Module, shape: tuple[int, ...], x: Tensor) -> Tensor:
     return module(x.reshape(shape)).reshape(x.shape)
 
 
 def computes_unknown_function(module: nn.Module) -> bool:
     """Whether a leaf module of a class of somebody's computes a function of each element that is not linear."""
-    return (
-        _is_leaf(module)
-        and sum(p.numel() for p in module.parameters()) <= 4096
-        and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
-    )
+    parameters = list(module.parameters())
+    small = sum(p.numel() for p in parameters) <= 4096 and not any(p.is_meta for p in parameters)
+    return small and _is_leaf(module) and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
 def _of_class(cls: type, module: _Unhashed) -> bool:
     try:
-        copied = copy.deepcopy(module.value).eval()
+        copied = _copied(module.value).eval()
     except Exception:
         return False
-    x = _POINTS.reshape(2, 4, 4, 6).to(next((p.dtype for p in copied.parameters()), torch.float64))
+    x = _POINTS.reshape(2, 4, 4, 6).to(next(copied.parameters(), _POINTS))
     inputs = (x, x.flatten().roll(1).reshape(x.shape), -x, x / 2, torch.zeros_like(x))
     values = [evaluated(copied, points) for points in inputs]
     if any(value is None for value in values):

@@ -157,6 +157,29 @@ def test_running_a_candidate_leaves_it_and_the_random_numbers_alone():
     assert module.calls == 0
 
 
+def test_hooks_are_neither_copied_nor_run():
+    class Owner:
+        def __init__(self):
+            self.calls = 0
+
+        def __deepcopy__(self, memo):
+            raise AssertionError
+
+        def hook(self, *_):
+            self.calls += 1
+
+    module, owner = NewGELU(), Owner()
+    module.register_forward_hook(owner.hook)
+    assert recognise(module) is not None
+    assert owner.calls == 0
+    assert len(module._forward_hooks) == 1
+
+
+def test_parameters_without_values_are_no_obstacle():
+    with torch.device("meta"):
+        assert computes_unknown_function(WithWeight()) is False
+
+
 @pytest.mark.parametrize(
     "target", [t for t in TARGETS if t.name not in ("self_gated", "rrelu", "prelu", "celu")], ids=str
 )
