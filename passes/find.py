@@ -92,10 +92,15 @@ def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence
                 continue
             site = Site(name, "module", function)
             yield Occurrence(site, owner, substitute.module_in(places), recognise_module(child), places)
-        elif computes_unknown_function(child):
+        elif computes_unknown_function(child) and not any(_inside(child)):
             trait = "learns parameters of its own" if any(True for _ in child.parameters()) else "is in no table"
             site = Site(name, "module", type(child).__name__, reason=f"its function {trait}")
             yield Occurrence(site, owner, substitute.module_in(places), places=places)
+
+
+def _inside(module: nn.Module) -> Iterator[Occurrence]:
+    """The activations of a module's own, which are listed under its name."""
+    yield from (*_attributes("", module), *_calls("", module))
 
 
 def _calls_of_child(prefix: str, owner: nn.Module, key: str) -> tuple[Occurrence, ...]:

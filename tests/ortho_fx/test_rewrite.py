@@ -230,6 +230,18 @@ def test_activations_that_learn_already_are_reported():
     assert reasons == ["its function learns parameters of its own", "it is a gate unless it is named as a target"]
 
 
+def test_a_scaled_activation_is_replaced_inside_and_listed_once():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.gain = F.gelu, 1.7
+
+        def forward(self, x):
+            return self.act(x) * self.gain
+
+    assert [(s.name, s.reason) for s in rewrite_(nn.Sequential(Scaled())).sites] == [("0.act", "")]
+
+
 def test_the_report_reads_as_json():
     report = rewrite_(model())
     assert [site["name"] for site in json.loads(report.to_json())] == [site.name for site in report.sites]
