@@ -211,20 +211,24 @@ def _refuse_late_parameters(model: nn.Module) -> None:
 def _own_calls(
     frame: InstructionTranslatorBase, roots: Sequence[nn.Module], matches: Sequence[Match]
 ) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
-    """The activations that the frame's own old code computes, each with the expansion that is in its place now."""
+    """The activations that the frame's own old code computes, or a function that it calls by name, each with the
+    expansion that is in its place now."""
     if not roots:
         return
     root = roots[0]
     source = source_of(root)
-    places: dict[tuple[str, int], list[Call]] = {}
-    for call in find_calls(source) if source.replaced else ():
-        if call.attribute in source.replaced and call.code is frame.f_code:
-            places.setdefault((call.function, call.line), []).append(call)
-    visits: dict[tuple[str, int], int] = {}
+    calls_here = [call for call in find_calls(source) if call.attribute in source.replaced]
+    if not any(call.code is frame.f_code for call in calls_here):
+        return
+    places: dict[tuple[str, str, int], list[Call]] = {}
+    for call in calls_here:
+        places.setdefault((call.function, call.code.co_filename, call.line), []).append(call)
+    visits: dict[tuple[str, str, int], int] = {}
     for match in matches:
-        file, line = _source_line(match.node)
-        place = (match.function, line)
-        if file != frame.f_code.co_filename or place not in places:
+        # The innermost frame may be that of a module which the call was made of, such as nn.GELU()'s.
+        stack = [(match.function, *line) for line in _source_lines(match.node)]
+        place = next((place for place in stack if place in places), None)
+        if place is None:
             continue
         # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
         calls = sorted(places[place], key=lambda call: call.order)
@@ -263,13 +267,12 @@ def _run_once(
     return run
 
 
-def _source_line(node: fx.Node) -> tuple[str, int]:
-    """File and line of the innermost frame that made the node."""
+def _source_lines(node: fx.Node) -> list[tuple[str, int]]:
+    """File and line of the frames that made the node, the innermost first."""
     frames = re.findall(r'^\s*File "(.+)", line (\d+), in ', node.meta.get("stack_trace") or "", flags=re.MULTILINE)
-    file, line = frames[-1] if frames else ("", "0")
-    return file, int(line)
+    return [(file, int(line)) for file, line in reversed(frames)]
 
 
 def _describe(node: fx.Node) -> str:
-    file, line = _source_line(node)
+    file, line = next(iter(_source_lines(node)), ("", 0))
     return f"{node.name} at {file}:{line}" if file else node.name

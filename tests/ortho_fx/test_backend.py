@@ -246,3 +246,40 @@ def test_wrappers_of_torch_distributed_are_refused_late_and_work_after_rewrite()
 def test_the_backend_is_found_by_name_without_an_import():
     (entry,) = entry_points(group="torch_dynamo_backends", name="ortho_fx")
     assert entry.value == "ortho_fx.backend:ortho_fx"
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def helper(x, name):
+    x = ACTIVATIONS[name]()(x)
+    return F.gelu(x) + x * torch.tanh(F.softplus(x))
+
+
+class Formulas(nn.Module):
+    """Spells activations out, picks them by name, and calls a function that does so."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.slope, self.name = nn.Linear(8, 8), 1.702, "relu"
+
+    def forward(self, x):
+        x = self.linear(x)
+        x = 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+        x = x * torch.sigmoid(self.slope * x) + F.relu(x) ** 2
+        return helper(x, self.name) + nn.SiLU()(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_formulas_and_helpers_are_replaced_in_the_first_call_already(nested):
+    torch.manual_seed(0)
+    model, x = Formulas().double(), torch.randn(4, 8, dtype=torch.float64)
+    model = nn.Sequential(model) if nested else model
+    reference = copy.deepcopy(model)
+    assert len(rewrite_(reference, ExpansionConfig(**OPTIONS)).replaced) == 7
+    compiled = torch.compile(model, backend="ortho_fx", options=OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch.testing.assert_close(compiled(x), reference(x))
+        torch.testing.assert_close(compiled(x), reference(x))
+    assert model.state_dict().keys() == reference.state_dict().keys()
