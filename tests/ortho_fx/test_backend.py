@@ -251,7 +251,7 @@ def test_the_backend_is_found_by_name_without_an_import():
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
-def helper(x, name):
+def chosen(x, name):
     x = ACTIVATIONS[name]()(x)
     return F.gelu(x) + x * torch.tanh(F.softplus(x))
 
@@ -267,7 +267,7 @@ class Formulas(nn.Module):
         x = self.linear(x)
         x = 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
         x = x * torch.sigmoid(self.slope * x) + F.relu(x) ** 2
-        return helper(x, self.name) + nn.SiLU()(x)
+        return chosen(x, self.name) + nn.SiLU()(x)
 
 
 @pytest.mark.parametrize("nested", [False, True])
