@@ -21,7 +21,7 @@ from ortho_fx.passes import substitute
 from ortho_fx.passes.graph import find_matches
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
-from ortho_fx.passes.source import find_calls, source_of
+from ortho_fx.passes.source import find_calls, may_activate, source_of
 from ortho_fx.passes.targets import BY_NAME, EVERY_TARGET, Reference, TargetTable
 
 
@@ -138,6 +138,12 @@ def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
     return list(merged.values())
 
 
+def _may_compute_one(kept: object) -> bool:
+    """Whether what a module keeps as an attribute is a function, or is called like one, and may hold activations."""
+    code = kept if isinstance(kept, types.FunctionType) else type(kept).__dict__.get("__call__")
+    return not isinstance(kept, nn.Module | type) and isinstance(code, types.FunctionType) and may_activate(code)
+
+
 _KEPT = (types.BuiltinFunctionType, types.FunctionType, functools.partial, torch.jit.ScriptFunction, nn.Module)
 
 
@@ -150,6 +156,12 @@ def _attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
             if reference is not None:
                 site = Site(_join(prefix, key), "attribute", reference.target)
                 yield Occurrence(site, owner, substitute.attribute_of(owner, key), reference)
+                continue
+        if _may_compute_one(value):
+            reason = "it is kept as a function or an object that is more than an activation, or no module"
+            yield Occurrence(
+                Site(_join(prefix, key), "attribute", "activation", reason=reason), owner, substitute.module_in(())
+            )
         elif isinstance(value, list | tuple | dict):
             for item, kept in value.items() if isinstance(value, dict) else enumerate(value):
                 function = _function_of(kept) if isinstance(kept, nn.Module) else None

@@ -95,6 +95,9 @@ def recognise(candidate: object) -> Reference | None:
         return target.reference()
     if isinstance(candidate, types.FunctionType):
         return recognise_function(candidate)
+    of = getattr(candidate, "__self__", None)
+    if isinstance(of, type) and issubclass(of, torch.autograd.Function) and candidate == of.apply:
+        return match(of.apply) if _takes_one(of.forward, skip=1) else None  # type: ignore[arg-type]
     if isinstance(candidate, torch.jit.ScriptFunction):
         return match(candidate) if len(list(candidate.graph.inputs())) == 1 else None
     return None
@@ -246,11 +249,19 @@ def is_arithmetic(function: types.FunctionType) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError, TypeError, IndexError):
         return False
-    if not isinstance(tree, ast.FunctionDef) or len(tree.body) > 12:
-        return False
+    # The source of a lambda is the statement that it stands in, which may hold others.
+    lambdas = [n.body for n in ast.walk(tree) if isinstance(n, ast.Lambda) and _compiles_to(n, function.__code__)]
+    body: list[Any] = tree.body if isinstance(tree, ast.FunctionDef) else lambdas[:1]
     names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
     names.pop(function.__name__, None)  # one that calls itself
-    return all(_allowed(node, names) for statement in tree.body for node in ast.walk(statement))
+    return 0 < len(body) <= 12 and all(_allowed(node, names) for part in body for node in ast.walk(part))
+
+
+def _compiles_to(node: ast.Lambda, code: types.CodeType) -> bool:
+    outer = compile(ast.Expression(node), code.co_filename, "eval")
+    (inner,) = (constant for constant in outer.co_consts if isinstance(constant, types.CodeType))
+    # Not the bytecode itself, which depends on what the file imports.
+    return all(getattr(inner, part) == getattr(code, part) for part in ("co_varnames", "co_names", "co_consts"))
 
 
 _HARMLESS = (

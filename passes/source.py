@@ -286,7 +286,7 @@ def _helpers_of(method: Method) -> dict[types.FunctionType, Mapping[str, Scalar]
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
             continue
         helper = method.resolve(node.func)
-        if not isinstance(helper, types.FunctionType) or recognise(helper) is not None or not _may_activate(helper):
+        if not isinstance(helper, types.FunctionType) or recognise(helper) is not None or not may_activate(helper):
             continue
         given = _arguments(method, node, helper)
         earlier = found.setdefault(helper, given)
@@ -321,7 +321,7 @@ def _is_torchs(function: types.FunctionType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _may_activate(function: types.FunctionType, depth: int = 3) -> bool:
+def may_activate(function: types.FunctionType, depth: int = 3) -> bool:
     """Whether a function of somebody's may call an activation, itself or by functions that it calls; by its names."""
     if _is_torchs(function) or depth == 0:
         return False
@@ -330,6 +330,6 @@ def _may_activate(function: types.FunctionType, depth: int = 3) -> bool:
         value = inner.__globals__.get(name)
         if bends(name) or isinstance(value, Mapping) or isinstance(value, nn.Module):
             return True
-        if isinstance(value, types.FunctionType) and value is not function and _may_activate(value, depth - 1):
+        if isinstance(value, types.FunctionType) and value is not function and may_activate(value, depth - 1):
             return True
     return False

@@ -230,6 +230,26 @@ def test_activations_that_learn_already_are_reported():
     assert reasons == ["its function learns parameters of its own", "it is a gate unless it is named as a target"]
 
 
+def test_what_is_kept_as_a_function_or_an_object_is_replaced_or_reported():
+    class Callable:
+        def __call__(self, x):
+            return F.relu(x)
+
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.other, self.double = lambda x: F.relu(x), Callable(), lambda x: 2 * x
+            self.drop = lambda x: F.dropout(F.gelu(x), 0.1)
+
+        def forward(self, x):
+            return self.other(self.drop(self.act(x)))
+
+    report = rewrite_(Keeping())
+    assert [site.name for site in report.replaced] == ["act"]
+    assert [site.name for site in report.left] == ["other", "drop"]
+    assert "more than an activation, or no module" in report.left[0].reason
+
+
 def test_a_scaled_activation_is_replaced_inside_and_listed_once():
     class Scaled(nn.Module):
         def __init__(self):

@@ -94,6 +94,27 @@ def counting(x, seen=[]):  # noqa: B006
     return F.relu(x)
 
 
+class SwishFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad * (s + x * s * (1 - s))
+
+
+class MemoryEfficientSwish(nn.Module):
+    def forward(self, x):
+        return SwishFunction.apply(x)
+
+
+as_lambda = lambda x: x * torch.sigmoid(1.5 * x)  # noqa: E731
+
+
 @pytest.mark.parametrize(
     ("candidate", "expected"),
     [
@@ -109,6 +130,9 @@ def counting(x, seen=[]):  # noqa: B006
         (squared, "relu_squared"),
         (functools.partial(F.leaky_relu, negative_slope=0.2), "leaky_relu(negative_slope=0.2)"),
         (torch.jit.script(gelu), "gelu(approximate='none')"),
+        (SwishFunction.apply, "silu"),
+        (MemoryEfficientSwish(), "silu"),
+        (as_lambda, "swish(beta=1.5)"),
     ],
     ids=str,
 )
