@@ -156,16 +156,24 @@ class CallEditor(ast.NodeTransformer):
         asked = set(self.method.asked)
         self.method.asked.clear()
         function = self.method.called(node.func)
+        target = EVERY_TARGET.of_function(function) if function is not UNRESOLVED else None
+        reference = self._reference(target, node) if target is not None else None
         constants = frozenset(self.method.asked)
         self.method.asked |= asked
-        target = EVERY_TARGET.of_function(function) if function is not UNRESOLVED else None
         if target is not None:
             in_place = function in EVERY_TARGET.in_place or any(_may_be_in_place(k) for k in node.keywords)
-            reference = _reference(target, node.args[1:], node.keywords)
             return Found(target.name, "function", _first_argument(node), reference, in_place, constants=constants)
         if function is not UNRESOLVED:
             return self._of_object(node, function, constants)
         return self._unknown(node) or self._method(node)
+
+    def _reference(self, target: Target, node: ast.Call) -> Reference | None:
+        """The scalar function of a call with its further arguments, if these are constants."""
+        values = [self.method.constant(value) for value in node.args[1:][: len(target.settings)]]
+        named = {k.arg: self.method.constant(k.value) for k in node.keywords if k.arg in target.settings}
+        if UNRESOLVED in (*values, *named.values()) or any(keyword.arg is None for keyword in node.keywords):
+            return None
+        return target.reference(values, {str(name): value for name, value in named.items()})
 
     def _of_object(self, node: ast.Call, function: object, constants: frozenset[str]) -> Found | None:
         """A call of a module that is no child, or of a function of somebody's."""
@@ -247,16 +255,6 @@ def _first_argument(node: ast.Call) -> ast.expr | None:
     if len(node.keywords) == 1 and node.keywords[0].arg is not None:
         return node.keywords[0].value
     return next((keyword.value for keyword in node.keywords if keyword.arg == "input"), None)
-
-
-def _reference(target: Target, values: list[ast.expr], named: list[ast.keyword]) -> Reference | None:
-    """The scalar function of a call with these further arguments, if they are written as constants."""
-    try:
-        constants = [ast.literal_eval(value) for value in values[: len(target.settings)]]
-        settings = [keyword for keyword in named if keyword.arg is None or keyword.arg in target.settings]
-        return target.reference(constants, {str(k.arg): ast.literal_eval(k.value) for k in settings})
-    except ValueError:
-        return None
 
 
 def _may_be_in_place(keyword: ast.keyword) -> bool:

@@ -114,6 +114,9 @@ class Method:
         """The plain value that an expression always has, UNRESOLVED where that is not known."""
         if isinstance(node, ast.Constant):
             return node.value if isinstance(node.value, Scalar) else UNRESOLVED
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            value = self.constant(node.operand)
+            return -value if isinstance(value, int | float) else UNRESOLVED
         dotted = self.dotted(node)
         if dotted is not None:
             if dotted.startswith("self."):

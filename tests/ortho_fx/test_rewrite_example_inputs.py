@@ -145,10 +145,10 @@ def test_arguments_that_are_not_constants_cannot_be_fitted():
     class Sloped(nn.Module):
         def __init__(self):
             super().__init__()
-            self.slope, self.act = 0.3, nn.GELU()
+            self.slope, self.act = [0.3], nn.GELU()
 
         def forward(self, x):
-            return self.act(F.leaky_relu(x, self.slope))
+            return self.act(F.leaky_relu(x, self.slope[0]))
 
     (left,) = rewrite_(Sloped(), ExpansionConfig(init="fit")).left
     assert left.reason == "its arguments are known only when it runs, and init 'fit' needs them before"

@@ -141,6 +141,25 @@ def test_an_activation_that_is_chosen_at_run_time_is_reported():
     assert reasons == {"which activation it calls is known only when it runs"}
 
 
+class Settings(nn.Module):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope, self.config = slope, {"alpha": 0.5}
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope) + F.elu(x, alpha=0.25) + F.elu(x, self.config["alpha"])
+
+
+def test_settings_are_read_from_the_instance_where_they_are_plain():
+    for slope in (0.1, 0.3):
+        references = [call.reference for call in find_calls(source_of(Settings(slope)))]
+        assert [str(reference) for reference in references] == [
+            f"leaky_relu(negative_slope={slope})",
+            "elu(alpha=0.25)",
+            "None",
+        ]
+
+
 class HeldByTheClass(nn.Module):
     act, partial = nn.GELU(), functools.partial(F.leaky_relu, negative_slope=0.2)
     static = staticmethod(torch.relu)
