@@ -65,10 +65,14 @@ def _find(model: nn.Module, table: TargetTable, share: bool) -> Iterator[Occurre
         for occurrence in (*_attributes(prefix, owner), *calls, *_children(prefix, owner, share)):
             function, reason = occurrence.site.function, occurrence.site.reason
             if not reason and function not in table.names:
-                gate = "it is a gate unless it is named as a target"
-                reason = gate if BY_NAME[function].gate else "it is not among the targets"
+                reason = _NOT_CHOSEN.get(function, "it is a gate unless it is named as a target")
+                if not BY_NAME[function].gate:
+                    reason = "it is not among the targets"
                 occurrence = replace(occurrence, site=replace(occurrence.site, reason=reason))
             yield occurrence
+
+
+_NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
 
 
 def _function_of(module: nn.Module) -> str | None:
@@ -99,8 +103,11 @@ def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence
 
 
 def _inside(module: nn.Module) -> Iterator[Occurrence]:
-    """The activations of a module's own, which are listed under its name."""
-    yield from (*_attributes("", module), *_calls("", module))
+    """The activations of a module's own that are no gates, and are listed under its name."""
+    for occurrence in (*_attributes("", module), *_calls("", module)):
+        target = BY_NAME.get(occurrence.site.function)
+        if target is not None and not target.gate:
+            yield occurrence
 
 
 def _calls_of_child(prefix: str, owner: nn.Module, key: str) -> tuple[Occurrence, ...]:
@@ -165,7 +172,8 @@ def _attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
         elif isinstance(value, list | tuple | dict):
             for item, kept in value.items() if isinstance(value, dict) else enumerate(value):
                 function = _function_of(kept) if isinstance(kept, nn.Module) else None
-                if function is not None:
+                registered = any(kept is child for child in owner._modules.values())
+                if function is not None and not (registered and isinstance(value, list)):
                     reason = (
                         f"PyTorch does not see a module in a {type(value).__name__}: use nn.ModuleList or nn.ModuleDict"
                     )

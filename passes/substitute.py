@@ -33,7 +33,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
     def put(expansion: nn.Module) -> None:
         for owner, key in places:
             _remember(expansion, Replaced("module", owner._modules[key]))
-            owner._modules[key] = expansion
+            _exchange(owner, key, expansion)
             _leave_fast_path(owner)
 
     return put
@@ -110,7 +110,7 @@ def restore(owner: nn.Module, key: str) -> None:
     assert expansion is not None
     (replaced,) = vars(expansion)["_replaced"]
     if replaced.kind == "module":
-        owner._modules[key] = replaced.value.train(expansion.training)
+        _exchange(owner, key, replaced.value.train(expansion.training))
     elif replaced.kind == "attribute":
         delattr(owner, key)
         # Past nn.Module, which would register a module that the owner did not.
@@ -132,6 +132,15 @@ def restore(owner: nn.Module, key: str) -> None:
         owner.recompile()
     if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
         owner.activation_relu_or_gelu = _fast_path_of(owner.activation)
+
+
+def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
+    """Puts a child in the place of another, in the lists as well in which the owner keeps its children."""
+    old = owner._modules[key]
+    for kept in vars(owner).values():
+        if isinstance(kept, list):
+            kept[:] = [new if item is old else item for item in kept]
+    owner._modules[key] = new
 
 
 def _remember(expansion: nn.Module, replaced: Replaced) -> None:

@@ -97,3 +97,26 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert type(model.last) is nn.GELU
     assert torch.equal(model(x), expected)
     assert [key for key in model.state_dict() if not key.startswith("last")] == keys
+
+
+def test_a_list_of_registered_children_is_kept_in_step():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4), nn.ReLU()]
+            for index, layer in enumerate(self.layers):
+                self.add_module(str(index), layer)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, x = Listed(), torch.randn(3, 4)
+    expected = model(x)
+    report = rewrite_(model)
+    assert [site.name for site in report.sites] == ["1"]
+    assert report.check(x).passed
+    assert model.layers[1] is model._modules["1"]
+    revert_(model)
+    assert torch.equal(model(x), expected)

@@ -1,0 +1,269 @@
+"""Tiny models of transformers from their config classes, and what their forwards take.
+
+Every argument of a config that is a width, a depth, a vocabulary or a number of heads is shrunk by its name, in nested
+configs too; the inputs follow from the signature of the forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 64, 4, 2, 300, 16
+# Arguments of configs by name, with the value that makes them tiny; larger defaults only are replaced.
+SIZES = {
+    **dict.fromkeys(
+        "hidden_size d_model n_embd dim embed_dim emb_dim embedding_size encoder_hidden_dim decoder_hidden_size "
+        "projection_dim encoder_hidden_size out_hidden_size text_hidden_size image_text_hidden_size "
+        "conv_dim_out lstm_hidden_size hidden_dim_text classifier_proj_size fusion_hidden_size "
+        "fpn_hidden_size mask_feature_size feature_size decoder_dim lru_width output_channels".split(),
+        WIDTH,
+    ),
+    **dict.fromkeys(
+        "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner n_inner moe_intermediate_size "
+        "shared_expert_intermediate_size decoder_intermediate_size encoder_feedforward_dim dim_feedforward "
+        "expert_dim mlp_dim ffn_hidden_size hidden_dim shared_intermediate_size intermediate_size_mlp".split(),
+        2 * WIDTH,
+    ),
+    **dict.fromkeys(
+        "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads "
+        "encoder_num_attention_heads decoder_num_attention_heads linear_num_value_heads "
+        "num_attention_heads_text".split(),
+        HEADS,
+    ),
+    **dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads multi_query_group_num".split(), 2),
+    **dict.fromkeys(
+        "head_dim d_kv d_head v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim kv_channels "
+        "attention_head_dim rotary_dim".split(),
+        WIDTH // HEADS,
+    ),
+    **dict.fromkeys("qk_rope_head_dim index_head_dim".split(), 8),
+    **dict.fromkeys("q_lora_rank kv_lora_rank dt_rank".split(), 32),
+    **dict.fromkeys(
+        "num_hidden_layers n_layer n_layers num_layers depth encoder_layers decoder_layers num_decoder_layers "
+        "num_encoder_layers decoder_num_hidden_layers encoder_num_hidden_layers speech_encoder_layers "
+        "t2u_encoder_layers t2u_decoder_layers decoder_depth num_block_layers l_layers x_layers r_layers".split(),
+        LAYERS,
+    ),
+    **dict.fromkeys("vocab_size t2u_vocab_size unit_hifi_gan_vocab_size text_vocab_size".split(), VOCABULARY),
+    **dict.fromkeys("vocab_size_per_layer_input entity_vocab_size num_codevectors_per_group".split(), VOCABULARY),
+    **dict.fromkeys("max_position_embeddings n_positions max_source_positions max_target_positions".split(), 128),
+    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok moe_topk moe_k experts_per_token topk_group n_group".split(), 2),
+    **dict.fromkeys("image_size pretrain_image_size max_img_size".split(), 64),
+    **dict.fromkeys("sliding_window local_attention attention_window sliding_window_size".split(), 8),
+    **dict.fromkeys("num_queries num_query_tokens".split(), 8),
+    "codebook_size": 256,
+    "hidden_size_per_layer_input": 16,
+    "query_pre_attn_scalar": 16,
+    "expert_capacity": 8,
+    "chunk_size": 16,
+    "mamba_chunk_size": 16,
+    "local_transformer_stride": 16,
+    "first_k_dense_replace": 1,
+    "num_kv_shared_layers": 0,
+    "block_size": 4,
+    "num_random_blocks": 1,
+    "context_length": 32,
+    "prediction_length": 8,
+}
+PER_STAGE = ("depths", "layer_depths", "num_blocks", "blocks_per_stage", "layers_per_stage")
+# What its name does not tell: mostly the layers of each kind that a hybrid needs to show all of them.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"num_hidden_layers": 4},
+    "olmo_hybrid": {"num_hidden_layers": 4},
+    "kimi_linear": {"num_hidden_layers": 4, "linear_num_heads": HEADS, "linear_head_dim": WIDTH // HEADS},
+    "gemma3n_text": {"num_hidden_layers": 5},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "swinv2": {"window_size": 4},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "reformer": {"axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32], "num_buckets": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 2 * WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 1, "position_embedding_type": "rotary"},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": {"num_key_value_heads": HEADS},
+    "ministral": {"head_dim": WIDTH // HEADS},
+    "swin": {"embed_dim": 48, "window_size": 2},
+    "donut-swin": {"embed_dim": 48, "window_size": 2},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS},
+    "perceiver": {"d_latents": WIDTH, "num_latents": 16, "num_self_attends_per_block": 2},
+    "vits": {
+        "vocab_size": VOCABULARY,
+        "upsample_initial_channel": WIDTH,
+        "upsample_rates": [4, 4],
+        "upsample_kernel_sizes": [8, 8],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3]],
+    },
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "autoformer": {"prediction_length": 8, "context_length": 32},
+    "informer": {"prediction_length": 8, "context_length": 32},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 32},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v3": {"num_key_value_heads": HEADS, "n_group": 2, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "fastspeech2_conformer": {"vocab_size": VOCABULARY},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"head_dim": WIDTH // HEADS},
+    "hunyuan_v1_moe": {"head_dim": WIDTH // HEADS},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+}
+
+
+def models(name: str) -> Iterator[Callable[[], nn.Module]]:
+    """Ways to make a model, named as "type/class": with small widths, and with the default ones."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind, class_name = name.split("/")
+    cls = getattr(transformers, class_name)
+    config_class = CONFIG_MAPPING[kind]
+    for widths in (True, False):
+
+        def make(widths: bool = widths) -> nn.Module:
+            config = tiny_config(config_class, OVERRIDES.get(kind, {}), widths)
+            config.use_cache = False
+            if getattr(config, "prediction_length", 0) is None:
+                config.prediction_length = 8
+            if getattr(config, "vocab_size", VOCABULARY) is None:
+                config.vocab_size = VOCABULARY
+            if getattr(config, "pad_token_id", None) is None:
+                config.pad_token_id = 0
+            if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = 0
+            _check_size(cls, config)
+            return cls(config)
+
+        yield make
+
+
+def _check_size(cls: type, config: Any) -> None:
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > 100e6:
+        raise ValueError(f"{size / 1e6:.0f} M parameters are too many")
+
+
+def tiny_config(config_class: type, overrides: dict[str, Any], widths: bool) -> Any:
+    """The config with everything shrunk that its name gives away; with the default widths if not `widths`."""
+    keep = () if widths else (WIDTH, 2 * WIDTH, HEADS, WIDTH // HEADS, 8, 32)
+    values: dict[str, Any] = {}
+    token = VOCABULARY - 1
+    for name, parameter in inspect.signature(config_class.__init__).parameters.items():
+        default = parameter.default
+        if name.endswith(("_token_id", "_token_index")) and isinstance(default, int | list | tuple):
+            first = default if isinstance(default, int) else default[0]
+            if first >= VOCABULARY // 2:
+                values[name], token = token, token - 1
+        elif isinstance(default, bool):
+            continue
+        elif name in PER_STAGE and isinstance(default, list | tuple):
+            values[name] = type(default)(min(depth, 1) if isinstance(depth, int) else depth for depth in default)
+        elif name in SIZES and isinstance(default, int) and default > SIZES[name] and SIZES[name] not in keep:
+            values[name] = SIZES[name]
+        elif name in SIZES and name.endswith("_size") and isinstance(default, list | tuple) and "image" in name:
+            values[name] = type(default)(min(side, SIZES[name]) for side in default)
+    for name, sub in getattr(config_class, "sub_configs", {}).items():
+        if (
+            name not in overrides
+            and hasattr(sub, "model_type")
+            and hasattr(sub, "sub_configs")
+            and sub.__name__ != "AutoConfig"
+        ):
+            values[name] = tiny_config(sub, {}, widths).to_dict()
+    return config_class(**{**values, **overrides})
+
+
+def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Keyword arguments that the model may take, the likeliest first."""
+    config = model.config
+    names = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(10, VOCABULARY // 2, shape, generator=generator)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    text: Inputs = {}
+    if "input_ids" in names:
+        choices = (2,) if "MultipleChoice" in type(model).__name__ else ()
+        text["input_ids"] = tokens(2, *choices, LENGTH)
+        if isinstance(getattr(config, "eos_token_id", None), int):
+            text["input_ids"][..., -1] = config.eos_token_id
+        if "attention_mask" in names:
+            text["attention_mask"] = torch.ones_like(text["input_ids"])
+        if "bbox" in names:
+            text["bbox"] = torch.tensor([1, 2, 5, 8]).expand(*text["input_ids"].shape, 4).clone()
+    decoder: Inputs = {"decoder_input_ids": tokens(2, 8)} if "decoder_input_ids" in names else {}
+    if "pixel_values" in names:
+        channels, sizes = _images(config)
+        frames = (getattr(config, "num_frames", 8),) if "ideo" in str(names["pixel_values"]) else ()
+        for size in sizes:
+            for shape in ((2, *frames, channels, *size), (2, getattr(config, "num_frames", 8), channels, *size)):
+                image = {"pixel_values": noise(*shape)}
+                if "pixel_mask" in names:
+                    image["pixel_mask"] = torch.ones(2, *size, dtype=torch.long)
+                yield {**image, **decoder}
+                if text:
+                    yield {**text, **image, **decoder}
+    for audio in ("input_values", "input_features"):
+        if audio in names:
+            bins = next(
+                (
+                    getattr(config, n)
+                    for n in ("feature_projection_input_dim", "num_mel_bins", "feature_size")
+                    if hasattr(config, n)
+                ),
+                80,
+            )
+            for shape in ((2, 4000), (2, 1, 4000), (2, 100, bins), (2, bins, 256), (2, bins, 100), (2, 1024, bins)):
+                for mask in ({}, {"attention_mask": torch.ones(2, shape[1], dtype=torch.long)}):
+                    yield {audio: noise(*shape), **mask, **decoder}
+                    if "decoder_input_values" in names:
+                        yield {**text, audio: noise(*shape), "decoder_input_values": noise(2, 8, bins)}
+    if "past_values" in names:
+        length = getattr(config, "context_length", 32)
+        channels = getattr(config, "num_input_channels", 1)
+        yield {"past_values": noise(2, length, channels)}
+        yield {"past_values": noise(2, length), "freq": torch.zeros(2, 1, dtype=torch.long)}
+        past = length + max(getattr(config, "lags_sequence", [0]))
+        future = getattr(config, "prediction_length", None) or 8
+        yield {
+            "past_values": noise(2, past),
+            "past_time_features": noise(2, past, getattr(config, "num_time_features", 0)),
+            "past_observed_mask": torch.ones(2, past),
+            "future_values": noise(2, future),
+            "future_time_features": noise(2, future, getattr(config, "num_time_features", 0)),
+        }
+    if "inputs" in names:
+        yield {"inputs": tokens(2, LENGTH)}
+        yield {"inputs": noise(2, LENGTH, config.d_model)}
+    if text:
+        yield {**text, **decoder}
+        yield {"input_ids": text["input_ids"]}
+
+
+def _images(config: Any) -> tuple[int, list[tuple[int, int]]]:
+    """The number of channels, and the sizes of images to try."""
+    configs = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config", "encoder"))]
+    channels = next((c.num_channels for c in configs if hasattr(c, "num_channels")), 3)
+    sizes = [c.image_size for c in configs if getattr(c, "image_size", None)]
+    pairs = [(size, size) if isinstance(size, int) else tuple(size)[-2:] for size in sizes]
+    return channels, [*dict.fromkeys([(64, 64), *pairs, (128, 128), (224, 224)])]
