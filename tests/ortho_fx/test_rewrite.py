@@ -227,12 +227,9 @@ def test_activations_that_learn_already_are_reported():
             return x + torch.sin(F.softplus(self.a) * x) ** 2
 
     reasons = [site.reason for site in rewrite_(nn.Sequential(Snake(), nn.PReLU(), nn.GELU())).left]
+    gate = "it is a gate unless it is named as a target"
     prelu = "it learns parameters of its own, and stays unless it is named as a target"
-    assert reasons == [
-        prelu,
-        "its function learns parameters of its own",
-        "it is a gate unless it is named as a target",
-    ]
+    assert reasons == ["its function learns parameters of its own", prelu, gate]
 
 
 def test_what_is_kept_as_a_function_or_an_object_is_replaced_or_reported():
