@@ -62,10 +62,6 @@ CASES = {
     "hermite 3 stable, coefficients at a tenth of the rate": Case(HERMITE, expansion_lr=0.1),
     "hermite 3 stable, coefficients fixed": Case(HERMITE, expansion_lr=0.0),
     "hermite 3 stable, clamped at 3": Case(ExpansionConfig("hermite", 3, clamp=3.0)),
-    "hermite 3 stable, clamped at 2": Case(ExpansionConfig("hermite", 3, clamp=2.0)),
-    "hermite 3 stable, clamped at 3, gradient clipped to 1": Case(
-        ExpansionConfig("hermite", 3, clamp=3.0), gradient_clip=1.0
-    ),
 }
 
 
