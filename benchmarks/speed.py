@@ -1,0 +1,118 @@
+"""How fast and how large expansions are beside F.gelu: alone, in an MLP block, in training steps, and to compile.
+
+    python benchmarks/speed.py [--only SECTION ...] [--quick]    # torchortho too, with pip install "ortho-fx[bench]"
+
+Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, and with an
+expansion a channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks. How each is
+measured is written in ortho_fx/bench.py; `ortho-fx bench` measures any of them under other settings. Runs on a GPU
+where there is one (`--device cpu` otherwise), there with GPT-2 124M and ConvNeXt-T under autocast to bfloat16.
+
+Prints a table a section, and writes results/speed_cpu.json or results/speed_<GPU>.json: date, hardware and versions a
+section. `--only` measures some sections anew and keeps the others of that file; `--quick` tries everything out in small
+and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ortho_fx import ExpansionConfig
+from ortho_fx.bench import BenchConfig, bench, compile_times
+from ortho_fx.bench_candidates import ROW
+from ortho_fx.bench_report import environment_of, table
+
+RESULTS = Path(__file__).parent / "results"
+HERMITE, RATIONAL, FOURIER = (
+    ExpansionConfig("hermite"),
+    ExpansionConfig("tropical_rational"),
+    ExpansionConfig("fourier"),
+)
+FEW = (HERMITE, RATIONAL, FOURIER)
+A_CHANNEL = tuple(
+    ExpansionConfig(basis, granularity=granularity)
+    for basis in ("hermite", "fourier")
+    for granularity in ("layer", "channel")
+)
+
+
+def sections(device: str) -> dict[str, dict[str, Any]]:
+    """The settings of every section, in the order in which they run: a process that reuses buffers stays with it."""
+    gpu = device != "cpu"
+    # On a GPU beyond what its L2 cache could keep of an output.
+    elements = (16384 if gpu else 4096) * ROW
+    alone: dict[str, Any] = {"device": device, "elements": elements, "peers": False, "rounds": 50 if gpu else 15}
+    model = {**alone, "expansions": FEW, "rounds": 20 if gpu else 8, "dtype": "bfloat16" if gpu else "float32"}
+    every = {
+        "fresh": {**alone, "fresh": True, "expansions": FEW},
+        "float32": {**alone, "peers": True},
+        "bfloat16": {**alone, "dtype": "bfloat16", "peers": gpu},
+        "float16": {**alone, "dtype": "float16", "expansions": FEW},
+        "eager": {**alone, "eager": True, "expansions": (HERMITE,)},
+        "channel": {**alone, "expansions": A_CHANNEL},
+        "mlp": {**model, "what": "mlp", "elements": (8192 if gpu else 1024) * ROW},
+        "gpt2": {**model, "what": "gpt2", "size": "124m" if gpu else "tiny"},
+        "convnext": {**model, "what": "convnext", "size": "t" if gpu else "tiny"},
+        "compile": alone,
+    }
+    if gpu:
+        del every["fresh"]
+    return every
+
+
+def quick(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same in small."""
+    small = {"elements": 64 * ROW, "rounds": 2, "peers": False, "size": "tiny", "batch_size": 2}
+    return {**settings, **small, "expansions": settings.get("expansions", FEW)[:1]}
+
+
+def compilation(config: BenchConfig, blocks: int) -> dict[str, Any]:
+    """Prints and returns how long a model of so many blocks takes to compile, with cold caches."""
+    seconds = compile_times(config, blocks)
+    ratios = {name: value / seconds["gelu"] for name, value in seconds.items()}
+    print(f"compilation of {blocks} MLP blocks, forward and backward, cold caches")
+    print(table(["", "s", "/ gelu"], [[name, f"{seconds[name]:.1f}", f"{ratios[name]:.2f}"] for name in seconds]))
+    return environment_of(config) | {"blocks": blocks, "seconds": seconds, "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help=", ".join(sections("cpu")))
+    parser.add_argument("--quick", action="store_true", help="everything in small, to see that it works")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    options = parser.parse_args()
+    chosen = sections(options.device)
+    unknown = [name for name in options.only or () if name not in chosen]
+    if unknown:
+        parser.error(f"unknown section {', '.join(unknown)}; sections are {', '.join(chosen)}")
+
+    gpu = options.device != "cpu"
+    name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(options.device).lower()) if gpu else "cpu"
+    path = RESULTS / f"speed_{name}.json"
+    results = json.loads(path.read_text()) if path.exists() and options.only else {}
+    for section, settings in chosen.items():
+        if options.only and section not in options.only:
+            continue
+        start = time.perf_counter()
+        print(f"## {section}", flush=True)
+        config = BenchConfig(**(quick(settings) if options.quick else settings), threads=options.threads)
+        if section == "compile":
+            results[section] = compilation(config, 2 if options.quick else 12)
+        else:
+            report = bench(config)
+            print(report)
+            results[section] = report.to_dict()
+        print(f"{time.perf_counter() - start:.0f} s\n", flush=True)
+        if not options.quick:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

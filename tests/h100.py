@@ -1,0 +1,443 @@
+"""The Triton kernels that Inductor would generate for an H100, on a machine without one: nothing of them is executed.
+
+    from tests.h100 import triton_code
+
+    x = torch.empty(4096, 3072, device="meta", requires_grad=True)
+    code = triton_code(F.gelu, x)
+    (kernel,) = code.backward.kernels
+    assert kernel.kind == "pointwise"
+    assert [(a.loads, a.stores) for a in kernel.whole] == [(1, 0), (1, 0), (0, 1)]
+
+`triton_code` compiles a function for its inputs as `torch.compile` does, forward and backward: Dynamo, AOTAutograd with
+its partitioner, Inductor's passes, lowerings, scheduler and code generation all run as they are, on FakeTensors whose
+device is `cuda`. Only what would touch the device is replaced, by `h100()`: the properties of the device, and the step
+that loads the generated module. `code.forward` and `code.backward` hold the source (`.source`), the kernels in the
+order of their launches (`.kernels`) and the calls of libraries such as cuBLAS (`.externs`). `print(code)` shows it all.
+
+Every tensor that the function uses has to be among its inputs, or a parameter or buffer of the module that is called.
+Sizes, strides, dtypes and `requires_grad` are taken from the inputs, so they may be on `meta` and cost no memory.
+
+Triton need not be installed: the source is the same with it and without. Limits:
+- Padding of matrix multiplications, which Inductor decides by timing them, is off, and `max_autotune` would time too.
+- Where PyTorch's own C++ code decides by the device, it sees the CPU: scaled_dot_product_attention picks the CPU's
+  kernel, and autocast would do nothing, so it is an error. Pass half-precision inputs instead.
+- A tensor that the function makes without naming a device is on the GPU, where on a real one it would be an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.scheduler
+import torch._inductor.utils
+from torch import Tensor, nn
+from torch._dynamo import device_interface
+from torch._inductor.codegen import triton_utils
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.fx_passes import joint_graph
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.utils import TritonAttrsDescriptorVersion
+from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils import _triton
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications, compute capability 9.0,
+# with the 132 multiprocessors of the SXM5 card.
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=80 << 30,
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    shared_memory_per_multiprocessor=228 << 10,
+    L2_cache_size=50 << 20,
+    is_integrated=False,
+    gcnArchName="",
+)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor argument of a kernel, as launched, and how often the kernel's text loads from it and stores to it.
+
+    A reduction that goes over its input in two loops loads it twice.
+    """
+
+    parameter: str
+    buffer: str
+    dtype: torch.dtype
+    numel: int
+    loads: int
+    stores: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a generated kernel.
+
+    `kind` is the heuristics' name ("pointwise", "reduction", "persistent_reduction"...), `size_hints` what they choose
+    the block sizes by, `numels` the elements along each axis as launched, `reductions` how many there are in the text,
+    and `definition` the text with its decorators. `whole` holds the arguments that are at least as large as
+    `whole_numel`.
+    """
+
+    name: str
+    kind: str
+    size_hints: dict[str, int]
+    numels: dict[str, int]
+    arguments: tuple[Argument, ...]
+    reductions: int
+    definition: str
+    whole_numel: int
+
+    @property
+    def whole(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if a.numel >= self.whole_numel)
+
+    @property
+    def loads(self) -> int:
+        """Loads of whole tensors."""
+        return sum(a.loads for a in self.whole)
+
+    @property
+    def stores(self) -> int:
+        """Stores of whole tensors."""
+        return sum(a.stores for a in self.whole)
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{axis} {numel}" for axis, numel in self.numels.items())
+        lines = [f"{self.name}: {self.kind} ({axes}), {self.reductions} reductions"]
+        for a in self.arguments:
+            size = "whole" if a in self.whole else "small"
+            lines.append(
+                f"  {a.parameter} = {a.buffer}: {size} {a.numel} {a.dtype}, {a.loads} loads, {a.stores} stores"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The code of one graph: the wrapper's source, its kernels in the order of their launches, its library calls."""
+
+    source: str
+    kernels: tuple[Kernel, ...]
+    externs: tuple[str, ...]
+
+    @property
+    def big(self) -> tuple[Kernel, ...]:
+        """The kernels that touch a whole tensor."""
+        return tuple(kernel for kernel in self.kernels if kernel.whole)
+
+    @property
+    def small(self) -> tuple[Kernel, ...]:
+        return tuple(kernel for kernel in self.kernels if not kernel.whole)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.kernels), *(f"library: {name}" for name in self.externs)])
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code of a function; there is no backward where no input requires a gradient."""
+
+    forward: Graph
+    backward: Graph | None
+
+    def __str__(self) -> str:
+        return f"forward\n{self.forward}" + (f"\nbackward\n{self.backward}" if self.backward else "")
+
+
+def triton_code(
+    function: Callable[..., Any],
+    *inputs: Any,
+    whole: int | None = None,
+    dynamic: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Code:
+    """The code that `torch.compile(function, dynamic=dynamic, options=options)` would run on an H100 for `inputs`.
+
+    `whole` is the number of elements from which a tensor counts as whole: those of the first input, if not given.
+    Raises what the compiler raises.
+    """
+    if whole is None:
+        whole = next(t.numel() for t in inputs if isinstance(t, Tensor))
+    graphs: dict[bool, Graph] = {}
+
+    def keep(graph: GraphLowering, wrapper: Any) -> Any:
+        assert graph.is_backward not in graphs, "more than one graph"
+        devices = {buffer.get_name(): buffer.get_device() for buffer in graph.buffers}
+        elsewhere = [name for name, device in devices.items() if device is not None and device.type != "cuda"]
+        assert not elsewhere, f"computed on the CPU: {elsewhere}"
+        graphs[graph.is_backward] = _parse(wrapper.value, graph, whole)
+        return SimpleNamespace(call=None, __file__="<not written>")
+
+    def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        autocast = torch.amp.autocast_mode._enter_autocast
+        if torch.is_autocast_enabled("cuda") or any(node.target is autocast for node in graph_module.graph.nodes):
+            raise NotImplementedError("autocast: pass inputs of the dtypes that it would cast to")
+        compile_fx(graph_module, example_inputs, config_patches=options)
+        return graph_module.forward
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    torch._dynamo.reset()
+    try:
+        with h100(), mock.patch.object(GraphLowering, "_compile_to_module_lines", keep), mode:
+            if isinstance(function, nn.Module):
+                function = _on_device(function)
+            compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+            compiled(*(_fake(t) if isinstance(t, Tensor) else t for t in inputs))
+    finally:
+        # What Dynamo has cached for the function is guarded on fake tensors and returns them.
+        torch._dynamo.reset()
+    return Code(graphs[False], graphs.get(True))
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _on_device(module: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters and buffers are fake; called inside a FakeTensorMode."""
+    fakes: dict[int, Any] = {}
+    for tensor in module.parameters():
+        fakes[id(tensor)] = nn.Parameter(_fake(tensor), tensor.requires_grad)
+    for tensor in module.buffers():
+        fakes[id(tensor)] = _fake(tensor)
+    return copy.deepcopy(module, fakes)
+
+
+@contextlib.contextmanager
+def h100() -> Iterator[None]:
+    """While it is open, PyTorch's Python code believes that device 0 is an H100, and Inductor that Triton works."""
+    with contextlib.ExitStack() as stack:
+
+        def replace(target: Any, **values: Any) -> None:
+            for name, value in values.items():
+                stack.enter_context(mock.patch.object(target, name, value, create=True))
+
+        # Of a real device, another H100's properties might be remembered; and nobody is to remember these.
+        DeviceProperties.create.cache_clear()
+        stack.callback(DeviceProperties.create.cache_clear)
+
+        device = {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device=None: PROPERTIES,
+        }
+        replace(
+            torch.cuda,
+            **device,
+            get_device_capability=lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
+            get_device_name=lambda device=None: PROPERTIES.name,
+            is_bf16_supported=lambda including_emulation=True: True,
+            get_rng_state=lambda device=None: torch.empty(0),
+            set_rng_state=lambda state, device=None: None,
+            synchronize=lambda device=None: None,
+            set_device=lambda device: None,
+            _exchange_device=lambda device: 0,
+            _maybe_exchange_device=lambda device: 0,
+        )
+        cuda = device_interface.CudaInterface
+        replace(
+            cuda,
+            **{name: staticmethod(function) for name, function in device.items()},
+            is_bf16_supported=staticmethod(lambda including_emulation=True: True),
+            synchronize=staticmethod(lambda device=None: None),
+            raise_if_triton_unavailable=staticmethod(lambda device=None: None),
+        )
+        replace(
+            cuda.Worker,
+            current_device=staticmethod(lambda: 0),
+            get_device_properties=staticmethod(lambda device=None: PROPERTIES),
+        )
+
+        # What Inductor asks Triton while it generates code. Its answers are those of the Triton that goes with this
+        # PyTorch, whether it is installed or not.
+        replace(torch._inductor.scheduler, has_triton=lambda: True)
+        replace(torch._inductor.utils, get_triton_attrs_descriptor_version=lambda: TritonAttrsDescriptorVersion.V4_DICT)
+        replace(triton_utils, AttrsDescriptorWrapper=_attributes)
+        replace(_triton, triton_hash_with_backend=lambda: "H100")
+
+        _hide_device_from_autograd(replace)
+        fold = joint_graph.UniformValueConstantFolder._deduce_value
+
+        def fold_on_cpu(self: Any, node: torch.fx.Node) -> Any:
+            with _OnCPU():
+                return fold(self, node)
+
+        replace(joint_graph.UniformValueConstantFolder, _deduce_value=fold_on_cpu)
+        # Advice to the user of a card with tensor cores.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        stack.enter_context(
+            torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
+        )
+        stack.enter_context(
+            torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, shape_padding=False)
+        )
+        stack.enter_context(torch._inductor.config.patch(compile_threads=1, size_asserts=True))
+        yield
+
+
+class _OnCPU(TorchDispatchMode):
+    """Runs on the CPU what Inductor computes of constants on the device itself."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def to_cpu(device: torch.device) -> torch.device:
+            return torch.device("cpu") if device.type == "cuda" else device
+
+        args, kwargs = pytree.tree_map_only(torch.device, to_cpu, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _attributes(
+    divisible_by_16: Sequence[int] = (), equal_to_1: Sequence[int] = (), pointer_range_32: Sequence[int] = ()
+) -> dict[tuple[int], list[list[Any]]]:
+    assert not pointer_range_32
+    return {(index,): [["tt.divisibility", 16]] for index in divisible_by_16}
+
+
+def _hide_device_from_autograd(replace: Callable[..., None]) -> None:
+    """Makes PyTorch's C++ code see tensors on `cuda` as tensors on the CPU, and Python code see none on the CPU.
+
+    Built without CUDA, autograd's engine fails on a tensor of a device that it has no streams of. It asks the C++
+    object for the device. Python code, which decides what is compiled, asks the attributes replaced here. Operators
+    that C++ code calls on its way, as `type_as` calls `to`, name the CPU: the modes that trace them put that right.
+    """
+    cpu, prim_device = torch.device("cpu"), torch.ops.prim.device.default
+    is_cuda = property(lambda tensor: tensor.device.type == "cuda")
+
+    make_wrapper = Tensor._make_wrapper_subclass
+
+    def make_wrapper_on_cpu(cls: type, *arguments: Any, **settings: Any) -> Tensor:
+        if cls is FunctionalTensor:
+            arguments = tuple(cpu if isinstance(a, torch.device) else a for a in arguments)
+        return make_wrapper(cls, *arguments, **settings)
+
+    replace(Tensor, _make_wrapper_subclass=staticmethod(make_wrapper_on_cpu))
+    replace(
+        FunctionalTensor,
+        device=property(lambda tensor: torch._from_functional_tensor(tensor.elem).device),
+        is_cuda=is_cuda,
+    )
+
+    handlers = fake_tensor._DISPATCH_META_HANDLERS
+    device_of = handlers[prim_device]
+    dispatch_fake = FakeTensor.__torch_dispatch__
+
+    def device_for_cpp(arguments: Sequence[Any]) -> torch.device:
+        device = device_of(arguments)
+        return cpu if device.type == "cuda" else device
+
+    def dispatch_device(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return device_for_cpp(args) if func is prim_device else dispatch_fake(func, types, args, kwargs or {})
+
+    replace(fake_tensor, _DISPATCH_META_HANDLERS={**handlers, prim_device: device_for_cpp})
+    replace(FakeTensor, __torch_dispatch__=classmethod(dispatch_device), is_cuda=is_cuda)
+
+    for mode in (FunctionalTensorMode, ProxyTorchDispatchMode, FakeTensorMode):
+
+        def on_cuda(
+            self: Any,
+            func: Any,
+            types: Any,
+            args: Any = (),
+            kwargs: Any = None,
+            dispatch: Any = mode.__torch_dispatch__,
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if kwargs.get("device") == cpu:
+                kwargs["device"] = torch.device("cuda", 0)
+            return dispatch(self, func, types, args, kwargs)
+
+        replace(mode, __torch_dispatch__=on_cuda)
+    # As in a process that must not initialise CUDA: constants are made on the CPU.
+    replace(FakeTensorMode, avoid_device_init=property(lambda mode: True))
+
+
+_DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.MULTILINE | re.DOTALL)
+_LAUNCH = re.compile(r"^ +(\w+)\.run\((.*), stream=\w+\)$")
+_LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?((?:extern_kernels|aten|torch\.ops\.\w+)\.[\w.]+)\(")
+_SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
+
+
+def _parse(source: str, graph: GraphLowering, whole: int) -> Graph:
+    """Reads the launches out of a wrapper's source; `graph` knows its buffers."""
+    definitions = dict(_DEFINITION.findall(source))
+    kernels, externs = [], []
+    sizes = {str(symbol): int(value) for symbol, value in graph.sizevars.shape_env.backed_var_to_val.items()}
+    for line in source[source.index("\nclass Runner") :].splitlines():
+        if match := _LAUNCH.match(line):
+            kernels.append(_kernel(match[1], definitions[match[1]], _split(match[2]), graph, sizes, whole))
+        elif match := _LIBRARY_CALL.match(line):
+            externs.append(match[1])
+        elif match := _SIZE.match(line):
+            sizes[match[1]] = _evaluate(match[2], sizes)
+    assert {kernel.name for kernel in kernels} == set(definitions), "a kernel is defined and no launch of it was found"
+    return Graph(source, tuple(kernels), tuple(externs))
+
+
+def _kernel(
+    name: str, definition: str, values: list[str], graph: GraphLowering, sizes: dict[str, int], whole: int
+) -> Kernel:
+    header = re.search(r"@triton_heuristics\.(\w+)\(\s*size_hints=(\{.*?\})", definition)
+    signature = re.search(r"'signature': (\{.*?\})", definition)
+    reductions = re.search(r"'num_reduction': (\d+)", definition)
+    assert header is not None, definition
+    assert signature is not None, definition
+    assert reductions is not None, definition
+    # Settings of the kernel, such as XBLOCK, are chosen at its launch and not passed.
+    parameters = [name for name in ast.literal_eval(signature[1]) if not name.isupper()]
+    body = definition[definition.index("@triton.jit") :]
+    arguments, numels = [], {}
+    for parameter, value in zip(parameters, values, strict=True):
+        if parameter.endswith("numel"):
+            numels[parameter.removesuffix("numel")] = _evaluate(value, sizes)
+        elif "ptr" in parameter:
+            view = re.match(r"reinterpret_tensor\((\w+), \(([^)]*)\)", value)
+            buffer = view[1] if view else value
+            numel = math.prod(_evaluate(size, sizes) for size in _split(view[2])) if view else None
+            if numel is None:
+                numel = _evaluate(str(graph.get_numel(buffer)), sizes)
+            loads, stores = (len(re.findall(rf"tl\.{verb}\({parameter}\b", body)) for verb in ("load", "store"))
+            arguments.append(Argument(parameter, buffer, graph.get_dtype(buffer), numel, loads, stores))
+    hints = ast.literal_eval(header[2])
+    return Kernel(name, header[1], hints, numels, tuple(arguments), int(reductions[1]), definition, whole)
+
+
+def _split(arguments: str) -> list[str]:
+    """The arguments of a call, split at the commas that are not inside parentheses."""
+    parts = re.findall(r"(?:[^,()]|\((?:[^()]|\([^()]*\))*\))+", arguments)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _evaluate(expression: str, sizes: dict[str, int]) -> int:
+    """The value of an expression of a wrapper in the sizes of the example inputs."""
+    return int(eval(expression, {"__builtins__": {}}, sizes))
