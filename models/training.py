@@ -56,7 +56,7 @@ class TrainConfig:
         model: "gpt2" or "convnext".
         size: a preset of the model; "tiny" is made for a CPU and for the bundled data.
         basis: basis of the expansions, or "none" for the untouched model.
-        degree, init, granularity, clamp: as in `ExpansionConfig`.
+        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
         calibrate: whether the expansions start fitted to the model's own pre-activations (`calibrate_`).
         lr, expansion_lr: peak learning rates of the model and of the expansions (None: `lr`).
         warmup: steps of linear warm-up, then a cosine to a tenth of the peak.
@@ -73,6 +73,7 @@ class TrainConfig:
     init: str = "stable"
     granularity: str = "layer"
     clamp: float | None = None
+    tied: bool = False
     calibrate: bool = True
     steps: int | None = None
     batch_size: int | None = None
@@ -113,7 +114,7 @@ class TrainConfig:
     @property
     def expansion(self) -> ExpansionConfig | None:
         """The expansion that replaces the model's activations."""
-        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp)
+        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied)
         return None if self.basis == "none" else ExpansionConfig(*expansion)
 
     @property

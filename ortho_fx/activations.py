@@ -35,7 +35,7 @@ class ExpansionActivation(nn.Module):
     them.
 
     Args:
-        degree, init, granularity, clamp: as in `ExpansionConfig`.
+        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
         channels: number of channels, for a granularity other than "layer".
         channel_dim: their dimension. When omitted, that of dimensions 1 and -1 which has this size; where both have,
             dimension 1 of inputs of four and more dimensions, and -1 of others.
@@ -56,6 +56,7 @@ class ExpansionActivation(nn.Module):
         *,
         granularity: str = "layer",
         clamp: float | None = None,
+        tied: bool = False,
         channels: int | None = None,
         channel_dim: int | None = None,
         reference: Callable[[Tensor], Tensor] | None = None,
@@ -63,7 +64,7 @@ class ExpansionActivation(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp)
+        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
         if init == "fit" and reference is None:
             raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
         # In a tuple, for a module to be no submodule: its parameters, if it had any, are not the expansion's.
@@ -73,7 +74,7 @@ class ExpansionActivation(nn.Module):
         self.channel_dim = channel_dim
         assert self.config.degree is not None
         for parameter in self.basis.parameters:
-            size = parameter.size(self.config.degree)
+            size = parameter.size(self.config.degree, tied)
             values = torch.empty(size if groups is None else (size, groups), device=device, dtype=dtype)
             if parameter.learnable:
                 self.register_parameter(parameter.name, nn.Parameter(values))
@@ -155,7 +156,7 @@ class ExpansionActivation(nn.Module):
         error_msgs: list[str],
     ) -> None:
         try:
-            state_dict = torchortho.converted(self.basis.name, state_dict, prefix)
+            state_dict = torchortho.converted(self.basis.name, state_dict, prefix, self.config.tied)
         except OrthoFxError as error:
             error_msgs.append(str(error))
         else:
@@ -172,6 +173,8 @@ class ExpansionActivation(nn.Module):
             shown += f", granularity={self.config.granularity!r}, channels={self.channels}"
         if self.config.clamp is not None:
             shown += f", clamp={self.config.clamp:g}"
+        if self.config.tied:
+            shown += ", tied=True"
         return shown
 
 
@@ -266,6 +269,8 @@ class FourierActivation(ExpansionActivation):
 
     Parameters: `constant` a_0 of shape (1,); `coefficients` a_k, `frequencies` w_k (radians per unit of x, starting
     from 0.35 k) and `phases` p_k (radians, starting from pi / 2), each of shape (n,). Degrees 1 to 64; 5 by default.
+
+    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), is w alone.
 
     Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. Bounded everywhere.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ortho_fx.bases import BASES
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.fit_bases import FITS, Problem
+from ortho_fx.fit_bases import FITS, Problem, fit_tied_fourier
 from ortho_fx.histogram import Histogram
 from ortho_fx.initialisation import rescale
 from ortho_fx.moments import Array
@@ -166,7 +166,8 @@ def fit(
     )
     if config.size > (nodes := np.count_nonzero(weights)):
         raise OrthoFxError(f"a {config} fit has {config.size} coefficients for {nodes} nodes: fit fewer")
-    parameters = rescale(config.basis, FITS[config.basis](problem, config.degree), centre, scale)
+    fit_basis = fit_tied_fourier if config.tied else FITS[config.basis]
+    parameters = rescale(config.basis, fit_basis(problem, config.degree), centre, scale)
 
     finer, finer_weights = points, weights
     if piecewise:  # it can be closer at the nodes that it was fitted at than between
@@ -195,7 +196,7 @@ def fit(
 
 
 def _with_fit(config: ExpansionConfig) -> ExpansionConfig:
-    return ExpansionConfig(config.basis, config.degree, "fit", config.granularity, config.clamp)
+    return replace(config, init="fit")
 
 
 def _check(
@@ -269,4 +270,4 @@ def _evaluate(
 ) -> Tensor:
     basis = BASES[config.basis]
     values = (torch.from_numpy(np.asarray(parameters[parameter.name])) for parameter in basis.parameters)
-    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *values)
+    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *basis.prepare(x.dtype, *values))

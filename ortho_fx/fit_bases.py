@@ -2,7 +2,7 @@
 
 - Hermite is linear in its coefficients; under the Gaussian weight it is the projection a_k = E[g(X) He_k(X)].
 - Fourier is linear at fixed frequencies (cosine and sine pairs); the frequencies start as multiples of the best of some
-  fundamentals and follow Gauss-Newton steps.
+  fundamentals and follow Gauss-Newton steps. Where they are tied, the fundamental alone follows them.
 - Tropical functions are piecewise linear, and linear in their changes of slope at fixed knots. Knots that turn up
   belong to the maximum, those that turn down to the denominator. They start at the function's own kinks and, where it
   is smooth, with the density |w f''^2|^(1/5) that is asymptotically best, and follow Gauss-Newton steps.
@@ -75,8 +75,9 @@ def _fit_hermite(problem: Problem, degree: int) -> dict[str, Array]:
     return {"coefficients": _damped(matrix / length, problem.target, np.full(degree + 1, _ROUNDING)) / length}
 
 
-def _fit_fourier(problem: Problem, degree: int) -> dict[str, Array]:
+def _fit_fourier(problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
     z, waves = problem.z, min(degree, _MOST_WAVES)
+    multiples = np.arange(1.0, waves + 1)
 
     def columns(frequencies: Array) -> Array:
         angles = np.outer(z, frequencies)
@@ -101,21 +102,32 @@ def _fit_fourier(problem: Problem, degree: int) -> dict[str, Array]:
     heavy = problem.weight > 1e-6 * problem.weight.max()
     reach = float(np.abs(z[heavy]).max())
     ridge = np.concatenate([[0.0], np.full(2 * waves, _ROUNDING)])
-    starts = [np.arange(1, waves + 1) * (math.pi / reach / stretch) for stretch in np.geomspace(0.7, 5.0, 12)]
-    scanned = sorted((_Separable(columns, jacobian, problem.target, ridge).at(start) for start in starts), key=_cost)
+    separable = _Separable(columns, jacobian, problem.target, ridge)
+    fundamentals = math.pi / reach / np.geomspace(0.7, 5.0, 12)
+    starts = [multiples * fundamental for fundamental in fundamentals]
+    if tied:
+        separable = _Separable(
+            lambda fundamental: columns(multiples * fundamental),
+            lambda fundamental, linear: jacobian(multiples * fundamental, linear) @ multiples[:, None],
+            problem.target,
+            ridge,
+        )
+        starts = [np.array([fundamental]) for fundamental in fundamentals]
+    scanned = sorted((separable.at(start) for start in starts), key=_cost)
     # Work of about a tenth of a second, whatever the degree.
     steps = int(np.clip(2.5e7 / (len(problem.target) * (3 * waves + 1) ** 2), 2, 60))
     best = min((solution.improved(steps) for solution in scanned[:2]), key=_cost)
     c, s = best.linear[1 : waves + 1], best.linear[waves + 1 :]
     amplitudes = np.hypot(c, s)
     # The largest waves go where 1/k! is largest, which keeps the coefficients within the range of float32.
-    order = np.argsort(-amplitudes, kind="stable")
+    order = np.arange(waves) if tied else np.argsort(-amplitudes, kind="stable")
     factorials = np.array([math.factorial(k + 1) for k in range(degree)], dtype=float)
     coefficients, phases = np.zeros(degree), np.zeros(degree)
     coefficients[:waves] = amplitudes[order]
     phases[:waves] = np.arctan2(s, c)[order]
-    frequencies = np.arange(1.0, degree + 1)
-    frequencies[:waves] = best.nonlinear[order]
+    frequencies = best.nonlinear
+    if not tied:
+        frequencies = np.concatenate([frequencies[order], np.arange(waves + 1.0, degree + 1)])
     negative = frequencies < 0
     return {
         "constant": best.linear[:1],
@@ -309,6 +321,11 @@ def _damped(matrix: Array, target: Array, ridge: Array) -> Array:
     stacked = np.concatenate([matrix, np.diag(ridge)])
     q, r = np.linalg.qr(stacked)
     return np.linalg.solve(r, q.T @ np.concatenate([target, np.zeros(len(ridge))]))
+
+
+def fit_tied_fourier(problem: Problem, degree: int) -> dict[str, Array]:
+    """As the fit of Fourier, for frequencies that are multiples of one."""
+    return _fit_fourier(problem, degree, tied=True)
 
 
 FITS: Mapping[str, Callable[[Problem, int], dict[str, Array]]] = {

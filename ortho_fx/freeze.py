@@ -5,7 +5,8 @@ What each basis becomes:
   little as the recurrence does; else Clenshaw's recurrence, with the factorials in its coefficients: two a degree.
   Leading coefficients that are zero are dropped.
 - Fourier: a_0 + sum of A_k cos(w_k x - p_k) with A_k = a_k / k!. Waves of equal frequency become one, those of
-  frequency zero join the constant, and those below rounding are dropped: of 64 equal ones in float32 14 remain.
+  frequency zero join the constant, and those below rounding are dropped: of 64 equal ones in float32 14 remain. With
+  tied frequencies, the same as a sum of A_k cos(k w x) + B_k sin(k w x), which takes one cosine and one sine.
 - tropical: the pieces that are the maximum somewhere, or somewhere within the clamp. A maximum of one line is a
   polynomial, and a denominator of one line is subtracted from the numerator's.
 
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ortho_fx.activations import ExpansionActivation, channel_dim_of, refuse_scripting
+from ortho_fx.bases.fourier import harmonics
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.moments import Array, Values
+from ortho_fx.moments import Array, Values, wave_frequencies
 
 # A form by name and its constants by name, each of shape (terms, groups).
 Folded = tuple[str, dict[str, Array]]
@@ -89,6 +91,8 @@ class FrozenExpansion(nn.Module):
     - "polynomial": sum of c_k x^k, k = 0 .. terms - 1; `monomial_coefficients`.
     - "recurrence": sum of a_k He_k(x) / k!; `hermite_coefficients`, which are a_k 8^k / k!.
     - "waves": a_0 + sum of A_k cos(w_k x - p_k); `constant`, `amplitudes`, `frequencies`, `phases`.
+    - "harmonics": a_0 + sum of A_k cos(k w x) + B_k sin(k w x); `constant`, `cosine_amplitudes`, `sine_amplitudes`,
+      and w as `frequencies`.
     - "maximum": max over k of (s_k x + b_k); `slopes`, `offsets`.
     - "difference": such a maximum less another; `denominator_slopes` and `denominator_offsets` besides.
 
@@ -162,12 +166,14 @@ class FrozenExpansion(nn.Module):
         refuse_scripting(self)
 
     def extra_repr(self) -> str:
-        counted = [name for name in self._constants if name.endswith(("coefficients", "amplitudes", "offsets"))]
+        counted = [name for name in self._constants if name.endswith(("coefficients", "offsets")) or name in _COUNTED]
         terms = " - ".join(str(len(getattr(self, name))) for name in counted)
         shown = f"{self.config}, form={self.form!r}, terms={terms}"
         return shown if self.channels is None else f"{shown}, channels={self.channels}"
 
 
+# Of a form's constants, those whose length is its number of terms, beside coefficients and offsets.
+_COUNTED = ("amplitudes", "cosine_amplitudes")
 # What stands in the place of an activation already.
 OURS = (ExpansionActivation, FrozenExpansion)
 
@@ -233,6 +239,7 @@ _EVALUATE: dict[str, Callable[..., Tensor]] = {
     "polynomial": _polynomial,
     "recurrence": _recurrence,
     "waves": _waves,
+    "harmonics": harmonics,
     "maximum": _maximum,
     "difference": _difference,
 }
@@ -306,8 +313,10 @@ def _recurrence_error(a: Array, x: Array) -> Array:
 
 
 def _fold_fourier(values: Values, interval: Interval | None, dtype: torch.dtype) -> Folded:
-    constant, w = values["constant"].copy(), values["frequencies"]
+    constant, w = values["constant"].copy(), wave_frequencies(values)
     a = values["coefficients"] / np.array([float(math.factorial(k + 1)) for k in range(len(w))])[:, None]
+    if len(values["frequencies"]) < len(w):
+        return _fold_tied(constant, a, w, values["phases"], dtype)
     # cos(w x - p) is even: of frequencies w and -w, the one with the sign changed is the same wave.
     w, p = np.abs(w), np.where(w < 0, -values["phases"], values["phases"])
     constant += np.where(w == 0, a * np.cos(p), 0.0).sum(axis=0)
@@ -319,15 +328,36 @@ def _fold_fourier(values: Values, interval: Interval | None, dtype: torch.dtype)
                 phasor = a[j] * np.exp(1j * p[j]) + a[k] * np.exp(1j * p[k])
                 a[j], p[j] = np.where(equal, np.abs(phasor), a[j]), np.where(equal, np.angle(phasor), p[j])
                 a[k] = np.where(equal, 0.0, a[k])
+    needed = _above_rounding(constant, a, w, dtype)
+    if not needed.any():
+        return "polynomial", {"monomial_coefficients": np.concatenate([constant, np.zeros_like(constant)])}
+    present, a, w, p = _packed(needed, a, w, p)
+    return "waves", {"constant": constant, "amplitudes": np.where(present, a, 0.0), "frequencies": w, "phases": p}
+
+
+def _fold_tied(constant: Array, a: Array, w: Array, p: Array, dtype: torch.dtype) -> Folded:
+    cosines, sines = a * np.cos(p), a * np.sin(p)
+    constant += np.where(w == 0, cosines, 0.0).sum(axis=0)
+    needed = _above_rounding(constant, np.where(w == 0, 0.0, a), np.abs(w), dtype)
+    if not needed.any():
+        return "polynomial", {"monomial_coefficients": np.concatenate([constant, np.zeros_like(constant)])}
+    kept = slice(np.flatnonzero(needed.any(axis=1)).max() + 1)
+    return "harmonics", {
+        "constant": constant,
+        "cosine_amplitudes": np.where(needed, cosines, 0.0)[kept],
+        "sine_amplitudes": np.where(needed, sines, 0.0)[kept],
+        "frequencies": w[:1],
+    }
+
+
+def _above_rounding(constant: Array, a: Array, w: Array, dtype: torch.dtype) -> Any:
+    """Which waves count beside the others in value, slope or second derivative."""
     needed = np.zeros(w.shape, dtype=bool)
     for order in range(3):
         sizes = np.abs(a) * w**order
         total = sizes.sum(axis=0) + (np.abs(constant) if order == 0 else 0.0)
         needed |= sizes * len(w) > total * (torch.finfo(dtype).eps / 8)
-    if not needed.any():
-        return "polynomial", {"monomial_coefficients": np.concatenate([constant, np.zeros_like(constant)])}
-    present, a, w, p = _packed(needed, a, w, p)
-    return "waves", {"constant": constant, "amplitudes": np.where(present, a, 0.0), "frequencies": w, "phases": p}
+    return needed
 
 
 def _packed(needed: Any, *arrays: Array) -> list[Any]:

@@ -68,7 +68,7 @@ def _hermite(values: Values) -> Moments:
 def _fourier(values: Values) -> Moments:
     # E cos(u X - v) = cos(v) exp(-u^2 / 2), and E[(X^2 - 1) cos(u X - v)] is -u^2 times that.
     a0 = float(np.asarray(values["constant"])[0])
-    w = np.asarray(values["frequencies"], dtype=np.float64)
+    w = np.asarray(wave_frequencies(values), dtype=np.float64)
     p = np.asarray(values["phases"], dtype=np.float64)
     a = np.asarray(values["coefficients"]) * np.exp([-math.lgamma(k + 2) for k in range(len(w))])
 
@@ -93,10 +93,16 @@ def _fourier(values: Values) -> Moments:
     )
 
 
+def wave_frequencies(values: Values) -> Array:
+    """The frequency of each wave of a Fourier expansion, also where one number is stored for all of them."""
+    frequencies, degree = np.asarray(values["frequencies"]), len(values["coefficients"])
+    return frequencies if len(frequencies) == degree else np.multiply.outer(np.arange(1.0, degree + 1), frequencies[0])
+
+
 def _clamped(basis: str, values: Values, bounds: tuple[float, float]) -> Moments:
     # What lies beyond 12 standard deviations weighs less than 1e-32.
     low, high = (min(max(bound, -12.0), 12.0) for bound in bounds)
-    fastest = float(np.abs(values["frequencies"]).max()) if basis == "fourier" else len(values["coefficients"])
+    fastest = float(np.abs(wave_frequencies(values)).max()) if basis == "fourier" else len(values["coefficients"])
     panels = max(1, math.ceil((high - low) * (1 + fastest) / 8))
     nodes, weights = np.polynomial.legendre.leggauss(24)
     edges = np.linspace(low, high, panels + 1)
@@ -107,7 +113,7 @@ def _clamped(basis: str, values: Values, bounds: tuple[float, float]) -> Moments
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the model is built in
         points = torch.from_numpy(np.concatenate([x, ends])).requires_grad_()
         parameters = [torch.from_numpy(np.asarray(values[parameter.name], float)) for parameter in formula.parameters]
-        y = formula.evaluate(points, *parameters)
+        y = formula.evaluate(points, *formula.prepare(torch.float64, *parameters))
         (slope,) = torch.autograd.grad(y.sum(), points)
     inner, outer = np.split(y.detach().numpy(), [len(x)])
     # Beyond a bound t: P(X > t), and E[X^2 - 1; X > t] = t phi(t).

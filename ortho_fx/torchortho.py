@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
@@ -65,6 +66,13 @@ def tropical_rational_parameters(state: State) -> dict[str, Tensor]:
     )
 
 
+def _fundamental(frequencies: Tensor) -> Tensor:
+    multiples = torch.arange(1, len(frequencies) + 1, device=frequencies.device) * frequencies[:1]
+    if not torch.allclose(frequencies, multiples.to(frequencies.dtype), rtol=1e-6, atol=0.0):
+        raise OrthoFxError("grid: the frequencies are no multiples of the first: load them with tied=False")
+    return frequencies[:1]
+
+
 def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
     return {ours: state[theirs] for theirs, ours in names.items() if theirs in state}
 
@@ -107,14 +115,15 @@ _SOURCES = (
 )
 
 
-def converted(basis: str, state_dict: State, prefix: str) -> State:
+def converted(basis: str, state_dict: State, prefix: str, tied: bool = False) -> State:
     """A state dict in which an activation of torchortho's under this prefix has become one of the basis.
 
     Any other state dict is returned as it is. Keys that torchortho does not write stay, for `load_state_dict` to find
     unexpected; those that are wanting are missing in ours as well.
 
     Raises:
-        OrthoFxError: the state of another basis, or one that cannot be converted; the message opens with the key.
+        OrthoFxError: the state of another basis, or one that cannot be converted, as frequencies that are no multiples
+            of one number cannot for an activation that ties them; the message opens with the key.
     """
     source = next((source for source in _SOURCES if prefix + source.key in state_dict), None)
     if source is None:
@@ -127,6 +136,8 @@ def converted(basis: str, state_dict: State, prefix: str) -> State:
         )
     try:
         parameters = source.parameters(state)
+        if tied and "frequencies" in parameters:
+            parameters["frequencies"] = _fundamental(parameters["frequencies"])
     except OrthoFxError as error:
         raise OrthoFxError(f"{prefix}{error}") from None
     rest = {key: value for key, value in state.items() if key.partition(".")[0] not in source.read}

@@ -11,36 +11,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Reduce
+from ortho_fx.bases.basis import Basis, Parameter, Term, Value, multiply_add
 
 
-def polynomials(x: Tensor, count: int) -> list[Tensor]:
-    """P_1(x), ..., P_count(x), each of the shape of `x`; P_0 = 1 is left to the caller."""
-    values = [x]
-    for k in range(2, count + 1):
-        previous = values[-2] if k > 2 else 1.0
-        values.append((x * values[-1] - previous) * (1.0 / k))
-    return values[:count]
+class Polynomials:
+    """P_1, P_2, ... at x, each computed when it is first asked for; P_0 = 1 is left to the caller."""
+
+    def __init__(self, x: Value) -> None:
+        self._values = [x]
+
+    def __getitem__(self, order: int) -> Value:
+        values = self._values
+        while len(values) < order:
+            k = len(values) + 1
+            values.append(_next(k, values[0], values[-1], values[-2] if k > 2 else 1.0))
+        return values[order - 1]
+
+
+def _next(k: int, x: Value, last: Value, before: Value) -> Value:
+    """P_k from the two before it."""
+    if not isinstance(x, Tensor):
+        return (x * last - before) * (1.0 / k)
+    # The same in fewer passes over memory.
+    summand = before * (-1.0 / k) if isinstance(before, Tensor) else x.new_full((), -before / k)
+    return torch.addcmul(summand, x, last, value=1.0 / k)
 
 
 class Hermite(Basis):
-    def evaluate(self, x: Tensor, *parameters: Tensor) -> Tensor:
+    def evaluate(self, x: Value, *parameters: Value) -> Value:
         (coefficients,) = parameters
-        degree = coefficients.shape[0] - 1
-        y = coefficients[0] + coefficients[1] * x
-        for k, p in enumerate(polynomials(x, degree)[1:], start=2):
-            y = y + coefficients[k] * p
+        polynomials = Polynomials(x)
+        y = multiply_add(coefficients[1], x, coefficients[0])
+        for k in range(2, len(coefficients)):
+            y = multiply_add(coefficients[k], polynomials[k], y)
         return y
 
-    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
+    def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
         (coefficients,) = parameters
-        degree = coefficients.shape[0] - 1
-        values = polynomials(x, degree)
-        slope = coefficients[1].expand_as(x)
-        for k in range(2, degree + 1):
-            slope = slope + coefficients[k] * values[k - 2]
-        grad_x = grad * slope
-        return grad_x, torch.stack([reduce(grad), *(reduce(grad * p) for p in values)])
+        polynomials = Polynomials(x)
+
+        def grad_x() -> Value:
+            if len(coefficients) == 2:
+                return grad * coefficients[1]
+            slope = multiply_add(coefficients[2], x, coefficients[1])
+            for k in range(3, len(coefficients)):
+                slope = multiply_add(coefficients[k], polynomials[k - 1], slope)
+            return grad * slope
+
+        return grad_x, [lambda: grad, *(lambda k=k: grad * polynomials[k] for k in range(1, len(coefficients)))]
+
+    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+        return (sums,)
 
 
 HERMITE = Hermite(

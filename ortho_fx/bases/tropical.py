@@ -1,55 +1,106 @@
 """Tropical polynomials, y(x) = max_{k=0..n} (s_k x + b_k): convex and piecewise linear, with fixed slopes s_k.
 
 The paper's form scale * max_k (k x + b_k) is the case s_k = scale * k, with the scale multiplied into the offsets.
-Where several pieces tie, they share the gradient equally, as in `torch.amax`.
+
+A maximum of lines is the line that is the largest at the far left, and a bend at every knot where another takes over:
+y(x) = s x + b + sum of d_j max(x - t_j, 0). The knots t_j and bends d_j are computed once for all x; every x then costs
+a comparison a knot, not the lines. A line that is the largest nowhere has no knot. At a knot itself the derivatives are
+those to its left, and of equal lines the first counts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Reduce
+from ortho_fx.bases.basis import Basis, Parameter, Term, Value, after, masked, multiply_add
 
 
-def maximum(x: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
-    """max_k (s_k x + b_k), elementwise."""
-    y = slopes[0] * x + offsets[0]
-    for k in range(1, offsets.shape[0]):
-        y = torch.maximum(y, slopes[k] * x + offsets[k])
-    return y
+def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each line begins to be the largest, in ascending order, and the lines in this order.
 
-
-def piece_shares(x: Tensor, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The derivative in `x`, and the share of each piece: 1 where it alone is the maximum, 1/m where m pieces tie.
-
-    The number of ties is counted along the running maximum, so it is at least 1 whatever rounding does: a
-    fused multiply-add in one place and not in another costs at most one piece's share and never divides by zero.
+    The first begins at -inf; a line that is the largest nowhere at inf.
     """
-    values = [slopes[k] * x + offsets[k] for k in range(offsets.shape[0])]
-    top, ties = values[0], torch.ones_like(x)
-    slope = slopes[0].expand_as(x)
-    for k in range(1, len(values)):
-        above, level = values[k] > top, values[k] == top
-        slope = torch.where(above, slopes[k], torch.where(level, slope + slopes[k], slope))
-        ties = torch.where(above, 1.0, torch.where(level, ties + 1.0, ties))
-        top = torch.maximum(top, values[k])
-    share = 1.0 / ties
-    return slope * share, [torch.where(value == top, share, 0.0) for value in values]
+    # Where line k crosses line j, and which of the two is steeper, for all pairs [k, j].
+    bend = slopes.unsqueeze(1) - slopes.unsqueeze(0)
+    drop = offsets.unsqueeze(0) - offsets.unsqueeze(1)
+    crossing = drop / torch.where(bend == 0, 1.0, bend)
+    start = torch.where(bend > 0, crossing, -torch.inf).amax(1)
+    end = torch.where(bend < 0, crossing, torch.inf).amin(1)
+    number = torch.arange(len(slopes), device=slopes.device).reshape(-1, *(1 for _ in slopes.shape))
+    earlier = number.squeeze(1).unsqueeze(0) < number
+    hidden = ((bend == 0) & ((drop > 0) | ((drop == 0) & earlier))).any(1)
+    return torch.where((start < end) & ~hidden, start, torch.inf).sort(0)
+
+
+def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """max_k (s_k x + b_k) as a line and bends: [s, d_1, ..., d_n] and [b, t_1, ..., t_n].
+
+    Knots that there are fewer of lie at inf, without a bend.
+    """
+    start, order = starts(slopes, offsets)
+    ordered = slopes.gather(0, order)
+    bend = torch.where(start[1:].isinf(), 0.0, ordered[1:] - ordered[:-1])
+    # A NaN among the offsets leaves no line the largest: it has to show in the result.
+    first = offsets.gather(0, order[:1]) + 0.0 * offsets.sum(0, keepdim=True)
+    return torch.cat([ordered[:1], bend]), torch.cat([first, start[1:]])
+
+
+def shares(after_knots: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
+    """Sums over where each line is the largest, from those over all x and those to the right of each knot."""
+    # Of the lines in ascending order, each is the largest from its own knot to that of the next.
+    ordered = after_knots - torch.cat([after_knots[1:], torch.zeros_like(after_knots[:1])])
+    _, order = starts(slopes, offsets)
+    number = torch.arange(len(order), device=order.device).reshape(-1, *(1 for _ in order.shape))
+    return torch.where(order == number, ordered, 0.0).sum(1)
+
+
+class Bends:
+    """A line and bends at x: the value, and what it makes of derivatives."""
+
+    def __init__(self, x: Value, slopes: Value, offsets: Value) -> None:
+        self._x, self._slopes, self._offsets = x, slopes, offsets
+
+    def value(self) -> Value:
+        x, slopes, offsets = self._x, self._slopes, self._offsets
+        y = multiply_add(slopes[0], x, offsets[0])
+        for k in range(1, len(offsets)):
+            y = multiply_add(slopes[k], (x - offsets[k]).relu(), y)
+        return y
+
+    @functools.cached_property
+    def _after(self) -> list[Value]:
+        """Whether x lies to the right of each knot."""
+        return [after(self._x, self._offsets[k]) for k in range(1, len(self._offsets))]
+
+    def slope(self) -> Value:
+        slope = self._slopes[0]
+        for k, right in enumerate(self._after, start=1):
+            slope = slope + masked(right, self._slopes[k])
+        return slope
+
+    def terms(self, grad: Value) -> list[Term]:
+        """`grad` everywhere, and to the right of each knot."""
+        return [lambda: grad, *(lambda k=k: masked(self._after[k], grad) for k in range(len(self._offsets) - 1))]
 
 
 class Tropical(Basis):
-    def evaluate(self, x: Tensor, *parameters: Tensor) -> Tensor:
+    def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         slopes, offsets = parameters
-        return maximum(x, slopes, offsets)
+        return bends(slopes.to(dtype), offsets.to(dtype))
 
-    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
-        slopes, offsets = parameters
-        slope, shares = piece_shares(x, slopes, offsets)
-        grad_x = grad * slope
-        return grad_x, torch.stack([reduce(grad * share) for share in shares])
+    def evaluate(self, x: Value, *parameters: Value) -> Value:
+        return Bends(x, *parameters).value()
+
+    def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
+        maximum = Bends(x, *parameters)
+        return lambda: grad * maximum.slope(), maximum.terms(grad)
+
+    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+        return (shares(sums, *parameters),)
 
 
 TROPICAL = Tropical(

@@ -10,28 +10,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Reduce
-from ortho_fx.bases.tropical import maximum, piece_shares
+from ortho_fx.bases.basis import Basis, Parameter, Term, Value
+from ortho_fx.bases.tropical import Bends, bends, shares
 
 
 class TropicalRational(Basis):
-    def evaluate(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        slopes, offsets, denominator_slopes, denominator_offsets = parameters
-        return maximum(x, slopes, offsets) - maximum(x, denominator_slopes, denominator_offsets)
+    def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        slopes, offsets = bends(*_pairs(dtype, parameters))
+        return slopes[:, 0], offsets[:, 0], slopes[:, 1], offsets[:, 1]
 
-    def gradients(self, grad: Tensor, x: Tensor, reduce: Reduce, *parameters: Tensor) -> Sequence[Tensor]:
-        slopes, offsets, denominator_slopes, denominator_offsets = parameters
-        up, shares = piece_shares(x, slopes, offsets)
-        down, denominator_shares = piece_shares(x, denominator_slopes, denominator_offsets)
-        grad_x = grad * (up - down)
-        negated = -grad
-        return (
-            grad_x,
-            torch.stack([reduce(grad * share * x) for share in shares]),
-            torch.stack([reduce(grad * share) for share in shares]),
-            torch.stack([reduce(negated * share * x) for share in denominator_shares]),
-            torch.stack([reduce(negated * share) for share in denominator_shares]),
-        )
+    def evaluate(self, x: Value, *parameters: Value) -> Value:
+        return Bends(x, *parameters[:2]).value() - Bends(x, *parameters[2:]).value()
+
+    def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
+        above, below = Bends(x, *parameters[:2]), Bends(x, *parameters[2:])
+        moment = grad * x
+        terms = [term for part in (above, below) for factor in (moment, grad) for term in part.terms(factor)]
+        return lambda: grad * (above.slope() - below.slope()), terms
+
+    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+        slopes, offsets = (pair.unsqueeze(2) for pair in _pairs(sums.dtype, parameters))
+        # [k, above or below, of slopes or offsets, ...], and what is below counts negative.
+        after_knots = sums.unflatten(0, (2, 2, -1)).movedim(2, 0)
+        sign = (1 - 2 * torch.arange(2, device=sums.device)).reshape(2, *(1 for _ in sums.shape))
+        gradients = shares(after_knots, slopes, offsets) * sign
+        return gradients[:, 0, 0], gradients[:, 0, 1], gradients[:, 1, 0], gradients[:, 1, 1]
+
+
+def _pairs(dtype: torch.dtype, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Slopes and offsets, each with those above beside those below."""
+    slopes, offsets, denominator_slopes, denominator_offsets = (parameter.to(dtype) for parameter in parameters)
+    return torch.stack([slopes, denominator_slopes], 1), torch.stack([offsets, denominator_offsets], 1)
 
 
 TROPICAL_RATIONAL = TropicalRational(

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 
 import pytest
@@ -12,7 +13,8 @@ from ortho_fx import (
     TropicalRationalActivation,
 )
 
-CLASSES = [HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation]
+TIED = functools.partial(FourierActivation, tied=True)
+CLASSES = [HermiteActivation, FourierActivation, TIED, TropicalActivation, TropicalRationalActivation]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -52,6 +54,19 @@ def test_meta_construction_then_materialisation(cls):
 
 def test_repr_names_degree_and_init():
     assert repr(HermiteActivation(degree=4)) == "HermiteActivation(degree=4, init='stable')"
+    assert repr(TIED(degree=4)) == "FourierActivation(degree=4, init='stable', tied=True)"
+
+
+def test_tied_frequencies_are_one_parameter():
+    assert {name: p.numel() for name, p in TIED(4).named_parameters()} == {
+        "constant": 1,
+        "coefficients": 4,
+        "frequencies": 1,
+        "phases": 4,
+    }
+    torch.testing.assert_close(TIED(4)(x := torch.randn(16)), FourierActivation(4)(x))
+    with pytest.raises(RuntimeError, match="size mismatch for frequencies"):
+        TIED(4).load_state_dict(FourierActivation(4).state_dict())
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -93,6 +108,7 @@ def test_a_channel_dimension_can_be_named():
         ({"granularity": "group:4", "channels": 6}, None, "6 channels do not divide into 4 groups"),
         ({"granularity": "row"}, None, 'granularity must be "layer", "channel" or "group:N"; got \'row\''),
         ({"clamp": -1.0}, None, "clamp must be a finite number above zero, or None; got -1.0"),
+        ({"tied": True}, None, "tied is for the frequencies of fourier; hermite has none"),
         ({"init": "fit"}, None, "init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it"),
         (
             {"granularity": "channel", "channels": 6},

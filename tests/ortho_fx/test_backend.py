@@ -193,7 +193,7 @@ def refused(model, **keywords):
     [
         (
             {"options": {"bases": "hermite"}},
-            "unknown option 'bases'; options are basis, degree, init, granularity, clamp "
+            "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied "
             "and those of torch._inductor.config",
         ),
         ({"options": {"degree": 99}}, "degree of hermite must be an integer from 1 to 32; got 99"),

@@ -11,12 +11,18 @@ from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL
 from ortho_fx.bases.basis import Basis
 
 
-def random_parameters(basis: Basis, degree: int, seed: int = 0) -> list[torch.Tensor]:
+def random_parameters(basis: Basis, degree: int, seed: int = 0, tied: bool = False) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(p.size(degree), generator=generator, dtype=torch.float64).requires_grad_(p.learnable)
+        torch.randn(p.size(degree, tied), generator=generator, dtype=torch.float64).requires_grad_(p.learnable)
         for p in basis.parameters
     ]
+
+
+def gradients(basis: Basis, grad: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    """The gradient of x and of each learnable parameter."""
+    grad_x, terms = basis.derivatives(grad, x, *basis.prepare(x.dtype, *parameters))
+    return [grad_x(), *basis.collect(torch.stack([term().sum() for term in terms]), *parameters)]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 32])
@@ -27,15 +33,17 @@ def test_hermite_is_the_sum_of_probabilists_hermite_polynomials(degree):
     np.testing.assert_allclose(HERMITE.evaluate(torch.from_numpy(x), a.detach()), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("degree", [1, 5, 64])
-def test_fourier_is_the_sum_of_cosines_over_factorials(degree):
-    parameters = [p.detach().numpy() for p in random_parameters(FOURIER, degree)]
-    constant, a, w, p = parameters
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("degree", [1, 2, 5, 64])
+def test_fourier_is_the_sum_of_cosines_over_factorials(degree, tied):
+    parameters = [p.detach() for p in random_parameters(FOURIER, degree, tied=tied)]
+    constant, a, w, p = (parameter.numpy() for parameter in parameters)
+    w = w * np.arange(1, degree + 1) if tied else w
     x = np.linspace(-5, 5, 101)
     expected = constant[0] + sum(
         a[k - 1] * np.cos(w[k - 1] * x - p[k - 1]) / math.factorial(k) for k in range(1, degree + 1)
     )
-    actual = FOURIER.evaluate(torch.from_numpy(x), *map(torch.from_numpy, parameters))
+    actual = FOURIER.evaluate(torch.from_numpy(x), *FOURIER.prepare(torch.float64, *parameters))
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -45,39 +53,37 @@ def test_tropical_is_a_maximum_of_lines_and_the_rational_a_difference_of_two(deg
     x = torch.linspace(-5, 5, 101, dtype=torch.float64)
     up = (x[:, None] * s + b).amax(1)
     down = (x[:, None] * t + c).amax(1)
-    torch.testing.assert_close(TROPICAL.evaluate(x, s, b), up)
-    torch.testing.assert_close(TROPICAL_RATIONAL.evaluate(x, s, b, t, c), up - down)
+    torch.testing.assert_close(TROPICAL.evaluate(x, *TROPICAL.prepare(x.dtype, s, b)), up)
+    difference = TROPICAL_RATIONAL.evaluate(x, *TROPICAL_RATIONAL.prepare(x.dtype, s, b, t, c))
+    torch.testing.assert_close(difference, up - down)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 6])
-@pytest.mark.parametrize("name", BASES)
-def test_gradients_are_those_of_autograd(name, degree):
+@pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in BASES), ("fourier", True)])
+def test_gradients_are_those_of_autograd(name, tied, degree):
     basis = BASES[name]
-    parameters = random_parameters(basis, degree)
+    parameters = random_parameters(basis, degree, tied=tied)
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     grad = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     sources = [x, *(p for p in parameters if p.requires_grad)]
-    expected = torch.autograd.grad(basis.evaluate(x, *parameters), sources, grad)
-    actual = basis.gradients(grad, x.detach(), torch.sum, *(p.detach() for p in parameters))
-    actual = [a.reshape(e.shape) for a, e in zip(actual, expected, strict=True)]
+    expected = torch.autograd.grad(basis.evaluate(x, *basis.prepare(x.dtype, *parameters)), sources, grad)
+    actual = gradients(basis, grad, x.detach(), *(p.detach() for p in parameters))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
 def test_hermite_gradient_at_zero_is_the_odd_part():
     a = torch.tensor([0.3, 0.5, 0.2, 0.7], dtype=torch.float64)
-    grad_x, _ = HERMITE.gradients(*torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.sum, a)
+    grad_x, _ = gradients(HERMITE, *torch.tensor([[1.0], [0.0]], dtype=torch.float64), a)
     # P_1' = 1, P_2' = x, P_3' = (x^2 - 1) / 2
     assert grad_x.item() == pytest.approx(0.5 - 0.7 / 2)
 
 
-def test_tied_pieces_share_the_gradient_as_amax_does():
+def test_the_first_of_tied_pieces_takes_the_gradient():
     slopes = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    offsets = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64, requires_grad=True)
-    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    (x[:, None] * slopes + offsets).amax(1).sum().backward()
-    grad_x, grad_offsets = TROPICAL.gradients(
-        torch.ones(1, dtype=torch.float64), x.detach(), torch.sum, slopes, offsets.detach()
-    )
-    torch.testing.assert_close(grad_x, x.grad)
+    offsets = torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(1, dtype=torch.float64)
+    (x[:, None] * slopes + offsets).max(1).values.sum().backward()
+    grad_x, grad_offsets = gradients(TROPICAL, torch.ones(1, dtype=torch.float64), x, slopes, offsets.detach())
+    assert grad_x.item() == 1.0
     torch.testing.assert_close(grad_offsets, offsets.grad)

@@ -3,30 +3,32 @@ import pytest
 import torch
 from torch import nn
 
-from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, calibrate_, gains, rewrite_
-from ortho_fx.bases import BASES
+from ortho_fx import HermiteActivation, OrthoFxError, calibrate_, gains, rewrite_
 from ortho_fx.initialisation import initial_parameters, rescale
+from tests.kinds import KINDS, basis_of, config_of
 
 
 def evaluate(name, values, x):
-    return BASES[name].evaluate(x, *(torch.from_numpy(np.asarray(values[p.name])) for p in BASES[name].parameters))
+    basis = basis_of(name)
+    parameters = (torch.from_numpy(np.asarray(values[p.name])) for p in basis.parameters)
+    return basis.evaluate(x, *basis.prepare(x.dtype, *parameters))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.23), (0.4, 0.5), (-2.0, 3.0)])
 @pytest.mark.parametrize("degree", [1, 3, 8])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_rescaling_is_the_change_of_variable(name, degree, mean, std):
-    start = initial_parameters(ExpansionConfig(name, degree))
+    start = initial_parameters(config_of(name, degree))
     z = torch.linspace(-4, 4, 101, dtype=torch.float64)
     expected = std * evaluate(name, start, z)
-    torch.testing.assert_close(evaluate(name, rescale(name, start, mean, std), mean + std * z), expected)
+    torch.testing.assert_close(evaluate(name, rescale(basis_of(name).name, start, mean, std), mean + std * z), expected)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_gains_are_those_of_the_inputs_that_were_measured(name):
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.GELU())
-    rewrite_(model, ExpansionConfig(name))
+    rewrite_(model, config_of(name))
     x = (0.7 + 0.3 * torch.randn(4, 50_000, generator=generator)).requires_grad_()
     calibrate_(model, [x[:1], (x[1:3],), {"input": x[3:]}])
     y = model(x)
@@ -44,10 +46,10 @@ def test_statistics_are_exact_over_chunks():
     assert site.std == pytest.approx(x.std(correction=0).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_clamps_move_with_the_inputs_and_gains_stay_one(name):
     model = nn.Sequential(nn.GELU())
-    rewrite_(model, ExpansionConfig(name, clamp=2.0))
+    rewrite_(model, config_of(name, clamp=2.0))
     x = 5 + 0.3 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     calibrate_(model, [x])
     torch.testing.assert_close(model[0].bounds, torch.tensor([5 - 0.6, 5 + 0.6]), atol=0.01, rtol=0)
@@ -56,10 +58,10 @@ def test_clamps_move_with_the_inputs_and_gains_stay_one(name):
     assert result.backward == pytest.approx(1, rel=0.02)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_fits_are_made_anew_for_the_measured_inputs(name):
     model = nn.Sequential(nn.SiLU())
-    report = rewrite_(model, ExpansionConfig(name, 4, init="fit"))
+    report = rewrite_(model, config_of(name, 4, "fit"))
     x = 1 + 0.2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     before = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
     (site,) = calibrate_(model, [x]).sites

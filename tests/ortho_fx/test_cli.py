@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ def run(capsys, *arguments):
         ),
         (["train", "gpt2", "--degree", "40"], "degree of hermite must be an integer from 1 to 32; got 40"),
         (["train", "gpt2", "--degree", "x"], "argument --degree: invalid int value: 'x'"),
+        (["train", "gpt2", "--tied"], "tied is for the frequencies of fourier; hermite has none"),
         (["train", "bert"], "model must be one of gpt2, convnext; got 'bert'"),
         (["train", "gpt2", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["train", "gpt2", "--out", "/dev/null/run"], "cannot write to /dev/null/run: Not a directory"),
@@ -41,6 +43,11 @@ def test_training_from_the_command_line_beside_gelu(capsys, tmp_path, monkeypatc
     monkeypatch.setitem(gpt2.PRESETS, "small", gpt2.GPT2Config(256, 16, 1, 2, 16))
     monkeypatch.chdir(tmp_path)
     common = ["train", "gpt2", "--size", "small", "--steps", "3", "--batch-size", "4", "--no-compile"]
+    tied = ["--basis", "fourier", "--tied", "--out", "tied"]
+    code, out, _ = run(capsys, *common, *tied)
+    assert (code, "gpt2 small with fourier 5 tied, 3 steps, in tied" in out) == (0, True)
+    assert run(capsys, *common, *tied, "--resume")[0] == 0
+    assert "tied is True there and False here" in run(capsys, *common, *tied[:2], *tied[3:], "--resume")[2]
     code, out, _ = run(capsys, *common, "--basis", "fourier", "--beside-gelu")
     assert code == 0
     assert "gpt2 small with fourier 5, 3 steps, in runs/gpt2-small-fourier5" in out
@@ -88,6 +95,15 @@ def test_fit_prints_and_draws(tmp_path, capsys):
     assert plot.stat().st_size > 10_000
 
 
+def test_fit_and_bench_tie_frequencies(capsys):
+    _, out, _ = run(capsys, *"fit gelu --basis fourier --degree 3 --tied".split())
+    lines = {name: values for name, *values in map(str.split, out.splitlines()[3:])}
+    assert [len(values) for values in lines.values()] == [1, 3, 1, 3]
+    arguments = "bench --bases fourier --degrees 2 --tied --elements 6144 --rounds 1 --eager --no-peers"
+    code, out, _ = run(capsys, *arguments.split())
+    assert (code, "fourier 2 tied" in out) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,10 +111,44 @@ def test_fit_prints_and_draws(tmp_path, capsys):
         ("fit gelu --interval 5 -5", "interval must be two finite numbers, the lower one first; got (5.0, -5.0)"),
         ("fit gelu --weight uniform", "weight 'uniform' needs an interval"),
         ("fit gelu --basis sine", "basis must be one of hermite, "),
+        ("fit gelu --tied", "tied is for the frequencies of fourier; hermite has none"),
         ("fit gelu --plot missing/fit.png", "cannot write missing/fit.png: "),
     ],
 )
 def test_fit_names_mistakes_in_one_line(arguments, message, capsys):
+    code, _, err = run(capsys, *arguments.split())
+    assert code == 2
+    assert err.startswith(f"ortho-fx: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    arguments = "bench --bases hermite --degrees 2 3 --elements 6144 --rounds 1 --eager --no-peers --json".split()
+    code, out, err = run(capsys, *arguments, str(file))
+    assert (code, err) == (0, "")
+    title, header, *lines, written = out.splitlines()
+    assert title.startswith("activation, 2 x 3072, float32, eager, ")
+    assert header.split()[:4] == ["forward", "ms", "backward", "ms"]
+    assert [line.split("  ")[0] for line in lines] == ["gelu", "copy", "hermite 2", "hermite 3"]
+    assert written == f"written to {file}"
+    assert [row["name"] for row in json.loads(file.read_text())["rows"]] == ["gelu", "copy", "hermite 2", "hermite 3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bench --what vit", "what must be one of activation, mlp, gpt2, convnext; got 'vit'"),
+        ("bench --bases sine", "basis must be one of hermite, "),
+        ("bench --degrees 40", "degree of hermite must be an integer from 1 to 32; got 40"),
+        ("bench --bases hermite --tied", "tied is for the frequencies of fourier, and the bases are hermite"),
+        ("bench --elements ten", "argument --elements: invalid int value: 'ten'"),
+        ("bench --device tpu", "device must be cpu or cuda; got 'tpu'"),
+        ("bench --granularity group:7 --elements 3072 --eager", "3072 channels do not divide into 7 groups"),
+        ("bench --json missing/bench.json", "cannot write missing/bench.json: No such file or directory"),
+    ],
+)
+def test_bench_names_mistakes_in_one_line(arguments, message, capsys):
     code, _, err = run(capsys, *arguments.split())
     assert code == 2
     assert err.startswith(f"ortho-fx: error: {message}")

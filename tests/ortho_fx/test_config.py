@@ -12,7 +12,8 @@ def test_degree_defaults_by_basis():
 
 def test_round_trip_and_hash():
     config = ExpansionConfig("fourier", 4, "paper")
-    assert ExpansionConfig.from_dict(config.to_dict()) == config
+    for each in (config, ExpansionConfig("fourier", 4, tied=True)):
+        assert ExpansionConfig.from_dict(each.to_dict()) == each
     assert len({config, ExpansionConfig("fourier", 4, "paper")}) == 1
 
 
@@ -24,6 +25,9 @@ def test_round_trip_and_hash():
         ({"basis": "fourier", "degree": 0}, "degree of fourier must be an integer from 1 to 64; got 0"),
         ({"degree": 2.5}, "degree of hermite must be an integer from 1 to 32; got 2.5"),
         ({"degree": True}, "degree of hermite must be an integer from 1 to 32; got True"),
+        ({"tied": True}, "tied is for the frequencies of fourier; hermite has none"),
+        ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
+        ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
         ({"init": "zeros"}, "init must be one of stable, paper, calibrated, fit; got 'zeros'"),
     ],
 )
@@ -31,6 +35,12 @@ def test_wrong_values_are_named(arguments, message):
     with pytest.raises(OrthoFxError) as caught:
         ExpansionConfig(**arguments)
     assert str(caught.value) == message
+
+
+def test_tied_frequencies_are_one_number_to_learn():
+    free, tied = ExpansionConfig("fourier", 5), ExpansionConfig("fourier", 5, tied=True)
+    assert (free.size, tied.size) == (16, 12)
+    assert str(tied) == "fourier 5 tied"
 
 
 def test_unknown_fields_and_versions_are_named():

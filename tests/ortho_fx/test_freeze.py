@@ -27,19 +27,22 @@ from ortho_fx import (
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.freeze import FrozenExpansion, _recurrence_error, freeze_
+from ortho_fx.moments import wave_frequencies
+from tests.kinds import KINDS, basis_of, config_of
 
 CHANNELS = 4
 CLASSES = [HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation]
 
 
 @st.composite
-def expansions(draw, dtype=torch.float64, bases=tuple(BASES)):
+def expansions(draw, dtype=torch.float64, kinds=KINDS):
     """Expansions with random parameters; coarse ones have zeros, equal frequencies and lines that meet in one point."""
-    basis = BASES[draw(st.sampled_from(bases))]
+    kind = draw(st.sampled_from(kinds))
+    basis = basis_of(kind)
     degree = draw(st.sampled_from([1, 2, 3, 6, basis.degrees[-1]]))
     granularity = draw(st.sampled_from(["layer", "layer", "channel", "group:2"]))
     clamp = draw(st.sampled_from([None, None, 2.0]))
-    config = ExpansionConfig(basis.name, degree, "stable", granularity, clamp)
+    config = config_of(kind, degree, granularity=granularity, clamp=clamp)
     activation = make_activation(config, channels=None if granularity == "layer" else CHANNELS, dtype=dtype)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     coarse = draw(st.booleans())
@@ -69,7 +72,8 @@ def rounding(activation, x):
         size = 2.5 * _recurrence_error(values["coefficients"], x[:, 0])
     elif activation.basis.name == "fourier":
         factorials = np.array([float(math.factorial(k + 1)) for k in range(activation.config.degree)])
-        angles = np.abs(values["frequencies"][:, None] * x) + np.abs(values["phases"][:, None])
+        frequencies = wave_frequencies(values)
+        angles = np.abs(frequencies[:, None] * x) + np.abs(values["phases"][:, None])
         waves = np.abs(values["coefficients"] / factorials[:, None])[:, None] * (2 + angles)
         size = (4 + len(waves)) * (np.abs(values["constant"]) + waves.sum(0))
     else:
@@ -196,8 +200,24 @@ def test_waves_of_one_frequency_become_one():
     assert FrozenExpansion(activation).form == "polynomial"
 
 
+def test_tied_waves_stay_multiples_of_one():
+    frozen = FrozenExpansion(FourierActivation(tied=True))
+    assert repr(frozen) == "FrozenExpansion(fourier 5 tied, form='harmonics', terms=5)"
+    torch.testing.assert_close(frozen.frequencies, torch.tensor([0.35]))
+    activation = FourierActivation(3, tied=True, granularity="channel", channels=2, dtype=torch.float64)
+    activation.set_parameters({"frequencies": np.zeros(1)})
+    assert FrozenExpansion(activation).form == "polynomial"
+    with torch.no_grad():
+        activation.frequencies[0, 1] = 2.0
+        activation.coefficients[2] = 0.0
+    frozen, x = FrozenExpansion(activation), torch.linspace(-3, 3, 14, dtype=torch.float64).view(7, 2)
+    assert len(frozen.cosine_amplitudes) == 2
+    torch.testing.assert_close(frozen(x), activation(x), rtol=1e-14, atol=1e-14)
+
+
 def test_waves_below_rounding_are_dropped():
     assert len(FrozenExpansion(FourierActivation(64)).amplitudes) == 14
+    assert len(FrozenExpansion(FourierActivation(64, tied=True)).cosine_amplitudes) == 14
     assert len(FrozenExpansion(FourierActivation(64, dtype=torch.float64)).amplitudes) < 26
 
 
@@ -218,12 +238,14 @@ def one_of_each_form(**settings):
     highest = HermiteActivation(10, **settings)
     highest.set_parameters({"coefficients": np.eye(11)[10]})
     yield FrozenExpansion(highest)
+    yield FrozenExpansion(FourierActivation(tied=True, **settings))
     yield from (FrozenExpansion(cls(**settings)) for cls in CLASSES[1:])
 
 
 def test_every_form_compiles_in_one_graph_with_its_gradients():
     modules = [*one_of_each_form(), FrozenExpansion(HermiteActivation(3, granularity="channel", channels=4, clamp=2.0))]
-    assert {module.form for module in modules} == {"polynomial", "recurrence", "waves", "maximum", "difference"}
+    forms = {"polynomial", "recurrence", "waves", "harmonics", "maximum", "difference"}
+    assert {module.form for module in modules} == forms
 
     def total(x):
         return sum(module(x) for module in modules)

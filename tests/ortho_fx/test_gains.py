@@ -10,12 +10,12 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, OrthoFxError, gains
 from ortho_fx.activations import make_activation
-from ortho_fx.bases import BASES
+from tests.kinds import KINDS, basis_of, config_of
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(sorted(BASES)),
+    name=st.sampled_from(sorted(KINDS)),
     degree=st.integers(1, 8),
     mean=st.floats(-1, 1),
     std=st.floats(0.3, 2),
@@ -23,7 +23,7 @@ from ortho_fx.bases import BASES
 )
 def test_closed_forms_agree_with_quadrature_wherever_the_coefficients_have_got_to(name, degree, mean, std, seed):
     torch.manual_seed(seed)
-    activation = make_activation(ExpansionConfig(name, degree), dtype=torch.float64)
+    activation = make_activation(config_of(name, degree), dtype=torch.float64)
     with torch.no_grad():
         for parameter in activation.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -37,7 +37,7 @@ def test_closed_forms_agree_with_quadrature_wherever_the_coefficients_have_got_t
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(sorted(BASES)),
+    name=st.sampled_from(sorted(KINDS)),
     degree=st.integers(1, 8),
     clamp=st.floats(0.2, 6),
     mean=st.floats(-1, 1),
@@ -46,7 +46,7 @@ def test_closed_forms_agree_with_quadrature_wherever_the_coefficients_have_got_t
 )
 def test_clamped_moments_agree_with_quadrature(name, degree, clamp, mean, std, seed):
     torch.manual_seed(seed)
-    activation = make_activation(ExpansionConfig(name, degree, clamp=clamp), dtype=torch.float64)
+    activation = make_activation(config_of(name, degree, clamp=clamp), dtype=torch.float64)
     with torch.no_grad():
         for parameter in activation.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -59,10 +59,10 @@ def test_clamped_moments_agree_with_quadrature(name, degree, clamp, mean, std, s
 
 @pytest.mark.parametrize("clamp", [None, 2.5])
 @pytest.mark.parametrize("granularity", ["layer", "channel", "group:3"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_stable_modules_have_gains_of_one_whatever_their_settings(name, granularity, clamp):
-    for degree in (1, 5, 12) if clamp else (1, 8, BASES[name].degrees[-1]):
-        config = ExpansionConfig(name, degree, granularity=granularity, clamp=clamp)
+    for degree in (1, 5, 12) if clamp else (1, 8, basis_of(name).degrees[-1]):
+        config = config_of(name, degree, granularity=granularity, clamp=clamp)
         result = gains(make_activation(config, channels=6, dtype=torch.float64))
         assert abs(result.forward - 1) < 1e-9
         assert abs(result.backward - 1) < 1e-9

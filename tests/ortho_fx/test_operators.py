@@ -1,6 +1,7 @@
 """The operators: exact derivatives of every order and kind, dtypes, what is saved, and how they trace."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,27 +13,29 @@ from ortho_fx import ExpansionConfig
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.operators import expand, operator
+from tests.h100 import triton_code
+from tests.kinds import KINDS, basis_of, config_of
 
 
-def arguments(name, degree, dtype=torch.float64, shape=(4, 5)):
-    activation = make_activation(ExpansionConfig(name, degree), dtype=dtype)
+def arguments(kind, degree, dtype=torch.float64, shape=(4, 5)):
+    activation = make_activation(config_of(kind, degree), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    return x, [getattr(activation, p.name) for p in BASES[name].parameters]
+    return x, [getattr(activation, p.name) for p in basis_of(kind).parameters]
 
 
 @pytest.mark.parametrize("degree", [1, 4])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_first_and_second_derivatives_agree_with_finite_differences(name, degree):
     x, parameters = arguments(name, degree)
-    op = operator(BASES[name])
+    op = operator(basis_of(name))
     assert gradcheck(op, (x, *parameters), check_forward_ad=True)
     assert gradgradcheck(op, (x, *parameters), check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 6, 3), 1), ((2, 3, 6), -1), ((6,), 0), ((2, 6, 2, 2), -3)])
 @pytest.mark.parametrize("groups", [2, 6])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_groups_of_channels_are_expansions_of_their_own(name, groups, shape, channel_dim):
     _, parameters = arguments(name, 3)
     generator = torch.Generator().manual_seed(1)
@@ -43,7 +46,7 @@ def test_groups_of_channels_are_expansions_of_their_own(name, groups, shape, cha
         return (p.detach().unsqueeze(1) + noise).requires_grad_(p.requires_grad)
 
     grouped = [spread(p) for p in parameters]
-    op = operator(BASES[name])
+    op = operator(basis_of(name))
     y = op(x, *grouped, channel_dim)
     pieces = x.chunk(groups, channel_dim)
     apart = [op(piece, *(p[:, g] for p in grouped)) for g, piece in enumerate(pieces)]
@@ -55,12 +58,12 @@ def test_groups_of_channels_are_expansions_of_their_own(name, groups, shape, cha
         torch.testing.assert_close(actual, exact)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_operators_with_groups_pass_pytorchs_own_checks_and_gradgradcheck(name):
     x, parameters = arguments(name, 2, shape=(2, 4, 3))
     grouped = [p.detach().unsqueeze(1).repeat(1, 2).requires_grad_(p.requires_grad) for p in parameters]
-    assert gradgradcheck(lambda *a: operator(BASES[name])(*a, 1), (x, *grouped), check_fwd_over_rev=True)
-    assert set(opcheck(operator(BASES[name]), (x, *grouped, 1)).values()) == {"SUCCESS"}
+    assert gradgradcheck(lambda *a: operator(basis_of(name))(*a, 1), (x, *grouped), check_fwd_over_rev=True)
+    assert set(opcheck(operator(basis_of(name)), (x, *grouped, 1)).values()) == {"SUCCESS"}
 
 
 def test_third_derivative_of_a_cubic_is_its_leading_coefficient():
@@ -72,40 +75,40 @@ def test_third_derivative_of_a_cubic_is_its_leading_coefficient():
     torch.testing.assert_close(third, coefficients[3].expand_as(x))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_operators_pass_pytorchs_own_checks(name):
     x, parameters = arguments(name, 3)
-    results = opcheck(operator(BASES[name]), (x, *parameters))
+    results = opcheck(operator(basis_of(name)), (x, *parameters))
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_only_the_input_and_the_parameters_are_saved(name):
     x, parameters = arguments(name, 3)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        operator(BASES[name])(x, *parameters)
+        operator(basis_of(name))(x, *parameters)
     assert sorted(saved) == sorted(t.data_ptr() for t in (x, *parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_half_precision_is_the_rounded_float32_result(name, dtype):
     _, parameters = arguments(name, 5, torch.float32)
     x = torch.linspace(-8, 8, 4001).to(dtype)
-    y = operator(BASES[name])(x, *parameters)
+    y = operator(basis_of(name))(x, *parameters)
     assert y.dtype == dtype
-    assert torch.equal(y, operator(BASES[name])(x.float(), *parameters).to(dtype))
+    assert torch.equal(y, operator(basis_of(name))(x.float(), *parameters).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_have_the_dtypes_of_their_tensors_and_agree_with_float64(name, dtype):
     x, parameters = arguments(name, 5, torch.float32, shape=(64, 32))
     x = x.detach().to(dtype).requires_grad_()
-    operator(BASES[name])(x, *parameters).float().square().mean().backward()
+    operator(basis_of(name))(x, *parameters).float().square().mean().backward()
     exact = [x.detach().double().requires_grad_(), *(p.detach().double().requires_grad_() for p in parameters)]
-    operator(BASES[name])(*exact).square().mean().backward()
+    operator(basis_of(name))(*exact).square().mean().backward()
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for tensor, reference in zip((x, *parameters), exact, strict=True):
         if tensor.requires_grad:
@@ -122,12 +125,12 @@ def test_float16_saturates_without_nan():
     assert operator(BASES["hermite"])(x, *parameters).tolist() == [65504 * sign for sign in exact.sign().tolist()]
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_shapes_without_elements_or_dimensions(name):
     _, parameters = arguments(name, 3)
     for shape in ((), (0, 3)):
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        y = operator(BASES[name])(x, *parameters)
+        y = operator(basis_of(name))(x, *parameters)
         assert y.shape == shape
         y.sum().backward()
         assert x.grad.shape == shape
@@ -142,21 +145,21 @@ def without_loops():
 
 
 @pytest.mark.parametrize("channel_dim", [None, 0, 1, -1])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("without_loops")
 def test_one_call_for_a_batch_is_a_call_for_each_member(name, channel_dim):
     """Whichever arguments are batched and wherever, for the forward and the backward operator."""
     _, parameters = arguments(name, 2)
     generator = torch.Generator().manual_seed(2)
     further = () if channel_dim is None else (channel_dim,)
-    backward = getattr(torch.ops.ortho_fx, f"{name}_backward").default
+    backward = getattr(torch.ops.ortho_fx, f"{basis_of(name).name}_backward").default
 
     def batched(shape, at):
         return torch.randn((*shape[:at], 3, *shape[at:]), generator=generator, dtype=torch.float64)
 
     size = (2,) if further else ()
     shapes = [(4, 4), (4, 4), *((*p.shape, *size) for p in parameters)]
-    for op, first in ((operator(BASES[name]), 1), (backward, 0)):
+    for op, first in ((operator(basis_of(name)), 1), (backward, 0)):
         for batches in itertools.product([None, 0, 1], [None, 2], [None, 0, 1], [None, 1]):
             dims = (*batches[first:3], *(batches[3] for _ in parameters[1:]))
             if all(dim is None for dim in dims):
@@ -175,10 +178,10 @@ def test_one_call_for_a_batch_is_a_call_for_each_member(name, channel_dim):
                     torch.testing.assert_close(tuple(t[member] for t in together), tuple(apart))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("without_loops")
 def test_a_batch_saves_its_inputs_and_parameters_alone(name):
-    activation = make_activation(ExpansionConfig(name, 3))
+    activation = make_activation(config_of(name, 3))
     stacked = {n: p.detach().repeat(4, 1).requires_grad_() for n, p in activation.named_parameters()}
     x, saved = torch.randn(4, 50, requires_grad=True), {}
 
@@ -193,7 +196,7 @@ def test_a_batch_saves_its_inputs_and_parameters_alone(name):
     assert sum(saved.values()) == sum(t.untyped_storage().nbytes() for t in inputs)
 
 
-def test_pieces_that_tie_share_the_gradient_equally_under_every_transform():
+def test_the_first_of_tied_pieces_takes_the_gradient_under_every_transform():
     activation = make_activation(ExpansionConfig("tropical_rational", 3, init="paper"), dtype=torch.float64)
     x = torch.randn(5, 4, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in activation.named_parameters()}
@@ -203,7 +206,7 @@ def test_pieces_that_tie_share_the_gradient_equally_under_every_transform():
 
     activation(x).sum().backward()
     expected = {name: p.grad for name, p in activation.named_parameters()}
-    assert expected["denominator_offsets"].tolist() == [-5.0] * 4
+    assert expected["denominator_offsets"].tolist() == [-20.0, 0.0, 0.0, 0.0]
     torch.testing.assert_close(grad(total)(parameters, x), expected)
     torch.testing.assert_close(grad(lambda p: vmap(total, (None, 0))(p, x).sum())(parameters), expected)
     each = vmap(grad(total), (None, 0))(parameters, x)
@@ -219,19 +222,50 @@ def test_third_derivatives_under_transforms():
 
 
 @pytest.mark.parametrize("groups", [None, 5])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_compiled_code_holds_no_operator_of_ours(name, groups):
     from torch._inductor.utils import run_fw_bw_and_get_code
 
     x, parameters = arguments(name, 3, torch.float32)
     if groups:
         parameters = [p.detach().unsqueeze(1).repeat(1, groups).requires_grad_(p.requires_grad) for p in parameters]
-    compiled = torch.compile(lambda t: expand(BASES[name], t * 2, *parameters) + t, fullgraph=True)
+    compiled = torch.compile(lambda t: expand(basis_of(name), t * 2, *parameters) + t, fullgraph=True)
     y, codes = run_fw_bw_and_get_code(lambda: compiled(x))
     assert len(codes) == 2
     for code in codes:
         assert "ortho_fx" not in code
-    torch.testing.assert_close(y, expand(BASES[name], x * 2, *parameters) + x)
+    torch.testing.assert_close(y, expand(basis_of(name), x * 2, *parameters) + x)
+    sources = [x, *(p for p in parameters if p.requires_grad)]
+    actual = torch.autograd.grad(compiled(x).square().sum(), sources)
+    expected = torch.autograd.grad((expand(basis_of(name), x * 2, *parameters) + x).square().sum(), sources)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+def test_tied_frequencies_are_free_ones_that_are_multiples(groups):
+    generator = torch.Generator().manual_seed(3)
+    behind = () if groups is None else (groups,)
+    tied = [torch.randn(n, *behind, generator=generator, dtype=torch.float64).requires_grad_() for n in (1, 6, 1, 6)]
+    constant, coefficients, frequency, phases = tied
+    orders = torch.arange(1, 7, dtype=torch.float64).reshape(6, *(1 for _ in behind))
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    y = expand(BASES["fourier"], x, *tied)
+    free = expand(BASES["fourier"], x, constant, coefficients, orders * frequency, phases)
+    torch.testing.assert_close(y, free)
+    seed = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    actual, expected = (torch.autograd.grad(result, [x, *tied], seed) for result in (y, free))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("groups", [None, 3072])
+def test_the_weights_of_tied_waves_are_computed_once_and_kept_for_the_backward_pass(groups):
+    settings = {} if groups is None else {"granularity": "channel"}
+    activation = make_activation(config_of("fourier tied", 5, **settings), channels=groups, channel_dim=-1)
+    code = triton_code(activation, torch.empty(4096, 3072, device="meta", requires_grad=True))
+    whole = 4096 * 3072
+    # The weights, and the expansion; the gradient of the input, the sums, and what they make of the other gradients.
+    assert [math.prod(kernel.numels.values()) >= whole for kernel in code.forward.kernels] == [False, True]
+    assert [math.prod(kernel.numels.values()) >= whole for kernel in code.backward.kernels] == [True, False, False]
 
 
 def test_cache_key_names_the_formulas():

@@ -70,6 +70,19 @@ def test_a_state_of_degree_zero_is_a_size_mismatch():
         activation.load_state_dict(state)
 
 
+def test_frequencies_that_are_multiples_of_one_can_be_tied():
+    config = ExpansionConfig("fourier", 5, tied=True)
+    free, tied, state = activation_for("FourierActivation-5"), make_activation(config), state_of("FourierActivation-5")
+    state["grid"] = 0.7 * torch.arange(1.0, 6.0)
+    for activation in (free, tied):
+        activation.load_state_dict(state)
+    torch.testing.assert_close(tied(X), free(X))
+    state["grid"][3] += 0.1
+    message = "1.grid: the frequencies are no multiples of the first: load them with tied=False"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        nn.Sequential(nn.Identity(), tied).load_state_dict({f"1.{key}": value for key, value in state.items()})
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
