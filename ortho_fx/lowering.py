@@ -28,6 +28,7 @@ from torch._inductor import config, decomposition, ir
 from torch._inductor.lowering import register_lowering
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import ops
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ortho_fx import operators
 from ortho_fx.bases import BASES, Basis
@@ -334,8 +335,10 @@ def _register(basis: Basis) -> None:
         sums = x.new_empty(size, dtype=operators.compute_dtype(x.dtype))
         return torch.empty_like(x, memory_format=torch.contiguous_format), sums
 
-    def decomposed(grad: Tensor, x: Tensor, *parameters: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+    def decomposed(grad: Tensor, x: Tensor, *parameters: Tensor, channel_dim: int) -> Any:
         order, groups = operators.memory_order(x), operators.groups_of(parameters)
+        if guard_or_false(x.numel() == 0):
+            return NotImplemented
         parts = [operators.split(tensor, order, groups, channel_dim) for tensor in (grad, x)]
         grad_x, sums = backward(*parts, *prepared(x, parameters))
         return operators.join(grad_x, x, order), *operators.collect(basis, sums, *parameters)
@@ -346,7 +349,7 @@ def _register(basis: Basis) -> None:
     operators.LOWERED.update({basis.name: decomposed_forward, name: decomposed})
     register_lowering(forward.default, type_promotion_kind=None)(_lowered_forward(basis))
     register_lowering(backward.default, type_promotion_kind=None)(_lowered_backward(basis))
-    partitioners.pointwise_ops().append(forward)
+    partitioners.pointwise_ops().extend((forward, backward))
 
 
 for _basis in BASES.values():

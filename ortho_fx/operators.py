@@ -111,6 +111,9 @@ def collect(basis: Basis, sums: Tensor, *parameters: Tensor) -> list[Tensor]:
     sums = sums.reshape(sums.shape[0], *parameters[0].shape[1:])
     gradients = basis.collect(sums, *(parameter.to(sums.dtype) for parameter in parameters))
     learned = [p for p, described in zip(parameters, basis.parameters, strict=True) if described.learnable]
+    if {p.dtype for p in learned} == {learned[0].dtype} != {sums.dtype}:
+        # One cast, not one for each.
+        gradients = torch.cat(list(gradients)).to(learned[0].dtype).split([p.shape[0] for p in learned])
     return [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, learned, strict=True)]
 
 
@@ -248,7 +251,8 @@ def _register(basis: Basis) -> None:
     _LIBRARY.impl(basis.name, _autograd_kernel(basis, *formulas), "Autograd", with_keyset=True)
 
 
-# What stands for each operator in a graph for Inductor, by the operator's name: `ortho_fx.lowering` fills it.
+# What stands for each operator in a graph for Inductor, by the operator's name, or NotImplemented where the formula has
+# to: `ortho_fx.lowering` fills it.
 LOWERED: dict[str, Callable[..., Any]] = {}
 
 
@@ -256,8 +260,8 @@ def _decomposition(name: str, formula: Callable[..., Any]) -> Callable[..., Any]
     """How a trace goes on below autograd: as Inductor lowers it, or in plain tensor operations."""
 
     def decompose(*tensors: Tensor, channel_dim: int) -> Any:
-        chosen = LOWERED[name] if _is_for_inductor() else formula
-        return chosen(*tensors, channel_dim=channel_dim)
+        lowered = LOWERED[name](*tensors, channel_dim=channel_dim) if _is_for_inductor() else NotImplemented
+        return formula(*tensors, channel_dim=channel_dim) if lowered is NotImplemented else lowered
 
     return decompose
 
