@@ -24,20 +24,22 @@ from typing import Any
 import torch
 
 from ortho_fx import ExpansionConfig
-from ortho_fx.bench import BenchConfig, bench, compile_times
+from ortho_fx.bench import DEFAULT_EXPANSIONS, BenchConfig, bench, compile_times
 from ortho_fx.bench_candidates import ROW
 from ortho_fx.bench_report import environment_of, table
 
 RESULTS = Path(__file__).parent / "results"
-HERMITE, RATIONAL, FOURIER = (
+HERMITE, TROPICAL, RATIONAL, FOURIER, TIED = (
     ExpansionConfig("hermite"),
+    ExpansionConfig("tropical"),
     ExpansionConfig("tropical_rational"),
     ExpansionConfig("fourier"),
+    ExpansionConfig("fourier", tied=True),
 )
 FEW = (HERMITE, RATIONAL, FOURIER)
 A_CHANNEL = tuple(
     ExpansionConfig(basis, granularity=granularity)
-    for basis in ("hermite", "fourier")
+    for basis in ("hermite", "tropical", "fourier")
     for granularity in ("layer", "channel")
 )
 
@@ -50,8 +52,8 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
     alone: dict[str, Any] = {"device": device, "elements": elements, "peers": False, "rounds": 50 if gpu else 15}
     model = {**alone, "expansions": FEW, "rounds": 20 if gpu else 8, "dtype": "bfloat16" if gpu else "float32"}
     every = {
-        "fresh": {**alone, "fresh": True, "expansions": FEW},
-        "float32": {**alone, "peers": True},
+        "fresh": {**alone, "fresh": True, "expansions": (HERMITE, TROPICAL, RATIONAL, FOURIER)},
+        "float32": {**alone, "peers": True, "expansions": (*DEFAULT_EXPANSIONS, TIED)},
         "bfloat16": {**alone, "dtype": "bfloat16", "peers": gpu},
         "float16": {**alone, "dtype": "float16", "expansions": FEW},
         "eager": {**alone, "eager": True, "expansions": (HERMITE,)},

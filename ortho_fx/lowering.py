@@ -284,14 +284,13 @@ def _chunk(
     """How many rows and columns of [before, groups, behind] a partial sum adds up: divisors of these sizes.
 
     On a CPU 4096 elements at most, above which its sums go through memory, and of a column of channels 256. On a GPU as
-    many as keep partial sums few and processors busy, in a loop with an accumulator for each term. Short chunks are
-    summed up term by term without a loop: where that takes fewer registers, and where accumulators would not fit
-    (numbers of terms as benchmarks/h100_code.py reads registers).
+    many as keep partial sums few and processors busy, in a loop with an accumulator for each term; more terms than its
+    registers hold are summed up one by one, in chunks too short for a loop.
     """
     if device.type == "cpu":
         largest = 256 if behind == 1 and groups != 1 else 4096
     else:
-        largest = 1024 if 12 < terms <= 20 else 128 if terms > 40 else 16384
+        largest = 128 if terms > 40 else 16384
     across = sympy.Integer(_divisor(behind, largest)) if behind.is_number else behind
     if across != behind:
         return sympy.Integer(1), across
