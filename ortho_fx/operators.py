@@ -37,8 +37,6 @@ from torch._C import _functorch
 from torch._decomp import meta_table
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ortho_fx.bases import BASES, Basis
 
@@ -80,12 +78,21 @@ def split(x: Tensor, order: list[int], groups: int | None, channel_dim: int) -> 
     sizes = [x.shape[dim] for dim in order]
     if groups is None:
         at, groups = max(0, len(sizes) - 1), 1
-        while at > 0 and guard_or_false(math.prod(sizes[at:]) < _ROW):
+        while at > 0 and _is_short(math.prod(sizes[at:])):
             at -= 1
     else:
         at = order.index(channel_dim % x.dim())
     behind = math.prod(sizes[at:]) // groups
     return x.permute(order).reshape(math.prod(sizes[:at]), groups, behind)
+
+
+def _is_short(row: int | torch.SymInt) -> bool:
+    """Whether a row is known to be too short for a loop of its own."""
+    if isinstance(row, int):
+        return row < _ROW
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(row < _ROW)
 
 
 def join(parts: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:
@@ -270,7 +277,9 @@ def _is_for_inductor() -> bool:
     lowering = sys.modules.get("ortho_fx.lowering")
     if lowering is None:
         return False
-    tracing = proxy_tensor.get_proxy_mode()
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # takes SymPy with it, and no import of ours should
+
+    tracing = get_proxy_mode()
     # Inductor's table of decompositions, and no other, has what `ortho_fx.lowering` has put there.
     return tracing is not None and lowering.MARK in getattr(tracing, "decomposition_table", ())
 
