@@ -24,9 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups, rewrite_
-from ortho_fx.models.data import StandardLibrary
-from ortho_fx.models.gpt2 import GPT2, PRESETS
-from ortho_fx.models.training import TrainConfig, learning_rate_scale, train
+from ortho_fx.models.gpt2 import PRESETS
+from ortho_fx.models.loader import load_validation
+from ortho_fx.models.optimization import learning_rate_scale
+from ortho_fx.models.recipe import TrainConfig
+from ortho_fx.models.text import StandardLibrary
+from ortho_fx.models.training import train
+from ortho_fx.models.weights import load_model
 
 RESULT = Path(__file__).parent / "results" / "fine_tuning.json"
 CONFIGS = {
@@ -35,7 +39,7 @@ CONFIGS = {
     "fourier 6": ExpansionConfig("fourier", 6, "fit"),
     "tropical_rational 6": ExpansionConfig("tropical_rational", 6, "fit"),
 }
-BATCH, LEARNING_RATE, VALIDATION_BATCHES = 16, 1e-3, 60
+BATCH, LEARNING_RATE, VALIDATION_WINDOWS = 16, 1e-3, 960
 # A fit starts where the model had its activation; at the rate of the weights it would hardly leave it in so few steps.
 EXPANSION_LEARNING_RATE = 10 * LEARNING_RATE
 
@@ -47,7 +51,7 @@ def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def validate(compiled, model: nn.Module, data: StandardLibrary) -> float:
     model.eval()
     with torch.no_grad():
-        values = [compiled(model, *batch).item() for batch in data.validation(BATCH)]
+        values = [compiled(model, *batch).item() for batch in load_validation(data, size=BATCH)]
     model.train()
     return statistics.fmean(values)
 
@@ -87,15 +91,13 @@ def main() -> None:
     parser.add_argument("--fine-tune", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    data = StandardLibrary(PRESETS["tiny"].context, VALIDATION_BATCHES)
+    data = StandardLibrary(PRESETS["tiny"].context, VALIDATION_WINDOWS)
     runs: list[dict] = []
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig(basis="none", steps=arguments.steps, seed=seed, eval_every=500, out=out)
             train(config)
-            state = torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
-        trained = GPT2(PRESETS["tiny"])
-        trained.load_state_dict(state)
+            trained = load_model(Path(out) / "model.safetensors")
         for name, expansion in CONFIGS.items():
             torch.compiler.reset()
             row = {"activation": name, "seed": seed}

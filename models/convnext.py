@@ -24,10 +24,12 @@ class ConvNeXtConfig:
     layer_scale: float = 1e-6
 
 
-# The digits are 8 x 8 pixels of one channel. Patches of one pixel would leave the stem's normalisation nothing but each
-# pixel's sign; with so few layers, a layer scale of 1e-6 would leave the blocks unused.
+# "tiny" is for digits of 8 x 8 pixels and "small" for the 28 x 28 of the MNIST family. Patches of one pixel would leave
+# the stem's normalisation nothing but each pixel's sign; with so few layers, a layer scale of 1e-6 would leave the
+# blocks unused.
 PRESETS: dict[str, ConvNeXtConfig] = {
     "tiny": ConvNeXtConfig(channels=1, classes=10, patch=2, depths=(2, 2), widths=(48, 96), layer_scale=1.0),
+    "small": ConvNeXtConfig(channels=1, classes=10, depths=(2, 6), widths=(64, 128), layer_scale=1.0),
     "t": ConvNeXtConfig(),
     "s": ConvNeXtConfig(depths=(3, 3, 27, 3)),
     "b": ConvNeXtConfig(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024)),

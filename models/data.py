@@ -1,117 +1,173 @@
-"""Data that needs no download: the source of Python's standard library, and scikit-learn's bundled digits.
+"""What the trainer asks of data, and `open_data`, which finds out what a path holds.
 
-A batch is a function of the seed and the step alone: a resumed run sees what an uninterrupted one would have seen.
+Every random choice is a function of seed, step and row of the global batch: a resumed run, and any number of processes,
+workers and micro-batches, see the same samples with the same augmentation.
 """
 
 from __future__ import annotations
 
-import functools
-import platform
-import sysconfig
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, overload
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.augment import AUGMENTS
+from ortho_fx.models.images import IDX, Digits, ImageFolder, Images, Settings, image_files
+from ortho_fx.models.text import (
+    STANDARD_LIBRARY,
+    VALIDATION_SAMPLES,
+    StandardLibrary,
+    TextFiles,
+    TokenFiles,
+    Tokens,
+    find_text,
+)
+
+__all__ = ["ACCEPTED", "Batch", "Data", "DataConfig", "Digits", "Kind", "StandardLibrary", "open_data"]
 
 Batch = tuple[Tensor, Tensor]
+Kind = Literal["tokens", "images"]
+
+ACCEPTED: dict[str, str] = {
+    "tokens": f"{STANDARD_LIBRARY}, a folder with train.bin and val.bin, a text file, or a folder of text files",
+    "images": "digits, a folder with train-images-idx3-ubyte and the other IDX files, "
+    "or a folder with images in train/CLASS/ and val/CLASS/",
+}
 
 
 class Data(Protocol):
     """Training batches by step, and the same validation batches at every call; pairs of inputs and targets.
 
-    `name` tells data apart that differ: a run resumes on the data that it began with.
+    `name` tells data apart that differ, wherever it is: a run resumes only on the data that it began with.
     """
 
     name: str
 
-    def batch(self, seed: int, step: int, size: int) -> Batch: ...
+    @property
+    def kind(self) -> Kind: ...
 
-    def validation(self, size: int) -> Iterator[Batch]: ...
+    def batch(self, seed: int, step: int, size: int, rows: slice = ...) -> Batch:
+        """Rows of the global batch of `size` of a step: each a function of (seed, step, row) alone."""
+        ...
+
+    def validation_batches(self, size: int) -> int:
+        """How many batches of `size` the validation has."""
+        ...
+
+    def validation_batch(self, number: int, size: int, rows: slice = ...) -> Batch:
+        """Rows of one of them; all are of one shape, the last filled up, with the target -100 for the filler."""
+        ...
 
 
-class StandardLibrary:
-    """The source text of Python's standard library, byte by byte: next-byte prediction over windows of `context`.
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data, and what is done to it.
 
-    Every tenth file is for validation: a cut through the concatenated text would put whole packages on one side.
+    Args:
+        source: "standard-library", "digits", or a path.
+        context: tokens in a window; for tokens, which need it.
+        image_size: side in pixels that images of a folder are cut to (None: 224).
+        augment: one of `AUGMENTS`; None is "light" for digits and IDX files and "crop" for folders of images.
+        mixup, cutmix: alpha of each, for images; 0 is without it.
+        validation_samples: windows or images of a validation (None: 320 windows, or all images).
+
+    Raises:
+        OrthoFxError: a value that is out of range.
     """
 
-    def __init__(self, context: int, validation_batches: int = 20) -> None:
-        self.context = context
-        self.validation_batches = validation_batches
-        self.train_bytes, self.validation_bytes = _standard_library()
-        size = len(self.train_bytes) + len(self.validation_bytes)
-        self.name = f"standard library of Python {platform.python_version()}, {size} bytes"
+    source: str
+    context: int | None = None
+    image_size: int | None = None
+    augment: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    validation_samples: int | None = None
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
-        starts = np.random.default_rng((seed, step)).integers(len(self.train_bytes) - self.context, size=size)
-        return self._windows(self.train_bytes, starts)
-
-    def validation(self, size: int) -> Iterator[Batch]:
-        last = len(self.validation_bytes) - self.context - 1
-        starts = np.linspace(0, last, self.validation_batches * size).astype(np.int64)
-        for chunk in starts.reshape(self.validation_batches, size):
-            yield self._windows(self.validation_bytes, chunk)
-
-    def _windows(self, text: NDArray[np.uint8], starts: NDArray[np.int64]) -> Batch:
-        windows = torch.from_numpy(text[starts[:, None] + np.arange(self.context + 1)].astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-@functools.cache
-def _standard_library() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests"}
-    files = [path for path in (*root.glob("*.py"), *root.glob("*/*.py")) if not left_out & set(path.parts)]
-    files.sort(key=lambda path: path.relative_to(root).as_posix())
-    if len(files) < 20:
-        raise OrthoFxError(f"the source of Python's standard library is the training text, and {root} does not hold it")
-    parts = [
-        b"".join(path.read_bytes() for i, path in enumerate(files) if (i % 10 == 9) == held) for held in (False, True)
-    ]
-    train, validation = (np.frombuffer(part, dtype=np.uint8) for part in parts)
-    return train, validation
+    def __post_init__(self) -> None:
+        for name in ("context", "image_size", "validation_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OrthoFxError(f"{name} must be 1 or more; got {value}")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise OrthoFxError(f"{name} must be a finite number from 0 up; got {value}")
+        if self.augment is not None and self.augment not in AUGMENTS:
+            raise OrthoFxError(f"augment must be one of {', '.join(AUGMENTS)}; got {self.augment!r}")
 
 
-class Digits:
-    """scikit-learn's bundled handwritten digits: 1,797 images of 8 x 8 pixels; every seventh is for validation.
+@overload
+def open_data(config: DataConfig, kind: Literal["tokens"]) -> Tokens: ...
+@overload
+def open_data(config: DataConfig, kind: Literal["images"]) -> Images: ...
+def open_data(config: DataConfig, kind: str) -> Tokens | Images:
+    """Opens the data of a source for a model that takes "tokens" or "images".
 
-    Training images are shifted by up to one pixel in each direction, with zeros moving in.
+    Args:
+        config: the source and its settings.
+        kind: what the model takes.
+
+    Raises:
+        OrthoFxError: a source that is not there, is not recognised or is of the other kind, settings of the other kind,
+            and whatever is wrong with the data.
     """
+    source = _recognise(config.source)
+    if source is None:
+        problem = "is none of them" if Path(config.source).exists() else "does not exist"
+        raise OrthoFxError(f"data of {kind} is {ACCEPTED[kind]}; got {config.source!r}, which {problem}")
+    if source.kind != kind:
+        raise OrthoFxError(f"{config.source} holds {source.kind}, and the model takes {kind}: {ACCEPTED[kind]}")
+    if issubclass(source, Tokens):
+        return _open_tokens(source, config)
+    return _open_images(source, config)
 
-    name = "digits of scikit-learn"
 
-    def __init__(self) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise OrthoFxError("the digits come with scikit-learn: pip install 'ortho-fx[train]'") from None
-        images, labels = load_digits(return_X_y=True)
-        # Pixels run from 0 to 16; with this the training set has mean 0 and standard deviation 1.
-        pixels = torch.from_numpy((images.reshape(-1, 1, 8, 8) - 4.9) / 6.0).float()
-        held = torch.arange(len(pixels)) % 7 == 6
-        targets = torch.from_numpy(labels).long()
-        self.train_set = pixels[~held], targets[~held]
-        self.validation_set = pixels[held], targets[held]
+def _recognise(source: str) -> type[Tokens] | type[Images] | None:
+    """What kind of data a source is, by what is in the folder."""
+    named: dict[str, type[Tokens] | type[Images]] = {STANDARD_LIBRARY: StandardLibrary, "digits": Digits}
+    path = Path(source)
+    if source in named:
+        return named[source]
+    if any((path / name).exists() for name in ("train.bin", "val.bin")):
+        return TokenFiles
+    if any(path.glob("*-idx3-ubyte*")):
+        return IDX
+    for split in ("train", "val"):
+        folders = (folder for folder in path.glob(f"{split}/*") if folder.is_dir())
+        if any(any(image_files(folder)) for folder in folders):
+            return ImageFolder
+    return TextFiles if any(find_text(path)) else None
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
-        images, labels = self.train_set
-        generator = np.random.default_rng((seed, step))
-        chosen = torch.from_numpy(generator.integers(len(images), size=size))
-        blank = float(images.min())
-        padded = torch.nn.functional.pad(images[chosen], (1, 1, 1, 1), value=blank)
-        shifts = generator.integers(0, 3, size=(size, 2))
-        shifted = [image[:, i : i + 8, j : j + 8] for image, (i, j) in zip(padded, shifts, strict=True)]
-        return torch.stack(shifted), labels[chosen]
 
-    def validation(self, size: int) -> Iterator[Batch]:
-        # Whole batches only: another shape would compile the model once more for the last images.
-        images, labels = self.validation_set
-        size = min(size, len(images))
-        for start in range(0, len(images) - size + 1, size):
-            yield images[start : start + size], labels[start : start + size]
+def _open_tokens(source: type[Tokens], config: DataConfig) -> Tokens:
+    _refuse(config, "images", ("image_size", "augment", "mixup", "cutmix"))
+    if config.context is None:
+        raise OrthoFxError("data of tokens needs a context, the number of tokens in a window; got none")
+    samples = config.validation_samples or VALIDATION_SAMPLES
+    if source is StandardLibrary:
+        return StandardLibrary(config.context, samples)
+    reader = TextFiles if source is TextFiles else TokenFiles
+    return reader(config.source, config.context, samples)
+
+
+def _open_images(source: type[Images], config: DataConfig) -> Images:
+    _refuse(config, "tokens", ("context",))
+    settings = Settings(config.augment, config.mixup, config.cutmix, config.validation_samples)
+    if source is ImageFolder:
+        return ImageFolder(config.source, settings, image_size=config.image_size or 224)
+    images = Digits(settings) if source is Digits else IDX(config.source, settings)
+    if config.image_size not in (None, images.image_size):
+        raise OrthoFxError(
+            f"image_size cuts the images of a folder; those of {config.source} have {images.image_size} pixels a side, "
+            f"got {config.image_size}"
+        )
+    return images
+
+
+def _refuse(config: DataConfig, kind: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name):
+            raise OrthoFxError(f"{name} is a setting of {kind}; got {getattr(config, name)} for {config.source}")

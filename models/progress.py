@@ -15,17 +15,18 @@ class Progress:
         title: what is trained.
         steps: the step at which the run ends.
         unit: what `amount` counts ("tokens", "images").
+        shown: False shows nothing, for the processes beside the one that speaks.
     """
 
-    def __init__(self, title: str, steps: int, unit: str) -> None:
-        self.title, self.steps, self.unit = title, steps, unit
+    def __init__(self, title: str, steps: int, unit: str, *, shown: bool = True) -> None:
+        self.title, self.steps, self.unit, self.shown = title, steps, unit, shown
         self._bar: Any = None
         self._task: Any = None
         self._clock: float | None = None
         self._amount = 0
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
+        if self.shown and sys.stdout.isatty():
             try:
                 from rich import progress
             except ImportError:
@@ -68,5 +69,5 @@ class Progress:
         """Prints a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
-        else:
+        elif self.shown:
             print(text, flush=True)

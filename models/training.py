@@ -1,131 +1,59 @@
-"""The trainer: builds a model, makes its activations learnable, compiles it, and trains it with checkpoints."""
+"""The trainer: takes the steps of a run, and leaves what a person and a later run need of it on the disk.
+
+RUN/run.json              the settings, and what the run ran on
+RUN/metrics.jsonl, .csv   a row a step
+RUN/sites.jsonl           a row a site and validation: what came into each expansion, and how far it has moved
+RUN/expansions-start.safetensors, expansions.safetensors   the expansions at the start and at the last validation
+RUN/checkpoints/          the newest, to go on from
+RUN/model.safetensors     the weights at the end
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
+from ortho_fx import __version__
 from ortho_fx.activations import ExpansionActivation
-from ortho_fx.calibration import calibrate_
-from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models import convnext, gpt2
-from ortho_fx.models.checkpoint import load_checkpoint, save_checkpoint
-from ortho_fx.models.data import Data, Digits, StandardLibrary
+from ortho_fx.models.build import build
+from ortho_fx.models.checkpoint import (
+    checkpoints,
+    load_tensors,
+    read_description,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from ortho_fx.models.data import Batch
+from ortho_fx.models.divergence import explain_divergence
+from ortho_fx.models.ema import MovingAverage
+from ortho_fx.models.files import atomic_file
+from ortho_fx.models.loader import load, load_validation
+from ortho_fx.models.log import RunLog
+from ortho_fx.models.monitor import SiteMonitor
+from ortho_fx.models.optimization import Optimization, Step
+from ortho_fx.models.processes import Processes, join
 from ortho_fx.models.progress import Progress
-from ortho_fx.optimizer import param_groups
-from ortho_fx.rewrite import rewrite_
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of model with its data: how to build both by the name of a size, and what one sample is called."""
-
-    presets: dict[str, Any]
-    build: Callable[[Any], nn.Module]
-    data: Callable[[Any], Data]
-    unit: str
-    lr: float
-    steps: int
-    batch_size: int
-
-
-TASKS: dict[str, Task] = {
-    "gpt2": Task(gpt2.PRESETS, gpt2.GPT2, lambda preset: StandardLibrary(preset.context), "tokens", 4e-3, 300, 16),
-    "convnext": Task(convnext.PRESETS, convnext.ConvNeXt, lambda preset: Digits(), "images", 4e-3, 300, 64),
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Fields that are None take the model's own default.
-
-    Args:
-        model: "gpt2" or "convnext".
-        size: a preset of the model; "tiny" is made for a CPU and for the bundled data.
-        basis: basis of the expansions, or "none" for the untouched model.
-        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
-        calibrate: whether the expansions start fitted to the model's own pre-activations (`calibrate_`).
-        lr, expansion_lr: peak learning rates of the model and of the expansions (None: `lr`).
-        warmup: steps of linear warm-up, then a cosine to a tenth of the peak.
-        clip: largest norm of the gradient.
-        eval_every, save_every: steps between validations and between checkpoints; the last step has both.
-        out: directory of the checkpoint and of metrics.jsonl.
-        compile: whether torch.compile is used.
-    """
-
-    model: str = "gpt2"
-    size: str = "tiny"
-    basis: str = "hermite"
-    degree: int | None = None
-    init: str = "stable"
-    granularity: str = "layer"
-    clamp: float | None = None
-    tied: bool = False
-    calibrate: bool = True
-    steps: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    expansion_lr: float | None = None
-    weight_decay: float = 0.1
-    warmup: int = 30
-    clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 100
-    save_every: int = 500
-    out: str | None = None
-    compile: bool = True
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        _one_of("model", self.model, TASKS)
-        task = TASKS[self.model]
-        _one_of("size", self.size, task.presets)
-        if self.expansion is not None:
-            object.__setattr__(self, "degree", self.expansion.degree)
-        elif self.degree is not None:
-            raise OrthoFxError(f"degree goes with a basis, and basis is 'none'; got {self.degree}")
-        for name in ("steps", "batch_size", "lr"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(task, name))
-        integers = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 1, "save_every": 1}
-        for name, least in integers.items():
-            if getattr(self, name) < least:
-                raise OrthoFxError(f"{name} must be {least} or more; got {getattr(self, name)}")
-        if not self.clip > 0:
-            raise OrthoFxError(f"clip must be above zero; got {self.clip}")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
-            raise OrthoFxError(f"device {self.device!r} is not available on this machine") from None
-
-    @property
-    def expansion(self) -> ExpansionConfig | None:
-        """The expansion that replaces the model's activations."""
-        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied)
-        return None if self.basis == "none" else ExpansionConfig(*expansion)
-
-    @property
-    def directory(self) -> Path:
-        kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
-        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}")
-
-    def configuration(self) -> dict[str, Any]:
-        """The fields that a checkpoint must share with the run that resumes from it."""
-        free = {"out", "eval_every", "save_every", "compile", "device"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
+from ortho_fx.models.throughput import peak_flops, training_flops
+from ortho_fx.models.weights import save_weights
 
 
 @dataclass
@@ -140,112 +68,148 @@ class Result:
     seconds: float = 0.0
 
 
+class Diverged(OrthoFxError):
+    """A run whose loss or gradient is no longer finite."""
+
+
+class Terminated(SystemExit):
+    """A run that SIGTERM asked to end, and that has saved: exit code 143, as of any process that it ends."""
+
+
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
-    """Trains a model and writes `checkpoint.pt` and `metrics.jsonl` into the run's directory.
+    """Trains a model and writes the run's directory; under torchrun, together with the other processes.
 
     Args:
         config: the run.
-        resume: go on from the directory's checkpoint.
+        resume: go on from the directory's newest checkpoint, on any number of processes.
         overwrite: start anew although the directory holds a checkpoint.
 
     Raises:
-        OrthoFxError: a directory with a checkpoint and neither flag, a checkpoint of another configuration, a disk
-            that cannot be written, or a loss that is no longer finite.
+        OrthoFxError: a directory with a checkpoint and neither flag, a checkpoint of another configuration, or a disk
+            that cannot be written.
+        Diverged: a loss or a gradient that is not finite, more often than the run may leave such steps out.
+        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the step under way is done and saved.
     """
-    return _Run(config).start(resume=resume, overwrite=overwrite)
+    with join(config.device) as processes:
+        return Run(config, processes).start(resume=resume, overwrite=overwrite)
 
 
-class _Run:
-    def __init__(self, config: TrainConfig) -> None:
-        task = TASKS[config.model]
-        preset = task.presets[config.size]
-        self.config, self.unit = config, task.unit
-        self.path = config.directory / "checkpoint.pt"
-        self.metrics = config.directory / "metrics.jsonl"
-        self.data = task.data(preset)
+class Run:
+    """One run, as one of its processes sees it."""
+
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        assert config.steps is not None
+        assert config.batch_size is not None
+        self.config, self.processes, self.task = config, processes, TASKS[config.model]
+        self.steps, self.batch_size = config.steps, config.batch_size
+        self.directory, self.leads = config.directory, processes.rank == 0
+        self.rows = processes.rows(config.batch_size, config.accumulate)
+        built = build(config, processes.device)
+        self.model, self.data, self.notes = built.model, built.data, built.notes
         self.configuration = {**config.configuration(), "data": self.data.name}
-        torch.manual_seed(config.seed)
-        self.model = task.build(preset).to(config.device)
-        if config.expansion is not None:
-            assert config.batch_size is not None
-            inputs = self.data.batch(config.seed, 0, config.batch_size)[0].to(config.device)
-            rewrite_(self.model, config.expansion, example_inputs=inputs)
-            if config.calibrate:
-                calibrate_(self.model, [inputs])
-        assert config.lr is not None
-        groups = param_groups(
-            self.model, lr=config.lr, weight_decay=config.weight_decay, expansion_lr=config.expansion_lr
-        )
-        self.rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        backend = "inductor" if config.expansion is None else "ortho_fx"
-        self.loss = torch.compile(self._loss, backend=backend) if config.compile else self._loss
         expansions = [m for m in self.model.modules() if isinstance(m, ExpansionActivation)]
         self.result = Result(
             config,
             parameters=sum(p.numel() for p in self.model.parameters()),
             expansion_parameters=sum(p.numel() for m in expansions for p in m.parameters()),
         )
+        self.probe = self.data.batch(config.seed, 0, config.batch_size, self.rows[0])[0].to(processes.device)
+        self.unit_size = self.probe[0].numel() if self.task.kind == "tokens" else 1
+        self.peak = peak_flops(processes.device, DTYPES[config.dtype])
+        self.flops = training_flops(self.model, self.probe) if self.peak is not None else 0.0
+        self.optimization = Optimization(self.model, config, processes)
+        self.monitor = SiteMonitor(self.model)
+        self.average = MovingAverage(self.model, config.ema) if config.ema else None
+        self.workers, self.pin = config.workers or 0, processes.device.type == "cuda"
+        self.skipped = 0
+        self.saved = 0
 
     def start(self, *, resume: bool, overwrite: bool) -> Result:
-        first = 0
+        folder, first = self.directory / "checkpoints", 0
         if resume:
-            first = self._resume()
-        elif self.path.exists() and not overwrite:
-            raise OrthoFxError(f"{self.path.parent} holds a checkpoint: pass --resume or --overwrite")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for row in _keep_metrics(self.metrics, first):
-                self._note(row)
-        except OSError as error:
-            raise OrthoFxError(f"cannot write to {self.path.parent}: {error.strerror}") from None
-        started = time.perf_counter()
-        assert self.config.steps is not None
-        name = self.config.expansion or "gelu"
-        title = f"{self.config.model} {name}"
-        with _Interruption() as interruption, Progress(title, self.config.steps, self.unit) as progress:
-            for step in range(first, self.config.steps):
-                self._step(step, progress)
-                if interruption.asked:
-                    self._save(step + 1)
-                    raise KeyboardInterrupt
+            path, description = read_description(folder, self.configuration)
+            first, self.skipped = description["step"], description["skipped"]
+            self._load(path)
+        elif checkpoints(folder) and not overwrite:
+            raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
+        # Whether there was a checkpoint, all processes have to find before one of them writes.
+        self.processes.wait()
+        if self.leads:
+            self._prepare(resume)
+        log = RunLog(self.directory, first, writes=self.leads)
+        with contextlib.closing(log):
+            started = time.perf_counter()
+            self._train(log, first)
+        if first < self.steps or not (self.directory / "model.safetensors").exists():
+            self._export()
         self.result.seconds = time.perf_counter() - started
         return self.result
 
-    def _step(self, step: int, progress: Progress) -> None:
+    def _train(self, log: RunLog, first: int) -> None:
         config = self.config
-        assert config.steps is not None
-        assert config.batch_size is not None
-        scale = learning_rate_scale(step, config.steps, config.warmup)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * scale
-        inputs, targets = (t.to(config.device) for t in self.data.batch(config.seed, step, config.batch_size))
-        loss = self.loss(inputs, targets)[0]
-        value = loss.item()
-        if not math.isfinite(value):
-            raise OrthoFxError(
-                f"the loss is {value} at step {step + 1}: try a lower --lr or --expansion-lr, or --init stable"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
-        done = step + 1
-        rate = progress.step(done, value, targets.numel())
+        for row in log.kept:
+            self._note(row)
+        if first:
+            self.monitor.resume(log.kept_sites)
+        else:
+            self._measure_sites(log, 0)
+        batches = load(
+            self.data,
+            seed=config.seed,
+            first=first,
+            last=self.steps,
+            size=self.batch_size,
+            rows=self.rows,
+            workers=self.workers,
+            pin=self.pin,
+        )
+        title = f"{config.model} {config.expansion or 'gelu'}"
+        self._clock = time.perf_counter()
+        with (
+            contextlib.closing(batches),
+            _Signals() as signals,
+            Progress(title, self.steps, self.task.unit, shown=self.leads) as progress,
+        ):
+            for note in self.notes:
+                progress.line(note)
+            for step, parts in enumerate(batches, first):
+                self._step(log, progress, step, [self._on_device(part) for part in parts])
+                asked = torch.tensor([signals.asked, signals.terminated], device=self.processes.device).float()
+                stopped, terminated = self.processes.total(asked).tolist()
+                if stopped:
+                    self._save(step + 1)
+                    progress.line(f"stopped after step {step + 1} and saved: go on with --resume")
+                    raise Terminated(143) if terminated else KeyboardInterrupt
+                self._clock = time.perf_counter()
+
+    def _step(self, log: RunLog, progress: Progress, step: int, parts: list[Batch]) -> None:
+        config, done = self.config, step + 1
+        taken = self.optimization.step(step, parts)
         paused = time.perf_counter()
-        row: dict[str, Any] = {"step": done, "loss": value, "lr": config.lr * scale if config.lr else 0.0}
-        if done % config.eval_every == 0 or done == config.steps:
+        # From the end of the step before: waiting for data is part of a step.
+        seconds = paused - self._clock
+        row: dict[str, Any] = {"step": done, "loss": taken.loss, "lr": taken.lr}
+        row |= {"gradient_norm": taken.gradient_norm, "seconds": seconds}
+        if self.peak is not None:
+            row["mfu"] = self.flops * self.batch_size / seconds / (self.peak * self.processes.count)
+        if not taken.finite:
+            row["skipped"] = True
+            self.skipped += 1
+        elif self.average is not None:
+            self.average.update(done)
+        rate = progress.step(done, taken.loss, self.batch_size * self.unit_size)
+        if done % config.eval_every == 0 or done == self.steps:
             measured = self.validate()
             row |= measured
+            self._measure_sites(log, done)
             shown = "  ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in measured.items())
-            progress.line(f"step {done:>5}  loss {value:.4f}  {shown}  {rate:,.0f} {self.unit}/s")
+            used = f"  {row['mfu']:.0%} of peak" if "mfu" in row else ""
+            progress.line(f"step {done:>5}  loss {taken.loss:.4f}  {shown}  {rate:,.0f} {self.task.unit}/s{used}")
         self._note(row)
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OrthoFxError(f"cannot write {self.metrics}: {error.strerror}") from None
-        if done % config.save_every == 0 or done == config.steps:
+        log.row(row)
+        if self.skipped > config.skip_bad_steps:
+            self._diverged(taken, done, parts)
+        if done % config.save_every == 0 or done == self.steps:
             self._save(done)
         progress.pause(paused)
 
@@ -255,91 +219,126 @@ class _Run:
         if measured:
             self.result.validations[row["step"]] = measured
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss in nats, and for images the share that is classified rightly, over the validation batches."""
-        assert self.config.batch_size is not None
-        self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
-        batches = 0
-        with torch.no_grad():
-            for inputs, targets in self.data.validation(self.config.batch_size):
-                totals += torch.stack(
-                    [t.cpu() for t in self.loss(*(t.to(self.config.device) for t in (inputs, targets)))]
-                )
-                batches += 1
-        self.model.train()
-        loss, accuracy = (totals / batches).tolist()
-        measured = {"validation_loss": loss}
-        return measured | {"accuracy": accuracy} if self.config.model == "convnext" else measured
+    def _diverged(self, taken: Step, step: int, parts: list[Batch]) -> None:
+        loss, norm = taken.loss, taken.gradient_norm
+        what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        losses = self.optimization.losses
+        raise Diverged(
+            explain_divergence(self.model, lambda: sum(losses(*part) for part in parts), self.monitor.rows, what, step)
+        )
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        # The mean loss and the share of right answers, which only a validation asks for.
-        logits = self.model(inputs).flatten(0, -2)
-        targets = targets.flatten()
-        loss = F.cross_entropy(logits, targets)
-        correct = loss if self.model.training else (logits.argmax(-1) == targets).float().mean()
-        return loss, correct
+    def validate(self) -> dict[str, float]:
+        """Mean loss in nats over the validation data, and for images the share that is classified rightly."""
+        self.optimization.shared.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            (rows,) = self.processes.rows(self.validation_size, 1)
+            held = load_validation(self.data, size=self.validation_size, rows=rows, workers=self.workers, pin=self.pin)
+            for part in held:
+                totals += self.optimization.evaluate(*self._on_device(part))
+        self.optimization.shared.train()
+        loss, correct, count = self.processes.total(totals).tolist()
+        measured = {"validation_loss": loss / count}
+        return measured | {"accuracy": correct / count} if self.task.kind == "images" else measured
+
+    @property
+    def validation_size(self) -> int:
+        """Rows of a validation batch: of a training step's micro-batches, so that memory suffices and shapes agree."""
+        return self.batch_size // self.config.accumulate
+
+    def _measure_sites(self, log: RunLog, step: int) -> None:
+        log.site_rows(self.monitor.measure(lambda: self.optimization.logits(self.probe), step))
+        if self.leads and self.result.expansion_parameters:
+            name = "expansions.safetensors" if step else "expansions-start.safetensors"
+            self.monitor.save_expansions(self.directory / name, step)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        inputs, targets = (tensor.to(self.processes.device, non_blocking=True) for tensor in batch)
+        return inputs, targets
+
+    def _prepare(self, resume: bool) -> None:
+        """Writes run.json, in a directory that holds nothing else of another run, unless it is of this one."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                remove_checkpoints(self.directory / "checkpoints")
+                for name in ("model.safetensors", "expansions.safetensors", "expansions-start.safetensors"):
+                    (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise OrthoFxError(f"cannot write to {self.directory}: {error.strerror}") from None
+        device = self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        described = {
+            **asdict(self.config),
+            "data_name": self.data.name,
+            "bytes_per_token": getattr(self.data, "bytes_per_token", None),
+            "parameters": self.result.parameters,
+            "expansion_parameters": self.result.expansion_parameters,
+            "ortho_fx": __version__,
+            "torch": torch.__version__,
+            "processes": self.processes.count,
+            "hardware": f"{device.type}, {name}",
+        }
+        with atomic_file(self.directory / "run.json") as temporary:
+            temporary.write_text(json.dumps(described, indent=1) + "\n")
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors by qualified names, each process with its own shards."""
+        model, optimizer = get_state_dict(self.model, self.optimization.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        return state if self.average is None else {**state, "average": self.average.averages}
 
     def _save(self, step: int) -> None:
-        state = {
-            "configuration": self.configuration,
-            "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        if self.config.device.startswith("cuda"):
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.config.device)
-        save_checkpoint(self.path, state)
+        if step == self.saved:
+            return
+        self.saved = step
+        save_checkpoint(
+            self.directory / "checkpoints",
+            step,
+            self._state(),
+            self.configuration,
+            self.processes,
+            self.config.keep,
+            skipped=self.skipped,
+        )
 
-    def _resume(self) -> int:
-        state = load_checkpoint(self.path, self.configuration)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.config.device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["cuda_rng"], self.config.device)
-        return int(state["step"])
+    def _load(self, path: Path) -> None:
+        state = self._state()
+        load_tensors(path, state, self.processes)
+        optimizer = self.optimization.optimizer
+        set_state_dict(self.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def _export(self) -> None:
+        """Writes model.safetensors, with the averaged weights where there is an average."""
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.leads:
+            last = self.result.validations.get(self.steps, {})
+            description = {"run": asdict(self.config), **last}
+            save_weights(self.model, self.directory / "model.safetensors", description, cast(dict[str, Tensor], whole))
+        self.processes.wait()
 
 
-class _Interruption:
-    """Has a first Ctrl-C wait for the end of the step, so that weights and step agree; a second one stops at once."""
+class _Signals:
+    """Has SIGTERM and a first Ctrl-C wait for the end of the step, so that weights and step agree.
 
-    def __enter__(self) -> _Interruption:
-        self.asked = False
-        # Python takes signals in its main thread only; elsewhere an interrupt is not ours to catch.
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
+    A second Ctrl-C stops at once.
+    """
+
+    def __enter__(self) -> _Signals:
+        self.asked = self.terminated = False
+        # Python takes signals in its main thread only; elsewhere they are not ours to catch.
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
-    """Linear from 1 / warmup to 1, then a cosine from 1 to 0.1 at the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def _keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Drops the rows after `steps`, which the run is about to write again, and returns the others."""
-    # What follows the last newline is a row that a full disk or a crash cut short.
-    rows = path.read_text().split("\n")[:-1] if path.exists() and steps else []
-    kept = [row for row in map(json.loads, rows) if row["step"] <= steps]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return kept
-
-
-def _one_of(name: str, value: str, allowed: dict[str, Any]) -> None:
-    if value not in allowed:
-        raise OrthoFxError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        self.terminated = self.terminated or number == signal.SIGTERM

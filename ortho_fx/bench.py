@@ -28,7 +28,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,12 +145,17 @@ class BenchConfig:
         return self.elements // ROW * ROW * getattr(torch, self.dtype).itemsize
 
 
-def bench(config: BenchConfig, progress: Callable[[str], None] = lambda line: None) -> Report:
+def bench(
+    config: BenchConfig,
+    progress: Callable[[str], None] = lambda line: None,
+    candidates: Iterable[Candidate] | None = None,
+) -> Report:
     """Measures every candidate under a config.
 
     Args:
         config: what is measured.
         progress: called with a line of text whenever something begins that may take seconds.
+        candidates: what is measured in place of what the config names, the reference first; made under its threads.
 
     Raises:
         OrthoFxError: see `BenchConfig`. A peer that fails does not raise: its measurement says so.
@@ -161,7 +166,8 @@ def bench(config: BenchConfig, progress: Callable[[str], None] = lambda line: No
         reused = config.device_type == "cpu" and not config.fresh and _Reuse.start(8 * config.tensor_bytes)
         buffers = "buffers reused" if reused else "fresh allocations"
         timer = _timer(config)
-        measured = [_Measured(c, Measurement(c.name, c.kind)) for c in make_candidates(config)]
+        chosen = make_candidates(config) if candidates is None else candidates
+        measured = [_Measured(c, Measurement(c.name, c.kind)) for c in chosen]
         for m in measured:
             progress(f"{m.result.name}: compiles and warms up")
             m.prepare(timer, settle=reused)
@@ -357,6 +363,11 @@ class _Reuse:
         cls.active = bool(mallopt(cls.M_MMAP_MAX, 0) and mallopt(cls.M_TRIM_THRESHOLD, -1))
         torch.empty(headroom, dtype=torch.uint8).fill_(0)
         return cls.active
+
+
+def buffers_are_reused() -> bool:
+    """Whether this process keeps freed memory by now, as measurements without `fresh` make it do."""
+    return _Reuse.active
 
 
 def _page_faults() -> int | None:

@@ -111,7 +111,7 @@ def make_candidates(config: BenchConfig) -> Iterator[Candidate]:
     def candidate(name: str, kind: str, activation: nn.Module, compiled: bool = not config.eager) -> Candidate:
         module = activation if alone else nn.Sequential(nn.Linear(WIDTH, ROW), activation, nn.Linear(ROW, WIDTH))
         module.to(config.device, dtype)
-        call = _compiled(module, config) if compiled else module
+        call = compile_alone(module, config) if compiled else module
         wanted = [x, *module.parameters()]
 
         def forward(_: None) -> Tensor:
@@ -183,7 +183,7 @@ def _training_step(
             logits = model(inputs)
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
-    loss = loss_of if config.eager else _compiled(loss_of, config)
+    loss = loss_of if config.eager else compile_alone(loss_of, config)
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, weight_decay=0.1), fused=True)
 
     def step(_: None) -> None:
@@ -213,7 +213,7 @@ def compilation_subject(expansion: ExpansionConfig | None, config: BenchConfig, 
 
     model = nn.Sequential(*(Block() for _ in range(blocks))).to(config.device, dtype)
     x = torch.randn(256, width, device=config.device, dtype=dtype)
-    call = _compiled(model, config)
+    call = compile_alone(model, config)
 
     def run() -> None:
         call(x).sum().backward()
@@ -223,7 +223,9 @@ def compilation_subject(expansion: ExpansionConfig | None, config: BenchConfig, 
     return run
 
 
-def _compiled(call: Callable[..., Tensor], config: BenchConfig) -> Callable[..., Tensor]:
+def compile_alone(call: Callable[..., Tensor], config: BenchConfig) -> Callable[..., Tensor]:
+    """`call` by torch.compile in the mode of the config, apart from whatever else this process compiles."""
+
     def run(*arguments: Tensor) -> Tensor:
         return call(*arguments)
 

@@ -22,7 +22,7 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
     Raises:
         OrthoFxError: a file that cannot be written, or no matplotlib.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     low, high = fit.interval
     # The middles of cells, not their edges: derivatives jump at kinks, which are at round numbers.
     x = low + (torch.arange(2000, dtype=torch.float64) + 0.5) * (high - low) / 2000
@@ -48,17 +48,17 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
     save(figure, path)
 
 
-def save(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path, dpi: int = 150) -> None:
     """Writes a figure in the format that the path's ending names."""
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi)
     except (OSError, ValueError) as error:
         raise OrthoFxError(f"cannot write {path}: {error}") from None
     finally:
-        _pyplot().close(figure)
+        load_pyplot().close(figure)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -24,11 +25,11 @@ def run(capsys, *arguments):
         (["train", "gpt2", "--degree", "40"], "degree of hermite must be an integer from 1 to 32; got 40"),
         (["train", "gpt2", "--degree", "x"], "argument --degree: invalid int value: 'x'"),
         (["train", "gpt2", "--tied"], "tied is for the frequencies of fourier; hermite has none"),
-        (["train", "bert"], "model must be one of gpt2, convnext; got 'bert'"),
+        (["train", "bert"], "cannot read recipe bert: No such file or directory; recipes are TOML files, and"),
         (["train", "gpt2", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["train", "gpt2", "--out", "/dev/null/run"], "cannot write to /dev/null/run: Not a directory"),
         (["train", "gpt2", "--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
-        (["train"], "the following arguments are required: model"),
+        (["train"], "the following arguments are required: RECIPE"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
@@ -40,22 +41,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
 
 
 def test_training_from_the_command_line_beside_gelu(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpt2.PRESETS, "small", gpt2.GPT2Config(256, 16, 1, 2, 16))
+    monkeypatch.setitem(gpt2.PRESETS, "test", gpt2.GPT2Config(256, 16, 1, 2, 16))
     monkeypatch.chdir(tmp_path)
-    common = ["train", "gpt2", "--size", "small", "--steps", "3", "--batch-size", "4", "--no-compile"]
+    common = ["train", "gpt2", "--size", "test", "--steps", "3", "--batch-size", "4", "--no-compile"]
     tied = ["--basis", "fourier", "--tied", "--out", "tied"]
     code, out, _ = run(capsys, *common, *tied)
-    assert (code, "gpt2 small with fourier 5 tied, 3 steps, in tied" in out) == (0, True)
+    assert (code, "gpt2 test with fourier 5 tied, 3 steps, in tied" in out) == (0, True)
     assert run(capsys, *common, *tied, "--resume")[0] == 0
     assert "tied is True there and False here" in run(capsys, *common, *tied[:2], *tied[3:], "--resume")[2]
     code, out, _ = run(capsys, *common, "--basis", "fourier", "--beside-gelu")
     assert code == 0
-    assert "gpt2 small with fourier 5, 3 steps, in runs/gpt2-small-fourier5" in out
+    assert "gpt2 test with fourier 5, 3 steps, in runs/gpt2-test-fourier5" in out
     assert "fourier 5 loss" in out
     assert "gelu loss" in out
-    assert (tmp_path / "runs" / "gpt2-small-fourier5" / "checkpoint.pt").exists()
-    assert (tmp_path / "runs" / "gpt2-small-gelu" / "metrics.jsonl").exists()
-    (tmp_path / "runs" / "gpt2-small-gelu" / "checkpoint.pt").unlink()
+    assert (tmp_path / "runs" / "gpt2-test-fourier5" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "gpt2-test-gelu" / "metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "runs" / "gpt2-test-gelu" / "checkpoints")
     assert run(capsys, *common, "--basis", "fourier", "--beside-gelu", "--resume")[0] == 0
     code, _, err = run(capsys, *common, "--basis", "fourier")
     assert code == 2
@@ -63,10 +64,10 @@ def test_training_from_the_command_line_beside_gelu(capsys, tmp_path, monkeypatc
 
 
 def test_an_interrupt_exits_with_130(capsys, monkeypatch):
-    def interrupt(parsed):
+    def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupt)
+    monkeypatch.setattr("ortho_fx.models.training.train", interrupt)
     code, _, err = run(capsys, "train", "gpt2")
     assert code == 130
     assert err == "ortho-fx: interrupted; go on with --resume\n"

@@ -1,0 +1,173 @@
+"""Files of tensors: written whole or not at all, and read whoever wrote them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_fx.errors import OrthoFxError
+
+_PICKLED = (".bin", ".pth", ".pt")
+# What a folder may hold its weights in, the likeliest first; an index names the files of the parts.
+_IN_A_FOLDER = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+# Under what others keep the state dict in a file that holds more.
+_WRAPPINGS = ("model", "state_dict")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """The path of a temporary file beside `path`, which takes its place when the block ends without an error.
+
+    Whoever writes may do so in its own way, opening that path or replacing what is there. Folders are made as needed.
+
+    Raises:
+        OrthoFxError: the disk is full or cannot be written; what `path` held before is untouched.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield temporary
+        # safetensors leaves a file that its owner alone can read.
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OrthoFxError(f"cannot save {path}: {reason(error)}; an earlier file there is untouched") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Puts the path before the text of an error that is about what the file holds."""
+    try:
+        yield
+    except OrthoFxError as error:
+        raise OrthoFxError(f"{path}: {error}") from None
+
+
+def reason(error: BaseException) -> str:
+    """One line: the system's reason where there is one, else the error's message, or its class where it has none."""
+    # PyTorch's writers answer a failed write with a RuntimeError that only speaks of positions in the file.
+    for system in (error, error.__cause__, error.__context__):
+        if isinstance(system, OSError) and system.strerror:
+            return system.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def safetensors_library() -> Any:
+    """The safetensors package.
+
+    Raises:
+        OrthoFxError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise OrthoFxError("weights are safetensors files: pip install 'ortho-fx[train]'") from None
+    return safetensors
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, copied from it, and its metadata.
+
+    Raises:
+        OrthoFxError: no file, or one that is not safetensors.
+    """
+    _check_exists(path)
+    safetensors = safetensors_library()
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            # Copies: the file's own pages are mapped into memory, and change with it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise OrthoFxError(f"{path} is not a readable safetensors file: {reason(error)}") from None
+
+
+def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The state dict of a .safetensors, .bin, .pth or .pt file, and its metadata where it is the first.
+
+    Raises:
+        OrthoFxError: no file, another ending, one that cannot be read, or that holds more than plain values, or no
+            state dict.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix not in _PICKLED:
+        raise OrthoFxError(f"weights are files in .safetensors, {', '.join(_PICKLED)}; got {path}")
+    _check_exists(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # PyTorch's own text advises loading without weights_only, which runs whatever code the file holds.
+        raise OrthoFxError(f"{path} is not readable: it is damaged, or holds more than tensors") from None
+    except Exception as error:  # what is no pickle makes its reader raise whatever it likes
+        raise OrthoFxError(f"{path} is not readable: {reason(error)}") from None
+    for name in _WRAPPINGS:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise OrthoFxError(f"{path} holds a {type(state).__name__}, not a state dict")
+    other = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
+    if other is not None:
+        raise OrthoFxError(f"{path} holds no state dict: {other} is a {type(state[other]).__name__}, not a tensor")
+    return state, {}
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold the weights of a path: itself, or those in a folder.
+
+    Raises:
+        OrthoFxError: a folder without weights, or an index that is damaged or names files elsewhere.
+    """
+    if not path.is_dir():
+        return [path]
+    found = next((path / name for name in _IN_A_FOLDER if (path / name).is_file()), None)
+    if found is None and (path / "run.json").is_file():
+        raise OrthoFxError(f"{path} has no model.safetensors: a run writes it at its end; go on with --resume")
+    if found is None:
+        raise OrthoFxError(f"{path} holds no weights: none of {', '.join(_IN_A_FOLDER)}")
+    if found.suffix != ".json":
+        return [found]
+    names = read_json(found).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names.values()
+    ):
+        raise OrthoFxError(f"{found} must map names to files beside it, under weight_map")
+    return [path / name for name in sorted(set(names.values()))]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OrthoFxError: no such file, or none with a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
+    if not isinstance(values, dict):
+        raise OrthoFxError(f"{path} must hold a JSON object; it holds a {type(values).__name__}")
+    return values
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise OrthoFxError(f"there is no file {path}")

@@ -1,0 +1,101 @@
+"""The processes of a training run: one alone, or those that torchrun started, on PyTorch's own process groups.
+
+A step is defined on the global batch. Processes and their micro-batches cut its rows into equal parts, and gradients
+are averaged over the parts, so that any number of processes takes the same step up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ortho_fx.errors import OrthoFxError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`; `rank` 0 is the one that writes and speaks."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def rows(self, size: int, accumulate: int) -> list[slice]:
+        """The rows of a global batch of `size` that are this process' micro-batches.
+
+        Raises:
+            OrthoFxError: a batch that does not divide into the parts.
+        """
+        parts = self.count * accumulate
+        if size % parts:
+            raise OrthoFxError(
+                f"batch_size must divide into {self.count} process{'es' if self.count > 1 else ''} of {accumulate} "
+                f"micro-batch{'es' if accumulate > 1 else ''} each; got {size}"
+            )
+        part = size // parts
+        starts = [(micro * self.count + self.rank) * part for micro in range(accumulate)]
+        return [slice(start, start + part) for start in starts]
+
+    def share(self, model: nn.Module, block: type[nn.Module], parallel: str) -> nn.Module:
+        """The model as the processes train it: itself, wrapped by DDP, or sharded block by block in place by FSDP2."""
+        if self.count == 1:
+            return model
+        if parallel == "ddp":
+            devices = [self.device] if self.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        for module in model.modules():
+            if isinstance(module, block):
+                fully_shard(module)
+        fully_shard(model)
+        return model
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Returns once every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[Processes]:
+    """Joins the processes that torchrun started, or is the one process that there is; leaves them at the end.
+
+    Args:
+        device: "cpu" or "cuda"; of several processes each takes the GPU of its local rank.
+    """
+    if not dist.is_torchelastic_launched() and not dist.is_initialized():
+        yield Processes(0, 1, torch.device(device))
+        return
+    owned = not dist.is_initialized()
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    if owned:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def synchronise(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass averages gradients over the processes: only a step's last micro-batch needs to."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = wanted
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

@@ -1,0 +1,249 @@
+"""`TrainConfig`, the one description of a training run, and recipes: TOML files of its fields.
+
+Every field is a key of a recipe and an option of the command line, by the same name. What the command line says goes
+before what the recipe says, and that before the model's own defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ortho_fx.bases import BASES
+from ortho_fx.config import INITS, ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models import convnext, gpt2
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of model: its presets, how it is built, what its data is called, and what a run takes unless told."""
+
+    presets: dict[str, Any]
+    model: type[torch.nn.Module]
+    block: type[torch.nn.Module]
+    kind: str
+    unit: str
+    data: str
+    steps: int
+    batch_size: int
+    lr: float
+
+
+TASKS: dict[str, Task] = {
+    "gpt2": Task(gpt2.PRESETS, gpt2.GPT2, gpt2.Block, "tokens", "tokens", "standard-library", 300, 16, 4e-3),
+    "convnext": Task(convnext.PRESETS, convnext.ConvNeXt, convnext.Block, "images", "images", "digits", 300, 64, 4e-3),
+}
+
+
+def _setting(default: Any, text: str, kind: type | None = None) -> Any:
+    """A field with what `--help` says of it, and its type where the default does not tell."""
+    return field(default=default, metadata={"help": text, "type": kind or type(default)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Fields that are None take the model's own default.
+
+    `settings()` lists the fields with what each is for; the command line's help is made from it.
+
+    Raises:
+        OrthoFxError: a value that is unknown, out of range, or not available on this machine.
+    """
+
+    model: str = _setting("gpt2", f"what is trained: {', '.join(TASKS)}")
+    size: str = _setting("tiny", "preset of the model: tiny, small or a published size")
+    start_from: str | None = _setting(
+        None, "weights to fine-tune: a run, a file or a folder of ours, of transformers' GPT-2 or timm's ConvNeXt", str
+    )
+    dropout: float = _setting(0.0, "dropout of gpt2")
+    drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
+
+    basis: str = _setting("hermite", f"{', '.join(BASES)}, or none for the untouched model")
+    degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
+    init: str | None = _setting(
+        None, f"start of the expansions: {', '.join(INITS)} (default: stable, or fit with start_from)", str
+    )
+    granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
+    clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
+    tied: bool = _setting(False, "make the frequencies of fourier multiples of one that learns")
+    calibrate: bool = _setting(True, "start expansions for the inputs that the model really has, not for N(0, 1)")
+
+    data: str | None = _setting(
+        None, "standard-library, digits, or a path: tokens, text, IDX files or image folders (default: by model)", str
+    )
+    image_size: int | None = _setting(None, "side that images of a folder are cut to, in pixels (default 224)", int)
+    augment: str | None = _setting(None, "none, light, flip, crop or randaugment (default: by data)", str)
+    mixup: float = _setting(0.0, "alpha of mixup; 0 is none")
+    cutmix: float = _setting(0.0, "alpha of cutmix; 0 is none")
+    label_smoothing: float = _setting(0.0, "share of the target that goes to all classes alike")
+    workers: int | None = _setting(None, "processes that load batches (default: 4 on cuda, else none)", int)
+
+    steps: int | None = _setting(None, "optimizer steps", int)
+    batch_size: int | None = _setting(None, "sequences or images an optimizer step, over all processes", int)
+    accumulate: int = _setting(1, "parts that each process computes its share of a batch in, one after the other")
+    lr: float | None = _setting(None, "peak learning rate", float)
+    expansion_lr: float | None = _setting(None, "peak learning rate of the expansions (default: lr)", float)
+    weight_decay: float = _setting(0.1, "decay of weight matrices")
+    beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
+    warmup: int = _setting(30, "steps of linear warm-up")
+    min_lr: float = _setting(0.1, "share of the peak learning rate at which the cosine ends")
+    clip: float = _setting(1.0, "largest norm of the gradient of the weights, and of that of the expansions")
+    ema: float = _setting(0.0, "decay of a moving average of the weights, which validation and export use; 0 is none")
+    seed: int = _setting(0, "seed of weights, batches and dropout")
+    skip_bad_steps: int = _setting(0, "steps with a loss or gradient that is not finite to leave out before stopping")
+
+    dtype: str = _setting("float32", "float32, or bfloat16 for autocast")
+    device: str = _setting("cpu", "cpu or cuda; under torchrun each process takes its own")
+    parallel: str = _setting("ddp", "what torchrun's processes share: ddp, or fsdp for sharded parameters")
+    compile: bool = _setting(True, "use torch.compile")
+
+    eval_every: int = _setting(100, "steps between validations")
+    save_every: int = _setting(500, "steps between checkpoints")
+    keep: int = _setting(2, "checkpoints that are kept, the newest")
+    out: str | None = _setting(None, "directory of the run (default: runs/MODEL-SIZE-BASISDEGREE)", str)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
+        one_of("model", self.model, TASKS)
+        task = TASKS[self.model]
+        one_of("size", self.size, task.presets)
+        if self.init is None:
+            object.__setattr__(self, "init", "fit" if self.start_from else "stable")
+        if self.expansion is not None:
+            object.__setattr__(self, "degree", self.expansion.degree)
+        elif self.degree is not None:
+            raise OrthoFxError(f"degree goes with a basis, and basis is 'none'; got {self.degree}")
+        for name in ("data", "steps", "batch_size", "lr"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(task, name))
+        if self.workers is None:
+            object.__setattr__(self, "workers", 4 if self.device.startswith("cuda") else 0)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("parallel", self.parallel, PARALLEL)
+        least: dict[str, float] = dict.fromkeys(
+            ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"), 1
+        )
+        least |= dict.fromkeys(("warmup", "seed", "skip_bad_steps", "workers"), 0)
+        least |= dict.fromkeys(("lr", "expansion_lr", "weight_decay", "min_lr", "mixup", "cutmix"), 0.0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise OrthoFxError(f"{name} must be {low:g} or more; got {value}")
+        for name in ("dropout", "drop_path", "label_smoothing", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OrthoFxError(f"{name} must be from 0 to below 1; got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise OrthoFxError(f"clip must be above zero; got {self.clip}")
+        for name, only in (
+            ("dropout", "gpt2"),
+            ("drop_path", "convnext"),
+            ("mixup", "convnext"),
+            ("cutmix", "convnext"),
+        ):
+            if getattr(self, name) and self.model != only:
+                raise OrthoFxError(f"{name} is a setting of {only}; the model is {self.model}")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise OrthoFxError(f"device {self.device!r} is not available on this machine") from None
+
+    @classmethod
+    def settings(cls) -> tuple[Field[Any], ...]:
+        """The fields, each with its "help" and "type" in `metadata`."""
+        return fields(cls)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The config of such values; an unknown key is an error that lists the known ones."""
+        known = [setting.name for setting in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise OrthoFxError(f"unknown setting {', '.join(map(repr, unknown))}; settings are {', '.join(known)}")
+        return cls(**values)
+
+    @property
+    def expansion(self) -> ExpansionConfig | None:
+        """The expansion that replaces the model's activations."""
+        assert self.init is not None
+        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied)
+        return None if self.basis == "none" else ExpansionConfig(*expansion)
+
+    @property
+    def directory(self) -> Path:
+        kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
+        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}")
+
+    def configuration(self) -> dict[str, Any]:
+        """The fields that a checkpoint must share with the run that resumes from it."""
+        free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
+        free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe: a TOML file by its path, or one that comes with the package by its name.
+
+    Raises:
+        OrthoFxError: no such recipe, or one that is not TOML. Whether its keys are settings, `TrainConfig` says.
+    """
+    path = Path(name)
+    bundled = resources.files(__package__) / "recipes" / f"{name}.toml"
+    if path.suffix != ".toml" and bundled.is_file():
+        text = bundled.read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise OrthoFxError(
+                f"cannot read recipe {name}: {reason}; recipes are TOML files, and these come with the package: "
+                f"{', '.join(recipes())}"
+            ) from None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise OrthoFxError("recipes need tomli before Python 3.11: pip install 'ortho-fx[train]'") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OrthoFxError(f"recipe {name} is not TOML: {error}") from None
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(Path(file.name).stem for file in (resources.files(__package__) / "recipes").iterdir())
+
+
+def one_of(name: str, value: str, allowed: Mapping[str, Any] | Sequence[str]) -> None:
+    if value not in allowed:
+        raise OrthoFxError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _typed(setting: Field[Any], value: Any) -> Any:
+    """The value in its field's type; whole numbers may stand for floats, as TOML writes them."""
+    kind = setting.metadata["type"]
+    if value is None and setting.default is None:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise OrthoFxError(f"{setting.name} must be {names[kind]}; got {value!r}")
+    if kind is float and not math.isfinite(value) and setting.name != "clip":
+        raise OrthoFxError(f"{setting.name} must be finite; got {value}")
+    return value

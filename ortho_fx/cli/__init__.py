@@ -1,0 +1,40 @@
+"""The command line, `ortho-fx`: one subcommand a file, exit code 2 and one line for whatever the user got wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ortho_fx import __version__
+from ortho_fx.cli import bench, compare, data, fit, plot, train
+from ortho_fx.cli.parser import Parser
+from ortho_fx.errors import OrthoFxError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
+    parsed = None
+    try:
+        parsed = make_parser().parse_args(arguments)
+        return parsed.run(parsed)
+    except OrthoFxError as error:
+        print(f"ortho-fx: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        how = getattr(parsed, "to_go_on", None)
+        print("ortho-fx: interrupted" + (f"; {how}" if how else ""), file=sys.stderr)
+        return 130
+
+
+def make_parser() -> Parser:
+    """The parser of all commands; what it parses holds the command's function as `run`."""
+    parser = Parser(prog="ortho-fx", description="Learnable activations for PyTorch models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ortho-fx {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (train, compare, data, plot, fit, bench):
+        command.add(commands)
+    return parser

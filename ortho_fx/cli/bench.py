@@ -1,0 +1,80 @@
+"""`ortho-fx bench`: the speed of activations beside GELU's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from ortho_fx.bases import BASES
+from ortho_fx.cli.parser import TIED, Commands, Parser
+from ortho_fx.errors import OrthoFxError
+
+
+def add(commands: Commands[Parser]) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure activations beside GELU",
+        description="Measures time, peak memory and number of kernels of activations beside F.gelu, a plain copy of "
+        "the tensor, a rational function and, where it is installed, torchortho: in one process and in turns, so that "
+        'ratios hold on a busy machine too. "of the floor" is how close an activation comes to the speed of memory.',
+        epilog="examples: ortho-fx bench; ortho-fx bench --bases hermite --degrees 3 8 --dtype bfloat16; "
+        "ortho-fx bench --what gpt2 --size 124m --device cuda --dtype bfloat16 --json gpt2.json",
+        allow_abbrev=False,
+    )
+    command.add_argument("--what", default="activation", help="activation (default), mlp, gpt2 or convnext")
+    command.add_argument("--bases", nargs="+", metavar="BASIS", help=f"{', '.join(BASES)} (default all)")
+    command.add_argument(
+        "--degrees", nargs="+", type=int, metavar="DEGREE", help="degrees of each basis (default: a selection)"
+    )
+    command.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
+    command.add_argument("--tied", action="store_true", help=TIED)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    command.add_argument(
+        "--elements", type=int, default=4096 * 3072, help="size of the activation's input (default 4096 x 3072)"
+    )
+    command.add_argument("--size", default="tiny", help="preset of gpt2 or convnext (default tiny)")
+    command.add_argument("--batch-size", type=int, help="sequences or images a training step")
+    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    command.add_argument("--rounds", type=int, help="times that each is measured (default 20, training steps 10)")
+    command.add_argument("--eager", action="store_true", help="measure without torch.compile")
+    command.add_argument("--fresh", action="store_true", help="allocate outputs anew at each call, as malloc does it")
+    command.add_argument("--mode", default="default", help="default, reduce-overhead or max-autotune, on cuda")
+    command.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what is not ours, but GELU")
+    command.add_argument(
+        "--compile-time", action="store_true", help="measure how long twelve blocks take to compile, with cold caches"
+    )
+    command.add_argument("--json", metavar="FILE", help="write everything that was measured, unrounded")
+    command.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    # Only this command needs it, and with it the models.
+    from ortho_fx.bench import BenchConfig, bench, choose_expansions
+
+    values = {field.name: getattr(parsed, field.name) for field in fields(BenchConfig) if field.name != "expansions"}
+    expansions = choose_expansions(parsed.bases, parsed.degrees, parsed.granularity, parsed.tied)
+    config = BenchConfig(expansions=expansions, **values)
+    try:
+        # Before minutes of measuring, not after them.
+        file = Path(parsed.json).open("a") if parsed.json else None
+    except OSError as error:
+        raise OrthoFxError(f"cannot write {parsed.json}: {error.strerror}") from None
+    report = bench(config, _status if sys.stderr.isatty() else lambda line: None)
+    if sys.stderr.isatty():
+        _status("")
+    print(report)
+    if file is not None:
+        with file:
+            file.truncate(0)
+            file.write(json.dumps(report.to_dict(), indent=1) + "\n")
+        print(f"written to {parsed.json}")
+    return 0
+
+
+def _status(line: str) -> None:
+    """Shows a line in the place of the one before."""
+    print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,55 @@
+"""`ortho-fx fit`: an expansion fitted to a known activation."""
+
+from __future__ import annotations
+
+import argparse
+
+from ortho_fx.bases import BASES
+from ortho_fx.cli.parser import TIED, Commands, Parser
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.fit import fit
+from ortho_fx.passes.targets import BY_NAME, choose_targets
+
+
+def add(commands: Commands[Parser]) -> None:
+    command = commands.add_parser(
+        "fit",
+        help="fit an expansion to a known activation",
+        description="Fits an expansion to an activation function in value and derivative, and prints its parameters "
+        "and how far the two are apart.",
+        epilog="examples: ortho-fx fit gelu --basis hermite --degree 8 --plot gelu.png; "
+        "ortho-fx fit relu --basis fourier --weight uniform --interval -5 5",
+        allow_abbrev=False,
+    )
+    command.add_argument("function", help=f"what is fitted: {', '.join(BY_NAME)}")
+    command.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)} (default hermite)")
+    command.add_argument("--degree", type=int, help="degree of the expansion (default: that of the basis)")
+    command.add_argument("--clamp", type=float, help="cut inputs off so many standard deviations from the mean")
+    command.add_argument("--tied", action="store_true", help=TIED)
+    command.add_argument("--weight", default="gaussian", help="gaussian (default), or uniform on the interval")
+    command.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of x")
+    command.add_argument("--mean", type=float, default=0.0, help="mean of the gaussian weight (default 0)")
+    command.add_argument("--std", type=float, default=1.0, help="standard deviation of the gaussian weight (default 1)")
+    command.add_argument(
+        "--derivative-weight", type=float, default=0.0, help="weight of the derivative's error beside the value's"
+    )
+    command.add_argument("--plot", metavar="FILE", help="draw the fit (png, pdf, svg)")
+    command.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    (target,) = choose_targets([parsed.function]).targets
+    result = fit(
+        target.reference() or target.functions[0],
+        ExpansionConfig(parsed.basis, parsed.degree, clamp=parsed.clamp, tied=parsed.tied),
+        weight=parsed.weight,
+        interval=parsed.interval and tuple(parsed.interval),
+        derivative_weight=parsed.derivative_weight,
+        mean=parsed.mean,
+        std=parsed.std,
+    )
+    print(result)
+    if parsed.plot:
+        result.plot(parsed.plot)
+        print(f"drawn in {parsed.plot}")
+    return 0

@@ -1,0 +1,18 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from ortho_fx.errors import OrthoFxError
+
+Commands = argparse._SubParsersAction
+TIED = "make the frequencies of fourier multiples of one that learns"
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints a mistake as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OrthoFxError(message)

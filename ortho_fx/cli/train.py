@@ -1,0 +1,111 @@
+"""`ortho-fx train`: a training run from a recipe or a model's name, and the settings that runs share with `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ortho_fx.cli.parser import Commands, Parser
+
+if TYPE_CHECKING:
+    from ortho_fx.models.recipe import TrainConfig
+    from ortho_fx.models.training import Result
+
+# What describes an expansion of one basis says nothing of one of another.
+_OF_THE_BASIS = ("degree", "init", "granularity", "clamp", "tied")
+
+
+def add(commands: Commands[Parser]) -> None:
+    from ortho_fx.models.recipe import recipes
+
+    command = commands.add_parser(
+        "train",
+        help="train GPT-2 or ConvNeXt with learnable activations",
+        description="Trains a model and writes its directory: checkpoints, weights, metrics and what every activation "
+        "became. The data that comes without a download is the source of Python's standard library for gpt2 and "
+        "scikit-learn's digits for convnext.",
+        epilog=f"recipes: {', '.join(recipes())}. examples: ortho-fx train gpt2 --basis hermite --degree 3; ortho-fx "
+        "train convnext --size small --data /usr/share/datasets/fashion-mnist; torchrun --nproc-per-node 8 -m "
+        "ortho_fx.cli train gpt2-124m-openwebtext --data openwebtext --device cuda",
+        allow_abbrev=False,
+    )
+    add_settings(command)
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="start anew where the run has a checkpoint")
+    command.add_argument(
+        "--beside-gelu", action="store_true", help="train the untouched model as well, and print both losses"
+    )
+    command.set_defaults(run=run, to_go_on="go on with --resume")
+
+
+def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """Adds the positional RECIPE and an option for every setting of a run."""
+    from ortho_fx.models.recipe import TASKS, TrainConfig
+
+    command.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(TASKS)}, the name of a recipe, or a TOML file")
+    for setting in TrainConfig.settings():
+        if setting.name in {"model", *without}:
+            continue
+        kind, text = setting.metadata["type"], setting.metadata["help"]
+        if setting.default is not None and kind is not bool and "default" not in text:
+            text += f" (default {setting.default})"
+        flag = "--" + setting.name.replace("_", "-")
+        if kind is bool:
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def config_of(parsed: argparse.Namespace) -> TrainConfig:
+    """The run that the recipe and the options over it describe."""
+    from ortho_fx.models.recipe import TASKS, TrainConfig, load_recipe
+
+    values = {"model": parsed.recipe} if parsed.recipe in TASKS else load_recipe(parsed.recipe)
+    given: dict[str, Any] = {s.name: getattr(parsed, s.name) for s in TrainConfig.settings() if hasattr(parsed, s.name)}
+    if given.get("basis", values.get("basis")) != values.get("basis"):
+        values = {name: value for name, value in values.items() if name not in _OF_THE_BASIS}
+    return TrainConfig.from_values({**values, **given})
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    # The trainer's imports take longer than parsing, and a wrong option should be answered at once.
+    from ortho_fx.models.checkpoint import checkpoints
+    from ortho_fx.models.training import train
+
+    configs = [config]
+    if parsed.beside_gelu and config.expansion is not None:
+        out = f"{config.out}-gelu" if config.out else None
+        configs.append(replace(config, basis="none", degree=None, tied=False, out=out))
+    leads = os.environ.get("RANK", "0") == "0"
+    results: list[Result] = []
+    for config in configs:
+        if leads:
+            name = config.expansion or "gelu"
+            print(f"{config.model} {config.size} with {name}, {config.steps} steps, in {config.directory}", flush=True)
+        # An interrupt may have come before the run beside it began.
+        resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
+        result = train(config, resume=resume, overwrite=parsed.overwrite)
+        if leads:
+            print(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
+        results.append(result)
+    if leads and len(results) > 1:
+        print(_side_by_side(results))
+    return 0
+
+
+def _side_by_side(results: Sequence[Result]) -> str:
+    """Training loss at the first step and at each validation, and the last validation, a column a run."""
+    names = [str(result.config.expansion or "gelu") for result in results]
+    shown = [1, *(step for step in results[0].validations if step > 1)]
+    rows = [("step", *(f"{name} loss" for name in names))]
+    rows += [(str(step), *(f"{result.losses[step]:.4f}" for result in results)) for step in shown]
+    last = [result.validations[max(result.validations)] for result in results]
+    for measure in last[0]:
+        rows.append((measure.replace("_", " "), *(f"{values[measure]:.4f}" for values in last)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

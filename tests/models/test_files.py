@@ -1,0 +1,146 @@
+"""Files are written whole or not at all, and what cannot be read says so in one line."""
+
+import errno
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from ortho_fx import OrthoFxError
+from ortho_fx.models import files
+from ortho_fx.models.files import atomic_file, files_of, read_json, read_safetensors, read_tensors
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _zip_writer_fails():
+    try:
+        _full()
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
+
+
+def test_a_file_takes_its_place_when_it_is_written(tmp_path):
+    path = tmp_path / "new" / "folder" / "file"
+    with atomic_file(path) as temporary:
+        assert temporary.parent == path.parent
+        temporary.write_text("one")
+        temporary.chmod(0o600)
+    assert path.read_text() == "one"
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("where", ["flushing", "writing", "in the zip writer"])
+def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch, where):
+    path = tmp_path / "file"
+    path.write_text("earlier")
+    if where == "flushing":
+        monkeypatch.setattr(files.os, "fsync", _full)
+    failure = {"flushing": lambda: None, "writing": _full, "in the zip writer": _zip_writer_fails}[where]
+
+    def write():
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            failure()
+
+    with pytest.raises(OrthoFxError) as caught:
+        write()
+    assert str(caught.value) == f"cannot save {path}: No space left on device; an earlier file there is untouched"
+    assert path.read_text() == "earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OrthoFxError, match=r"^cannot save .*file/below: (File exists|Not a directory); an earlier"):
+        with atomic_file(tmp_path / "file" / "below"):
+            pass
+
+
+def test_other_errors_pass_and_leave_nothing_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "file"):
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_dict_is_unwrapped(tmp_path):
+    state = {"a": torch.ones(2)}
+    for i, content in enumerate((state, {"model": state, "epoch": 3}, {"state_dict": state})):
+        torch.save(content, tmp_path / f"{i}.pth")
+        read, metadata = read_tensors(tmp_path / f"{i}.pth")
+        assert torch.equal(read["a"], state["a"])
+        assert metadata == {}
+
+
+def test_files_that_hold_no_state_dict_are_named(tmp_path):
+    def error(name):
+        with pytest.raises(OrthoFxError) as caught:
+            read_tensors(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        return str(caught.value).replace(str(tmp_path), "HERE")
+
+    assert error("none.pt") == "there is no file HERE/none.pt"
+    assert error("none.safetensors") == "there is no file HERE/none.safetensors"
+    assert error("a.onnx") == "weights are files in .safetensors, .bin, .pth, .pt; got HERE/a.onnx"
+    for content in (b"", b"abc", b"x" * 100, (8).to_bytes(8, "little") + b'{"a":1}x'):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        assert error("bad.safetensors").startswith("HERE/bad.safetensors is not a readable safetensors file: ")
+        (tmp_path / "bad.bin").write_bytes(content)
+        assert error("bad.bin").startswith("HERE/bad.bin is not readable: ")
+    (tmp_path / "object.pt").write_bytes(pickle.dumps(object(), protocol=2))
+    assert error("object.pt") == "HERE/object.pt is not readable: it is damaged, or holds more than tensors"
+    torch.save([1], tmp_path / "list.pt")
+    assert error("list.pt") == "HERE/list.pt holds a list, not a state dict"
+    torch.save({"a": torch.ones(1), "b": 3}, tmp_path / "three.pt")
+    assert error("three.pt") == "HERE/three.pt holds no state dict: b is a int, not a tensor"
+
+
+def test_tensors_do_not_change_with_their_file(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(4)}, tmp_path / "file.safetensors")
+    tensors, _ = read_safetensors(tmp_path / "file.safetensors")
+    with (tmp_path / "file.safetensors").open("rb+") as file:
+        file.seek(-16, os.SEEK_END)
+        file.write(bytes(16))
+    assert torch.equal(tensors["a"], torch.ones(4))
+
+
+def test_the_weights_of_a_folder(tmp_path):
+    def error():
+        with pytest.raises(OrthoFxError) as caught:
+            files_of(tmp_path)
+        return str(caught.value).replace(str(tmp_path), "HERE")
+
+    assert files_of(tmp_path / "file.pt") == [tmp_path / "file.pt"]
+    assert error() == (
+        "HERE holds no weights: none of model.safetensors, model.safetensors.index.json, pytorch_model.bin, "
+        "pytorch_model.bin.index.json"
+    )
+    (tmp_path / "run.json").write_text("{}")
+    assert error() == "HERE has no model.safetensors: a run writes it at its end; go on with --resume"
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for content in ({}, {"weight_map": {"a": "../a.bin"}}, {"weight_map": {"a": "/a.bin"}}, {"weight_map": {"a": 1}}):
+        index.write_text(json.dumps(content))
+        assert error() == f"HERE/{index.name} must map names to files beside it, under weight_map"
+    index.write_text(json.dumps({"weight_map": {"a": "2.bin", "b": "1.bin", "c": "2.bin"}}))
+    assert files_of(tmp_path) == [tmp_path / "1.bin", tmp_path / "2.bin"]
+    for name in ("pytorch_model.bin", "model.safetensors"):  # each goes before those above
+        (tmp_path / name).touch()
+        assert files_of(tmp_path) == [tmp_path / name]
+
+
+def test_json_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    for content, message in (("[1]", "must hold a JSON object; it holds a list"), ("{", "cannot read")):
+        path.write_text(content)
+        with pytest.raises(OrthoFxError, match=message):
+            read_json(path)
+    with pytest.raises(OrthoFxError, match="No such file or directory"):
+        read_json(tmp_path / "none.json")
