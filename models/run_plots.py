@@ -177,7 +177,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
         axis.plot(x, exact, color=_REFERENCE, lw=0.7 * width, ls=_REFERENCE_DASH, zorder=4)
         shown.append(exact)
     # A polynomial's ends are steep, and few inputs are there: they may leave the axes.
-    left, right = _interval(seen, 1e-2)
+    left, right = _interval(seen, 0.1)
     inside = np.stack(shown)[:, (x.numpy() >= left) & (x.numpy() <= right)]
     room = (inside.max() - inside.min()) or 1.0
     axis.set_ylim(inside.min() - 0.35 * room, inside.max() + 0.08 * room)

@@ -17,9 +17,9 @@ def test_python_blocks_run(capsys):
 
 
 def test_commands_are_known(capsys):
-    from ortho_fx.cli import _parser
+    from ortho_fx.cli import make_parser
 
     commands = re.findall(r"^ortho-fx (.*)$", README, flags=re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
-        assert _parser().parse_args(command.split()).run
+        assert make_parser().parse_args(command.split()).run

@@ -85,8 +85,9 @@ def run(parsed: argparse.Namespace) -> int:
     results: list[Result] = []
     for config in configs:
         if leads:
+            of = f"from {config.start_from}" if config.start_from else config.size
             name = config.expansion or "gelu"
-            print(f"{config.model} {config.size} with {name}, {config.steps} steps, in {config.directory}", flush=True)
+            print(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}", flush=True)
         # An interrupt may have come before the run beside it began.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
         result = train(config, resume=resume, overwrite=parsed.overwrite)

@@ -1,7 +1,9 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,81 @@ def test_training_from_the_command_line_beside_gelu(capsys, tmp_path, monkeypatc
     code, _, err = run(capsys, *common, "--basis", "fourier")
     assert code == 2
     assert "holds a checkpoint: pass --resume or --overwrite" in err
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpt2.PRESETS, "test", gpt2.GPT2Config(256, 16, 1, 2, 16))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'model = "gpt2"\nsize = "test"\nbasis = "fourier"\ndegree = 4\ntied = true\n'
+        'steps = 3\nbatch_size = 4\ncompile = false\nout = "mine"\n'
+    )
+    return str(path)
+
+
+def test_options_go_before_the_recipe(capsys, recipe):
+    code, out, _ = run(capsys, "train", recipe, "--steps", "2", "--out", "two")
+    assert (code, "gpt2 test with fourier 4 tied, 2 steps, in two" in out) == (0, True)
+    # What the recipe says of its basis says nothing of another.
+    code, out, _ = run(capsys, "train", recipe, "--basis", "hermite")
+    assert (code, "gpt2 test with hermite 3, 3 steps, in mine" in out) == (0, True)
+    code, out, _ = run(capsys, "train", recipe, "--basis", "none", "--overwrite")
+    assert (code, "gpt2 test with gelu, 3 steps, in mine" in out) == (0, True)
+    assert run(capsys, "train", recipe, "--no-tied", "--overwrite")[0] == 0
+
+
+def test_text_is_prepared_trained_on_and_drawn(capsys, recipe, tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    code, out, _ = run(capsys, *"data book.txt tokens --tokenizer bpe --vocabulary 300".split())
+    assert code == 0
+    assert "vocabulary" in out
+    code, _, err = run(capsys, *"data book.txt tokens".split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tokens" in err
+    assert run(capsys, "train", recipe, "--data", "tokens")[0] == 0
+    assert json.loads((tmp_path / "mine" / "run.json").read_text())["bytes_per_token"] > 1
+    code, out, _ = run(capsys, "plot", "mine", "--out", "pictures")
+    assert code == 0
+    drawn = [Path(line) for line in out.splitlines()]
+    assert {path.name for path in drawn} >= {"loss.png", "norm.png"}
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    code, _, err = run(capsys, "plot", "tokens")
+    assert (code, err) == (2, "ortho-fx: error: tokens is not a run directory: it has no run.json\n")
+
+
+def test_activations_are_compared(capsys, recipe):
+    command = ["compare", recipe, "--activations", "hermite:3", "--seeds", "2", "--no-timing", "--out", "compared"]
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    rows = [line for line in out.splitlines() if line.startswith(("gelu ", "hermite:3 "))]
+    assert len(rows) >= 2
+    assert sorted(path.name for path in Path("compared").glob("compare.*")) == [
+        "compare.json",
+        "compare.md",
+        "compare.png",
+    ]
+    assert "±" in out
+    code, _, err = run(capsys, *command, "--activations", "bessel:3")
+    assert (code, "got 'bessel:3'" in err) == (2, True)
+
+
+def test_sigterm_saves_and_exits_with_143(recipe, tmp_path):
+    code = (
+        "import sys; from ortho_fx.models import gpt2; from ortho_fx.cli import main; "
+        "gpt2.PRESETS['test'] = gpt2.GPT2Config(256, 16, 1, 2, 16); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "train", recipe, "--steps", "100000", "--eval-every", "5"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step"):
+            break
+    child.terminate()
+    out, _ = child.communicate()
+    assert child.returncode == 143
+    stopped = int(re.search(r"stopped after step (\d+) and saved: go on with --resume", out)[1])
+    assert (tmp_path / "mine" / "checkpoints" / f"step-{stopped:08d}" / "state.json").exists()
 
 
 def test_an_interrupt_exits_with_130(capsys, monkeypatch):
