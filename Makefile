@@ -1,24 +1,25 @@
 # make demo: install into .venv and train a small GPT-2 with learnable activations beside GELU.
-# make test: install into .venv, check style and types, run every test.
+# make test: install into .venv, check style and types, build the documentation, run every test.
+# make docs: build the documentation into build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint typecheck clean
+.PHONY: install demo test lint typecheck docs clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,test,lint]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,test,lint,docs]"
 	touch $@
 
 demo: install
 	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --steps 200 --eval-every 50 --beside-gelu --overwrite --out runs/demo
 
-test: lint typecheck
+test: lint typecheck docs
 	$(BIN)/python -m pytest
 
 lint: install
@@ -26,10 +27,16 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # mypy reads the package as it installs: passes/ and models/ inside ortho_fx.
-typecheck: install
-	rm -rf build/typed && mkdir -p build/typed/ortho_fx
-	ln -s $(CURDIR)/ortho_fx/* $(CURDIR)/passes $(CURDIR)/models build/typed/ortho_fx/
+typecheck: install build/typed
 	MYPYPATH=build/typed $(BIN)/mypy -p ortho_fx
+
+docs: install build/typed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.PHONY: build/typed
+build/typed:
+	rm -rf $@ && mkdir -p $@/ortho_fx
+	ln -s $(CURDIR)/ortho_fx/* $(CURDIR)/passes $(CURDIR)/models $@/ortho_fx/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,19 +1,29 @@
 """What a user installs: one top-level name, no needless imports, and operators that Python's stock tools can read."""
 
+import importlib.metadata
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import ortho_fx
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_holds_ortho_fx_alone(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_the_wheel_holds_ortho_fx_alone(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -35,4 +45,35 @@ def test_import_is_light():
 
 
 def test_the_version_stands_in_one_place():
-    assert f'version = "{ortho_fx.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert ortho_fx.__version__ == importlib.metadata.version("ortho-fx")
+    assert ortho_fx.__version__ not in (ROOT / "pyproject.toml").read_text()
+    assert f"## {ortho_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {ortho_fx.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_installed_wheel_works_without_a_compiler(wheel, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", tmp_path, wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    code = """
+    import sys
+    # An editable installation goes before every path.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+    import torch, ortho_fx
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+    for basis in ("hermite", "fourier", "tropical", "tropical_rational"):
+        ortho_fx.rewrite_(model, ortho_fx.ExpansionConfig(basis))
+        ortho_fx.calibrate_(model, [torch.randn(64, 8)])
+        model(torch.randn(4, 8)).sum().backward()
+        ortho_fx.revert_(model)
+    print(ortho_fx.__file__)
+    """
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "CXX": "/dev/null", "CC": "/dev/null"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(str(tmp_path))
