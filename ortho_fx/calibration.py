@@ -64,7 +64,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
 
     Every expansion starts again from its `config.init`: what it had learned is gone. "stable", "calibrated" and
     "paper" are rescaled to the mean and deviation, "fit" fits the replaced function anew, weighted by the histogram of
-    the inputs. Clamps move with them. The model runs without gradients, in the mode (train or eval) that it is in.
+    the inputs. Clamps move with them. The model runs without gradients, in the mode (train or eval) that it is in; one
+    with batch normalisation that has not been trained yet should be in train mode, since in eval mode it normalises by
+    running statistics that are not its data's.
 
     Args:
         model: a model with expansions.

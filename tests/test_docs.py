@@ -59,7 +59,7 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     assert [command.split()[0] for command in commands] == ["train", "plot", "compare"]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *PAGES], ids=str)
+@pytest.mark.parametrize("page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str)
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
     for link in LINK.findall(text):

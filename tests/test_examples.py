@@ -1,0 +1,200 @@
+"""The examples: those that need nothing beyond the `train` extra run in small, of the others what is ours."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, TropicalActivation, rewrite_
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    """An example as a module; its dataclasses look themselves up in sys.modules."""
+    specification = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pinn():
+    return load("pinn")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return load("paper_figures")
+
+
+@pytest.mark.parametrize("name", ["poisson", "burgers"])
+def test_exact_solution_solves_the_equation(pinn, name):
+    """By the example's own residual; Cole and Hopf's integral is differentiated like a network."""
+    problem = pinn.PROBLEMS[name]()
+    points = problem.points.double()
+    points = points[points[:, -1] > 0.05]  # at t = 0 the integral's derivative divides by the square root of t
+    assert problem.residual(problem.exact, points).abs().max() < 1e-6
+
+
+def test_burgers_starts_and_ends_where_it_should(pinn):
+    x = torch.linspace(-1, 1, 21, dtype=torch.float64)
+    starts = pinn.exact_burgers(torch.stack([x, torch.zeros_like(x)], 1))
+    torch.testing.assert_close(starts, -torch.sin(math.pi * x))
+
+
+@pytest.mark.parametrize("name", ["poisson", "burgers"])
+def test_solutions_meet_their_boundary_conditions(pinn, name):
+    problem = pinn.PROBLEMS[name]()
+    network = pinn.make_network(ExpansionConfig("hermite", 5), problem.scaled(problem.points))
+    edge = (problem.test[:, 0] == problem.test[:, 0].min()) | (problem.test[:, 0] == problem.test[:, 0].max())
+    if problem.test.shape[1] == 2:
+        edge |= problem.test[:, 1] == 0
+    found = problem.solution(network, problem.test[edge])
+    torch.testing.assert_close(found, problem.exact(problem.test[edge]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("config", [ExpansionConfig("hermite", 5), ExpansionConfig("fourier", 5)], ids=str)
+def test_loss_and_gradients_are_those_of_double_backward(pinn, config):
+    problem = pinn.PROBLEMS["poisson"]()
+    network = pinn.make_network(config, problem.scaled(problem.points)).double()
+    points = problem.points.double().requires_grad_()
+    slope = torch.autograd.grad(problem.solution(network, points).sum(), points, create_graph=True)[0]
+    curvature = torch.autograd.grad(slope.sum(), points, create_graph=True)[0]
+    wanted = torch.sin(math.pi * points) + 7.5 * torch.sin(5 * math.pi * points)
+    expected = (curvature / math.pi**2 + wanted).square().mean()
+    found = pinn.make_loss(problem)(network, points.detach())
+    torch.testing.assert_close(found, expected)
+    parameters = list(network.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_loss_compiles_whole(pinn):
+    problem = pinn.PROBLEMS["poisson"]()
+    network = pinn.make_network(ExpansionConfig("hermite", 3), problem.scaled(problem.points))
+    loss = pinn.make_loss(problem)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(network, problem.points)
+    torch.testing.assert_close(compiled, loss(network, problem.points))
+    torch._dynamo.reset()
+
+
+def test_tropical_networks_have_no_second_derivative(pinn):
+    network = nn.Sequential(nn.Linear(1, 8), TropicalActivation(), nn.Linear(8, 1))
+    slope = pinn.gradient(lambda points: network(points)[:, 0])
+    x = torch.linspace(0, 1, 50)[:, None]
+    assert slope(x).abs().max() > 0
+    assert pinn.gradient(lambda points: slope(points)[:, 0])(x).abs().max() == 0
+
+
+def test_pinn_learns_and_writes(pinn, tmp_path, monkeypatch):
+    monkeypatch.setattr(pinn, "ACTIVATIONS", {name: pinn.ACTIVATIONS[name] for name in ("tanh", "hermite 5")})
+    pinn.main(["poisson", "--steps", "1", "--seeds", "1", "--eager", "--out", str(tmp_path)])
+    first = json.loads((tmp_path / "results" / "pinn.json").read_text())["poisson"]["activations"]
+    pinn.main(["poisson", "--steps", "60", "--seeds", "1", "--eager", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results" / "pinn.json").read_text())["poisson"]["activations"]
+    assert list(rows) == ["tanh", "hermite 5"]
+    for name, row in rows.items():
+        assert row["mean"] < 0.75 * first[name]["mean"]
+        assert row["eager_ms"] > 0
+    assert (tmp_path / "pictures" / "pinn_poisson.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fits_draws_every_function(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "FUNCTIONS", {"ReLU": torch.relu})
+    figures.main(["fits", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path / 'fits_relu.png'}\n"
+    assert 5_000 < (tmp_path / "fits_relu.png").stat().st_size < 200_000
+
+
+def test_boundaries_are_learned(figures, tmp_path, monkeypatch, capsys):
+    moons = figures.make_moons(200, noise=0.1, random_state=0)
+    monkeypatch.setattr(figures, "datasets", lambda count: {"moons": moons})
+    networks = {name: figures.NETWORKS[name] for name in ("ReLU", "Hermite 3")}
+    monkeypatch.setattr(figures, "NETWORKS", networks)
+    figures.main(["boundaries", "--steps", "100", "--out", str(tmp_path)])
+    *lines, path = capsys.readouterr().out.splitlines()
+    accuracies = {line[9:29].strip(): float(line[29:].strip(" %")) for line in lines}
+    assert accuracies.keys() == networks.keys()
+    assert accuracies["ReLU"] > 80
+    assert accuracies["Hermite 3"] > 94
+    assert path == str(tmp_path / "boundaries.png")
+    assert 10_000 < (tmp_path / "boundaries.png").stat().st_size < 200_000
+
+
+def test_activations_needs_a_run(figures, tmp_path):
+    with pytest.raises(OrthoFxError, match=str(tmp_path)):
+        figures.main(["activations", str(tmp_path)])
+
+
+def test_spirals_are_two_arms_apart(figures):
+    points, labels = figures.spirals(200)
+    assert points.shape == (200, 2)
+    assert labels.sum() == 100
+
+
+def plain_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2))
+
+
+def test_transformers_model_is_learnable_and_loads_again(tmp_path, capsys):
+    from safetensors.torch import save_model
+
+    example, batch = load("transformers_trainer"), 3 * torch.randn(64, 8)
+    model = plain_model()
+    optimizer = example.make_learnable(model, batch)
+    assert "2 replaced" in capsys.readouterr().out
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["expansions"]["weight_decay"] == 0
+    assert groups["decay"]["weight_decay"] > 0
+    assert not torch.equal(model[1].coefficients, HermiteActivation(3).coefficients)  # calibrated
+    model(batch).square().mean().backward()
+    optimizer.step()
+
+    save_model(model, str(tmp_path / "model.safetensors"))
+    (tmp_path / "expansion.json").write_text(json.dumps(example.CONFIG.to_dict()))
+    again = plain_model()
+    example.load_learnable(again, tmp_path)
+    assert torch.equal(again(batch), model(batch))
+
+
+def test_transformers_text_is_cut_into_pieces():
+    example = load("transformers_trainer")
+    data = example.Bytes(bytes(range(256)) * 2 + b"rest")
+    assert len(data) == 512 // example.LENGTH
+    assert data[1]["labels"].tolist() == list(range(example.LENGTH, 2 * example.LENGTH))
+
+
+def test_timm_model_is_calibrated_in_training_mode():
+    """A new normalisation has the statistics of no data: in evaluation mode, it would pass the inputs as they are."""
+    example = load("timm_training")
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    groups = {
+        group["name"]: group for group in example.make_learnable(model, 50 * torch.randn(64, 8), ExpansionConfig())
+    }
+    assert groups["expansions"]["weight_decay"] == 0
+    torch.testing.assert_close(model[2].coefficients, HermiteActivation(3).coefficients, rtol=0.05, atol=0.05)
+
+
+def test_timm_model_is_kept_where_asked():
+    example, model = load("timm_training"), plain_model()
+    names = [group["name"] for group in example.make_learnable(model, torch.randn(4, 8), None)]
+    assert names == ["decay", "no_decay"]
+    assert rewrite_(model).replaced
+
+
+def test_timm_digits_are_normalised():
+    images, classes, held, held_classes = load("timm_training").digits()
+    assert images.shape[1:] == held.shape[1:] == (1, 32, 32)
+    assert (len(images), len(held)) == (len(classes), len(held_classes)) == (1347, 450)
+    assert abs(images.mean()) < 0.05
+    assert abs(images.std() - 1) < 0.05
