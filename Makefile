@@ -13,7 +13,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,test,lint,docs]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,onnx,completion,test,lint,docs]"
 	touch $@
 
 demo: install

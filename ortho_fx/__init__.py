@@ -7,40 +7,52 @@ from ortho_fx.activations import (
     TropicalActivation,
     TropicalRationalActivation,
 )
+from ortho_fx.anneal import Annealing
 from ortho_fx.calibration import Calibration, calibrate_
 from ortho_fx.check import Check
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.export import Export, export_onnx, export_program
 from ortho_fx.fit import Fit, fit
 from ortho_fx.freeze import FrozenExpansion, freeze_
 from ortho_fx.gains import Gains, gains
 from ortho_fx.optimizer import param_groups
 from ortho_fx.passes.sites import Site
+from ortho_fx.polynomial import Polynomial, to_polynomial
+from ortho_fx.polynomial_costs import PolynomialReport, polynomial_report
 from ortho_fx.rewrite import RewriteReport, find_sites, revert_, rewrite_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Annealing",
     "Calibration",
     "Check",
     "ExpansionActivation",
     "ExpansionConfig",
+    "Export",
     "Fit",
     "FourierActivation",
     "FrozenExpansion",
     "Gains",
     "HermiteActivation",
     "OrthoFxError",
+    "Polynomial",
+    "PolynomialReport",
     "RewriteReport",
     "Site",
     "TropicalActivation",
     "TropicalRationalActivation",
     "calibrate_",
+    "export_onnx",
+    "export_program",
     "find_sites",
     "fit",
     "freeze_",
     "gains",
     "param_groups",
+    "polynomial_report",
     "revert_",
     "rewrite_",
+    "to_polynomial",
 ]

@@ -118,6 +118,8 @@ class FrozenExpansion(nn.Module):
 
     def __init__(self, expansion: ExpansionActivation) -> None:
         super().__init__()
+        if type(expansion).forward is not ExpansionActivation.forward:
+            raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
         self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
         if hasattr(expansion, "_replaced"):  # what stood here before the expansion
             self._replaced = expansion._replaced

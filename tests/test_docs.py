@@ -56,10 +56,12 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     namespace, commands = read(ROOT / "README.md")
     assert "1 replaced, 0 left, 4 new parameters" in capsys.readouterr().out
     assert [tuple(p.shape) for p in namespace["model"][1].parameters()] == [(1,), (5,), (5,), (5,)]
-    assert [command.split()[0] for command in commands] == ["train", "plot", "compare"]
+    assert [command.split()[0] for command in commands] == ["train", "plot", "export", "compare"]
 
 
-@pytest.mark.parametrize("page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str)
+@pytest.mark.parametrize(
+    "page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str
+)
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
     for link in LINK.findall(text):

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line, `ortho-fx`: one subcommand a file, exit code 2 and one line for whatever the user got wrong."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ortho_fx import __version__
-from ortho_fx.cli import bench, compare, data, fit, plot, train
+from ortho_fx.cli import bench, compare, data, export, fit, plot, sites, train
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError
 
@@ -16,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
     parsed = None
     try:
-        parsed = make_parser().parse_args(arguments)
+        parser = make_parser()
+        _complete(parser)
+        parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
     except OrthoFxError as error:
         print(f"ortho-fx: error: {error}", file=sys.stderr)
@@ -30,11 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _complete(parser: Parser) -> None:
+    """Answers a shell that asks what could come next, where argcomplete is installed; it exits after that."""
+    if "_ARGCOMPLETE" in os.environ:
+        try:
+            import argcomplete
+        except ImportError:
+            return
+        argcomplete.autocomplete(parser)
+
+
 def make_parser() -> Parser:
     """The parser of all commands; what it parses holds the command's function as `run`."""
-    parser = Parser(prog="ortho-fx", description="Learnable activations for PyTorch models.", allow_abbrev=False)
+    parser = Parser(
+        prog="ortho-fx",
+        description="Learnable activations for PyTorch models.",
+        epilog="exit codes: 0 done; 2 a mistake, told in one line on the standard error; 130 interrupted; 143 "
+        "terminated (a training run saves first). ortho-fx COMMAND --help has examples.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"ortho-fx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, compare, data, plot, fit, bench):
+    for command in (sites, train, compare, data, plot, fit, bench, export):
         command.add(commands)
     return parser

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -231,3 +232,11 @@ def test_bench_names_mistakes_in_one_line(arguments, message, capsys):
     assert code == 2
     assert err.startswith(f"ortho-fx: error: {message}")
     assert err.count("\n") == 1
+
+
+def test_a_shell_that_asks_gets_completions():
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": "ortho-fx exp", "COMP_POINT": "12"}
+    asked["_ARGCOMPLETE_STDOUT_FILENAME"] = "/dev/stdout"
+    command = [sys.executable, "-m", "ortho_fx.cli"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["export"]

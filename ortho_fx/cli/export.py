@@ -1,0 +1,104 @@
+"""`ortho-fx export`: weights of ours as an ONNX file, or as a program of `torch.export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.cli.parser import Commands, Parser
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.freeze import freeze_
+
+_ENDINGS = (".onnx", ".pt2")
+_DIGITS, _MNIST, _PHOTOGRAPHS = 8, 28, 224
+
+
+def add(commands: Commands[Parser]) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a trained model for ONNX or torch.export",
+        description="Writes the model of a run or a file of weights so that it runs without ortho_fx: as an ONNX file "
+        "of standard operators, or as a .pt2 file for torch.export.load. Runs what it wrote beside the model, and "
+        "says how far the two are apart.",
+        epilog="examples: ortho-fx export runs/gpt2-tiny-hermite3 gpt2.onnx --freeze --dynamic-batch; "
+        "ortho-fx export runs/fourier/model.safetensors digits.pt2 --batch-size 64",
+        allow_abbrev=False,
+    )
+    command.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="directory of a run, or a file of weights")
+    command.add_argument("out", metavar="OUT", help="file that is written, in .onnx or .pt2")
+    command.add_argument("--freeze", action="store_true", help="make expansions fixed functions at the least cost")
+    batch = command.add_mutually_exclusive_group()
+    batch.add_argument("--batch-size", type=int, default=1, help="sequences or images that it takes (default 1)")
+    batch.add_argument("--dynamic-batch", action="store_true", help="let it take any number of them")
+    command.add_argument("--image-size", type=int, help="side of the images in pixels (default: that of the run)")
+    command.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    out = Path(parsed.out)
+    if out.suffix not in _ENDINGS:
+        raise OrthoFxError(f"OUT must end in {' or '.join(_ENDINGS)}; got {parsed.out}")
+    for option in ("batch_size", "image_size"):
+        value = getattr(parsed, option)
+        if value is not None and value < 1:
+            raise OrthoFxError(f"--{option.replace('_', '-')} must be 1 or more; got {value}")
+    # The models' imports take longer than parsing, and a wrong option should be answered at once.
+    from ortho_fx.export import export_onnx, export_program
+    from ortho_fx.models.layouts import load_pretrained
+
+    pretrained = load_pretrained(parsed.weights)
+    for note in pretrained.notes:
+        print(f"{parsed.weights}: {note}", file=sys.stderr)
+    batch_size = 2 if parsed.dynamic_batch else parsed.batch_size
+    inputs = _example_inputs(pretrained.model, batch_size, parsed.image_size, Path(parsed.weights))
+    if parsed.freeze:
+        print(f"{len(freeze_(pretrained.model))} expansions frozen")
+    export = export_onnx if out.suffix == ".onnx" else export_program
+    print(export(pretrained.model, inputs, out, dynamic_batch=parsed.dynamic_batch))
+    return 0
+
+
+def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, weights: Path) -> Tensor:
+    from ortho_fx.models.gpt2 import GPT2
+
+    generator = torch.Generator().manual_seed(0)
+    config: Any = model.config
+    if isinstance(model, GPT2):
+        if image_size is not None:
+            raise OrthoFxError(f"--image-size is for a convnext, and {weights} is a gpt2")
+        return torch.randint(config.vocabulary, (batch_size, config.context), generator=generator)
+    side = image_size or _image_size(_settings(weights), config.channels)
+    smallest = config.patch * 2 ** (len(config.depths) - 1)
+    if side < smallest:
+        raise OrthoFxError(f"--image-size must be {smallest} or more for this convnext; got {side}")
+    dtype = next(model.parameters()).dtype
+    return torch.randn(batch_size, config.channels, side, side, generator=generator).to(dtype)
+
+
+def _image_size(settings: Mapping[str, Any], channels: int) -> int:
+    """The side of a run's images: what it was told, or what its data has."""
+    if settings.get("image_size"):
+        return int(settings["image_size"])
+    if settings.get("data") == "digits":
+        return _DIGITS
+    return _MNIST if channels == 1 else _PHOTOGRAPHS
+
+
+def _settings(weights: Path) -> Mapping[str, Any]:
+    """The settings of the run that made these weights; none where they do not tell."""
+    from ortho_fx.models.files import files_of, safetensors_library
+
+    file = files_of(weights)[0]
+    if file.suffix != ".safetensors":
+        return {}
+    with safetensors_library().safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    settings = json.loads(metadata.get("ortho_fx", "{}")).get("description", {}).get("run", {})
+    return settings if isinstance(settings, dict) else {}

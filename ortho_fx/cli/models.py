@@ -1,0 +1,153 @@
+"""MODEL on the command line: which models it can name, and how each is built.
+
+Models are built on the meta device, where parameters have shapes and no numbers, so that the largest are there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.errors import OrthoFxError
+
+FORMS = "gpt2[:SIZE], convnext[:SIZE], timm:NAME, hf:TYPE, hf:FOLDER or FILE.py:FACTORY"
+
+
+def build_model(text: str) -> nn.Module:
+    """The model that an argument names, with parameters on the meta device where it can be built there.
+
+    - `gpt2`, `convnext`, `gpt2:124m`: ours, of the preset "tiny" or another
+    - `timm:resnet50`: a model of timm
+    - `hf:llama`: the base model of a type of transformers with the default config of that type
+    - `hf:FOLDER`: the same with the config.json in a folder
+    - `FILE.py:FACTORY`: what a function or class in a Python file returns when it is called without arguments
+
+    What libraries and factories print goes to stderr.
+
+    Raises:
+        OrthoFxError: another form, a name that is not known, a library that is missing, or a model that cannot be
+            built.
+    """
+    kind, _, name = text.partition(":")
+    file, _, factory = text.rpartition(":")
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind in ("gpt2", "convnext"):
+            return _own(text, kind, name or "tiny")
+        if kind == "timm" and name:
+            return _timm(text, name)
+        if kind == "hf" and name:
+            return _transformers(text, name)
+        if file.endswith(".py") and factory:
+            return _from_file(text, Path(file), factory)
+    raise OrthoFxError(f"MODEL must be {FORMS}; got {text!r}")
+
+
+def _own(text: str, kind: str, size: str) -> nn.Module:
+    from ortho_fx.models.recipe import TASKS
+
+    task = TASKS[kind]
+    if size not in task.presets:
+        raise OrthoFxError(f"sizes of {kind} are {', '.join(task.presets)}; got {text!r}")
+    with torch.device("meta"):
+        return task.model(task.presets[size])
+
+
+def _timm(text: str, name: str) -> nn.Module:
+    timm = _library("timm", text)
+    if not timm.is_model(name):
+        raise OrthoFxError(f"timm has no model {name!r}{_similar(name, timm.list_models())}")
+    return _on_meta(text, lambda: timm.create_model(name))
+
+
+def _transformers(text: str, name: str) -> nn.Module:
+    transformers = _library("transformers", text)
+    transformers.logging.set_verbosity_error()
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise OrthoFxError(f"{name} has no config.json")
+        # Never code that a folder brings along, and nothing from the network.
+        config = _called(
+            text, lambda: transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        )
+    elif name in transformers.CONFIG_MAPPING:
+        config = _called(text, lambda: transformers.AutoConfig.for_model(name))
+    else:
+        similar = _similar(name, transformers.CONFIG_MAPPING.keys())
+        raise OrthoFxError(f"{name!r} is no model type of transformers, and no folder{similar}")
+    # On the meta device or not at all: a default config can have more parameters than the machine has memory.
+    with torch.device("meta"):
+        return _called(text, lambda: transformers.AutoModel.from_config(config))
+
+
+def _from_file(text: str, file: Path, name: str) -> nn.Module:
+    if not file.is_file():
+        raise OrthoFxError(f"there is no file {file}")
+    loader = importlib.machinery.SourceFileLoader(f"ortho_fx_model_{file.stem}", str(file))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # As Python does for a script: what is beside it can be imported, and dataclasses look for their module.
+    sys.path.insert(0, str(file.parent.resolve()))
+    sys.modules[spec.name] = module
+    _called(str(file), lambda: loader.exec_module(module))
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        came = "it has nothing of that name" if factory is None else f"it is of type {type(factory).__name__}"
+        raise OrthoFxError(f"{file} must have a function or class {name}; {came}")
+    return _on_meta(text, factory)
+
+
+def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
+    """What a factory returns, on the meta device unless it needs numbers."""
+    try:
+        with torch.device("meta"):
+            model = factory()
+        needs_numbers = isinstance(model, nn.Module) and _keeps_tensors(model)
+    except (Exception, SystemExit):
+        needs_numbers = True
+    if needs_numbers:
+        model = _called(text, factory)
+    if not isinstance(model, nn.Module):
+        raise OrthoFxError(f"{text} must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def _keeps_tensors(model: nn.Module) -> bool:
+    """Whether a module keeps tensors as plain attributes: what it computes is then known by their values alone."""
+    return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+
+
+def _called(text: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:  # whatever somebody else's code raises
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise OrthoFxError(f"{text} cannot be built: {type(error).__name__}{': ' * bool(first)}{first}") from error
+
+
+def _library(name: str, text: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise OrthoFxError(f"{text} needs {name}: pip install {name}") from None
+        raise OrthoFxError(f"{text} needs {name}, which cannot be imported: {error}") from None
+    except Exception as error:
+        raise OrthoFxError(f"{text} needs {name}, which cannot be imported: {error}") from error
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"; similar are {', '.join(near)}" if near else ""

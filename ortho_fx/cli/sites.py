@@ -1,0 +1,76 @@
+"""`ortho-fx sites`: the activations of a model, which of them would be rewritten, and why the others would not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from torch import nn
+
+from ortho_fx.cli.models import FORMS, build_model
+from ortho_fx.cli.parser import Commands, Parser
+from ortho_fx.passes.sites import Site
+from ortho_fx.passes.targets import choose_targets
+from ortho_fx.rewrite import find_sites
+
+
+def add(commands: Commands[Parser]) -> None:
+    command = commands.add_parser(
+        "sites",
+        help="list the activations of a model",
+        description="Lists every activation of a model as rewrite_ finds it: those that it would replace, and those "
+        "that it would leave, with the reason. The model is built without numbers in it, and is not run.",
+        epilog="examples: ortho-fx sites gpt2:124m; ortho-fx sites timm:resnet50 --json; ortho-fx sites hf:llama "
+        "--targets silu sigmoid; ortho-fx sites my_models.py:make_model",
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", help=FORMS)
+    command.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="FUNCTION",
+        help="activation functions to replace, such as relu or sigmoid (default: every one that is not a gate)",
+    )
+    command.add_argument(
+        "--sharing", default="instance", help="one expansion for each instance (default), or for each site"
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON list, an object for each activation")
+    command.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    choose_targets(parsed.targets)  # before the model is built, which can take long
+    model = build_model(parsed.model)
+    sites = find_sites(model, targets=parsed.targets, sharing=parsed.sharing)
+    if parsed.json:
+        print(json.dumps([{**asdict(site), "owner": _owner(model, site)} for site in sites], indent=1))
+        return 0
+    rows = [("name", "kind", "function", "owner", "")]
+    for site in sites:
+        left = f"left: {site.reason}" if site.reason else ""
+        rows.append((", ".join((site.name, *site.aliases)), site.kind, site.function, _owner(model, site), left))
+    if sites:
+        print(_table(rows))
+    left_alone = sum(bool(site.reason) for site in sites)
+    count = f"{len(sites)} activations" if len(sites) != 1 else "1 activation"
+    print(f"{type(model).__name__}: {count}, {len(sites) - left_alone} would be replaced, {left_alone} left")
+    return 0
+
+
+def _owner(model: nn.Module, site: Site) -> str:
+    """The class of the module that the expansion would be placed in."""
+    owner = model
+    for key in site.name.split(".")[:-1]:
+        child = owner._modules.get(key)
+        if child is None:  # the key of a dict, which may have a dot
+            break
+        owner = child
+    return type(owner).__name__
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

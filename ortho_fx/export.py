@@ -1,0 +1,379 @@
+"""`export_onnx` and `export_program`: models in files that run without ortho_fx, checked against the model.
+
+`torch.export` traces the model in eval mode; each expansion is one operator of ours in that graph, and
+`run_decompositions` puts its formula, in plain tensor operations, in its place. A .pt2 file holds this graph, an ONNX
+file its translation. What is written is read back and run beside the model before it takes its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ortho_fx.bases import BASES
+from ortho_fx.batches import Batch, call
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.operators import operator
+
+_LGAMMA = (torch.ops.aten.lgamma.default, torch.ops.prims.lgamma.default)
+# They tell about operators that are not in the model, and of what they could have made faster.
+_TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that was exported, and how far its outputs are from those of the model.
+
+    Attributes:
+        path: the file. ONNX keeps weights of more than 1.5 GB in a second one beside it, of this name and ".data".
+        size: bytes of both.
+        inputs: name, shape and dtype of each tensor that it takes ("tokens (batch, 128) int64").
+        difference: the largest absolute difference between an output of the file and of the model.
+        relative_difference: the same, in units of the largest absolute value of that output.
+        checked_in: what ran the file ("onnxruntime 1.20.0").
+    """
+
+    path: Path
+    size: int
+    inputs: tuple[str, ...]
+    difference: float
+    relative_difference: float
+    checked_in: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.size / 1e6:.2f} MB, takes {', '.join(self.inputs)}\n"
+            f"largest difference from the model in {self.checked_in}: {self.difference:.2g}, "
+            f"{self.relative_difference:.2g} of the largest output"
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Batch,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    tolerance: float = 1e-4,
+) -> Export:
+    """Writes a model, rewritten or not, as an ONNX file of standard operators, and checks it in onnxruntime.
+
+    The model is exported as it computes in eval mode, and is left as it was. Where learning is over, `freeze_` before
+    makes the file smaller and what it computes cheaper.
+
+    Args:
+        model: a model in float32 or float64.
+        example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments. The file takes inputs
+            of these shapes and dtypes.
+        path: the file, ending in .onnx; what it held before is replaced once the check is passed, or stays.
+        dynamic_batch: whether dimension 0 of every input is a batch of any size; the examples then have two members or
+            more, and the file is checked with one more as well.
+        tolerance: how far an output may be from the model's, in units of its largest absolute value.
+
+    Raises:
+        OrthoFxError: another ending, half precision, a model that `torch.export` or ONNX cannot express, outputs that
+            are not finite or off by more than the tolerance, a disk that cannot be written, or a library that is
+            missing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        >>> report = rewrite_(model, ExpansionConfig("fourier", 5))
+        >>> export_onnx(model, torch.randn(2, 8), "model.onnx", dynamic_batch=True).inputs  # doctest: +SKIP
+        ('input (batch, 8) float32',)
+    """
+    path, onnxruntime = _checked_path(path, ".onnx"), _onnxruntime()
+    half = next((name for name, value in model.state_dict().items() if value.dtype.itemsize == 2), None)
+    if half is not None:
+        raise OrthoFxError(f"ONNX files are for float32 and float64, and {half} is half precision: call model.float()")
+    with _eval_mode(model):
+        program = _program(model, example_inputs, dynamic_batch)
+        _fold_lgamma(program)
+        with _quiet(), _naming(model, "an ONNX model"):
+            translated = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert translated is not None
+        _register_constants(translated.model.graph)
+        foreign = sorted({node.domain for node in translated.model.graph.all_nodes()} - {""})
+        if foreign:
+            raise OrthoFxError(f"{type(model).__name__} needs operators that are not ONNX' own: {', '.join(foreign)}")
+        with _written(path) as temporary:
+            translated.save(temporary)
+            run = _session(onnxruntime, temporary)
+            difference = _check(model, example_inputs, run, dynamic_batch, tolerance)
+        inputs = _described(program, example_inputs, dynamic_batch)
+    return Export(path, _size(path), inputs, *difference, f"onnxruntime {onnxruntime.__version__}")
+
+
+def export_program(
+    model: nn.Module,
+    example_inputs: Batch,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    tolerance: float = 1e-4,
+) -> Export:
+    """Writes a model, rewritten or not, as a .pt2 file, which `torch.export.load` reads without ortho_fx.
+
+    The program has PyTorch's own operators alone, and its `module()` the parameters of the model by their names. It
+    computes as the model does in eval mode, and the model is left as it was.
+
+    Args:
+        model, example_inputs, dynamic_batch, tolerance: as for `export_onnx`; any dtype.
+        path: the file, ending in .pt2; what it held before is replaced once the check is passed, or stays.
+
+    Raises:
+        OrthoFxError: another ending, a model that `torch.export` cannot express, outputs that are not finite or off
+            by more than the tolerance, or a disk that cannot be written.
+    """
+    path = _checked_path(path, ".pt2")
+    with _eval_mode(model):
+        program = _program(model, example_inputs, dynamic_batch)
+        with _written(path) as temporary, _quiet():
+            torch.export.save(program, temporary)
+            module = torch.export.load(temporary).module()
+            difference = _check(model, example_inputs, lambda batch: call(module, batch), dynamic_batch, tolerance)
+        inputs = _described(program, example_inputs, dynamic_batch)
+    return Export(path, _size(path), inputs, *difference, f"torch.export {torch.__version__}")
+
+
+def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    """The model's graph in PyTorch's own operators."""
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (_positional(batch), {})
+    shapes: Any = None
+    if dynamic_batch:
+        small = [value.shape for value in _tensors(batch) if not value.dim() or value.shape[0] < 2]
+        if small:
+            raise OrthoFxError(
+                f"a dynamic batch needs example inputs of two members or more; got shape {tuple(small[0])}"
+            )
+        dim = torch.export.Dim("batch")
+        shapes = tree_map(lambda value: {0: dim} if isinstance(value, Tensor) else None, kwargs or args)
+    with _quiet(), _naming(model, "a graph of torch.export"):
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions(_formulas())
+    for node in program.graph.nodes:
+        assert not str(node.target).startswith("ortho_fx")
+        # Paths of this machine, at every node: more than a small model's weights.
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _formulas() -> dict[Any, Callable[..., Any]]:
+    """The decompositions of our operators alone: attention and the like stay whole, for each runtime to do its way."""
+    ours: list[Any] = [operator(basis) for basis in BASES.values()]
+    return {overload: overload.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd] for overload in ours}
+
+
+def _positional(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _fold_lgamma(program: torch.export.ExportedProgram) -> None:
+    """Puts numbers in the place of each lgamma of numbers: ONNX has none, and tied frequencies take that of 2, 3 ..."""
+    graph = program.graph
+
+    def value(node: fx.Node) -> Any:
+        if not callable(node.target):
+            return None  # an input, which has no value here
+        inputs = {source: value(source) for source in node.all_input_nodes}
+        if any(result is None for result in inputs.values()):
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
+        return node.target(*args, **kwargs)
+
+    for node in [node for node in graph.nodes if node.target in _LGAMMA]:
+        numbers = value(node)
+        if numbers is None:
+            continue
+        with graph.inserting_before(node):
+            parts = [
+                graph.call_function(torch.ops.aten.full.default, ([1], number), {"dtype": numbers.dtype})
+                for number in numbers.flatten().tolist()
+            ]
+            joined = graph.call_function(torch.ops.aten.cat.default, (parts,))
+        for part, fake in zip(parts, node.meta["val"].split(1), strict=True):
+            part.meta["val"] = fake
+        joined.meta = copy.copy(node.meta)
+        node.replace_all_uses_with(joined)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _register_constants(graph: Any) -> None:
+    """Adds the constants that nodes read and the file would lack.
+
+    Where a value is clamped twice, onnxscript (0.7) makes two Clip nodes and one entry for their four bounds.
+    """
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if graph.initializers.get(value.name) is not value:
+                graph.register_initializer(value)
+
+
+def _session(onnxruntime: Any, path: Path) -> Callable[[Batch], list[Tensor]]:
+    """What runs an ONNX file on a batch."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise OrthoFxError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+
+    def run(batch: Batch) -> list[Tensor]:
+        values = (value.detach().cpu().numpy() for value in _tensors(batch))
+        names = (taken.name for taken in session.get_inputs())
+        try:
+            return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, values, strict=True)))]
+        except Exception as error:
+            raise OrthoFxError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+    return run
+
+
+def _check(
+    model: nn.Module, batch: Batch, run: Callable[[Batch], Any], dynamic_batch: bool, tolerance: float
+) -> tuple[float, float]:
+    """The largest absolute and relative difference between the model and what runs its file."""
+    batches = [batch]
+    if dynamic_batch:
+        batches.append(tree_map(lambda v: torch.cat([v, v[:1]]) if isinstance(v, Tensor) else v, batch))
+    largest = relative = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            # Copies, for models that write to their inputs.
+            expected, actual = (_tensors(f(copy.deepcopy(batch))) for f in (lambda b: call(model, b), run))
+        if [value.shape for value in expected] != [value.shape for value in actual]:
+            shapes = [", ".join(str(tuple(value.shape)) for value in values) for values in (expected, actual)]
+            raise OrthoFxError(
+                f"the exported {type(model).__name__} returns {shapes[1]} where the model does {shapes[0]}"
+            )
+        for ours, theirs in zip(expected, actual, strict=True):
+            if not ours.isfinite().all():
+                raise OrthoFxError(f"the outputs of {type(model).__name__} for the example inputs are not finite")
+            if not ours.numel():
+                continue
+            ours, theirs = ours.cpu().double(), theirs.cpu().double()
+            difference = float((ours - theirs).abs().max())
+            difference = math.inf if math.isnan(difference) else difference
+            largest = max(largest, difference)
+            if difference:
+                scale = float(ours.abs().max())
+                relative = max(relative, difference / scale if scale else math.inf)
+    if relative > tolerance:
+        raise OrthoFxError(
+            f"the exported {type(model).__name__} is off by {relative:.2g} of the largest output; "
+            f"allowed is {tolerance:g}"
+        )
+    return largest, relative
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _described(program: torch.export.ExportedProgram, batch: Batch, dynamic_batch: bool) -> tuple[str, ...]:
+    """Name, shape and dtype of each tensor among the inputs."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else _positional(batch))
+    described = []
+    for name, value in zip(program.graph_signature.user_inputs, leaves, strict=True):
+        if isinstance(value, Tensor):
+            sizes = [str(size) for size in value.shape]
+            if dynamic_batch:
+                sizes[0] = "batch"
+            described.append(f"{name} ({', '.join(sizes)}) {str(value.dtype).removeprefix('torch.')}")
+    return tuple(described)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A path of that name in a folder beside it, whose files take their places when the block ends without an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder) / path.name
+            # The weights beside it first: the file is then never without them.
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+                file.replace(path.with_name(file.name))
+    except OSError as error:
+        raise OrthoFxError(
+            f"cannot save {path}: {error.strerror or _first_line(error)}; an earlier file there is untouched"
+        ) from None
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, path.with_name(path.name + ".data")) if file.exists())
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _naming(model: nn.Module, what: str) -> Iterator[None]:
+    """Makes one line of what the exporters raise, whose reason is at the end of a chain of errors."""
+    try:
+        yield
+    except OrthoFxError:
+        raise
+    except ModuleNotFoundError as error:
+        raise OrthoFxError(f"ONNX files need {error.name}: pip install 'ortho-fx[onnx]'") from None
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise OrthoFxError(f"{type(model).__name__} cannot be made into {what}: {_first_line(first)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _checked_path(path: str | Path, ending: str) -> Path:
+    path = Path(path)
+    if path.suffix != ending:
+        raise OrthoFxError(f"the file must end in {ending}; got {path}")
+    return path
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, for torch.onnx
+    except ImportError:
+        raise OrthoFxError("ONNX files need onnxscript and onnxruntime: pip install 'ortho-fx[onnx]'") from None
+    return onnxruntime
