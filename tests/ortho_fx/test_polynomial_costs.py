@@ -8,8 +8,8 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, find_sites, rewrite_
 from ortho_fx.activations import make_activation
-from ortho_fx.polynomial_evaluation import evaluation
 from ortho_fx.polynomial_costs import polynomial_report
+from ortho_fx.polynomial_evaluation import evaluation
 
 
 def batches(*shape, count=2):
