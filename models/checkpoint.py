@@ -106,7 +106,8 @@ def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple
     path = found[-1]
     try:
         described = json.loads((path / "state.json").read_text())
-        version, saved, _ = described["version"], dict(described["configuration"]), int(described["step"])
+        version, saved = described["version"], dict(described["configuration"])
+        described |= {name: int(described[name]) for name in ("step", "skipped")}
     except _FAILURES as error:
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
     if version != VERSION:
