@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,8 @@ def _computed(
         generator=torch.Generator(),
     )
     before, death = signal.getsignal(signal.SIGCHLD), ""
-    computed = iter(loader)
+    with _sigterm_blocked():
+        computed = iter(loader)
     if before is not None and threading.current_thread() is threading.main_thread():
         # DataLoader's handler would raise the death of a worker wherever the training stands; it is seen here as well.
         signal.signal(signal.SIGCHLD, before)
@@ -140,12 +141,28 @@ def _as_it_is(step: Any) -> Any:
     return step
 
 
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Processes that start meanwhile have SIGTERM blocked in all of their threads.
+
+    A worker has threads before any code of ours runs in it, since PyTorch makes its pool anew after a fork. One of them
+    that does not block SIGTERM would end the worker.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _heed_the_parent_alone(worker: int) -> None:
     # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job that a scheduler stops. A run that
     # finishes its step and saves still needs its batches; when it ends, it ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_the_parent, daemon=True).start()
 
 

@@ -102,6 +102,10 @@ def signal_from_outside(process, number):
 
 
 def test_signals_to_all_processes_leave_workers_at_work():
+    # PyTorch's pool of threads, which a fork makes anew in each worker, exists from here on.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     batches = run(Steps(pause=0.02), 2, last=30)
     for _ in range(2):  # both are at work
         next(batches)
