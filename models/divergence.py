@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ortho_fx import trees
 from ortho_fx.activations import ExpansionActivation
 from ortho_fx.models.monitor import expansions, first_rows, plain_name, probing, reach
 
@@ -222,7 +222,7 @@ def _try(settings: Sequence[str]) -> str:
 
 def _extremes(values: Any) -> list[Tensor]:
     """Smallest and largest number of every floating tensor: NaN where it holds one."""
-    leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves = (leaf for leaf in trees.leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return [torch.stack(torch.aminmax(_local(leaf).detach())) for leaf in leaves if leaf.numel()]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
@@ -29,7 +30,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Takes the weights after the `step`-th step in, the first being 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+        lerp = get_ema_multi_avg_fn(decay)
+        lerp(list(self.averages.values()), list(self.parameters.values()), None)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -43,4 +45,5 @@ class MovingAverage:
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(list(self.parameters.values()), values)
+        for parameter, value in zip(self.parameters.values(), values, strict=True):
+            parameter.copy_(value)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+
+from ortho_fx import trees
 
 # Dense FLOPs a second by the vendors' data sheets, for half precision that accumulates in float32, for float32 on
 # tensor cores (TF32) and for float32 without; the first pattern that a device's name has is taken.
@@ -69,7 +70,7 @@ def training_flops(model: nn.Module, inputs: Tensor) -> float:
         sdpa_kernel(SDPBackend.MATH),
         torch.enable_grad(),
     ):
-        outputs = [leaf for leaf in tree_leaves(functional_call(model, state, (batch,))) if leaf.requires_grad]
+        outputs = [leaf for leaf in trees.leaves(functional_call(model, state, (batch,))) if leaf.requires_grad]
         if outputs:
             torch.autograd.backward([leaf.sum() for leaf in outputs])
     return counter.get_total_flops() / len(inputs)

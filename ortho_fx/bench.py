@@ -25,7 +25,6 @@ import gc
 import os
 import platform
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,11 +33,13 @@ from typing import Any
 
 import torch
 
+from ortho_fx import torch_private
 from ortho_fx.bases import BASES
 from ortho_fx.bench_candidates import ROW, Candidate, compilation_subject, make_candidates
 from ortho_fx.bench_report import Measurement, Report, environment_of
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.generated_code import count_kernels, generated_code
 from ortho_fx.models import convnext, gpt2
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -162,7 +163,7 @@ def bench(
     """
     current = torch.cuda.device(config.device) if config.device_type == "cuda" else contextlib.nullcontext()
     with _threads(config), _no_collection(), current:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         reused = config.device_type == "cpu" and not config.fresh and _Reuse.start(8 * config.tensor_bytes)
         buffers = "buffers reused" if reused else "fresh allocations"
         timer = _timer(config)
@@ -420,31 +421,6 @@ def _allocations(phase: Callable[[Any], Any], value: Any) -> tuple[Any, list[int
     return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
-@contextlib.contextmanager
-def generated_code() -> Iterator[list[str]]:
-    """Collects the code of every graph that Inductor compiles, or finds in its caches, inside."""
-    from torch._inductor.graph import GraphLowering
-
-    codes: list[str] = []
-    before = GraphLowering.save_output_code
-    GraphLowering.save_output_code = codes.append
-    try:
-        yield codes
-    finally:
-        GraphLowering.save_output_code = before
-
-
-def count_kernels(codes: Sequence[str]) -> dict[str, int]:
-    """Kernels in generated code, of forward and of backward graphs: Triton launches, and outer loops of C++."""
-    counts = {"forward": 0, "backward": 0}
-    for code in codes:
-        phase = "backward" if re.search(r"\btangents_\d", code) else "forward"
-        triton = re.findall(r"^(\w+) = async_compile\.triton\(", code, re.MULTILINE)
-        counts[phase] += sum(len(re.findall(rf"\b{name}\.run\(", code)) for name in triton)
-        counts[phase] += len(re.findall(r"for ?\(int64_t x0=", code))
-    return counts
-
-
 def compile_seconds(expansion: ExpansionConfig | None, config: BenchConfig, blocks: int = 12) -> float:
     """How long the first forward and backward of a compiled model take, with cold caches; None is GELU.
 
@@ -452,17 +428,15 @@ def compile_seconds(expansion: ExpansionConfig | None, config: BenchConfig, bloc
     time not to count. All caches start empty but for what any compile needs: the compiler's modules are imported and
     its C++ headers precompiled, by compiling another function first.
     """
-    from torch._inductor.utils import fresh_cache
-
-    with _threads(config), fresh_cache():
-        torch._dynamo.reset()
+    with _threads(config), torch_private.load(torch_private.TOOLS).fresh_cache():
+        torch.compiler.reset()
         x = torch.ones(8, device=config.device, requires_grad=True)
         torch.compile(lambda x: torch.sin(x).sum())(x).backward()
         run = compilation_subject(expansion, config, blocks)
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return seconds
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ortho_fx import trees
 from ortho_fx.activations import ExpansionActivation
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
@@ -117,7 +117,7 @@ def _run(model: nn.Module, inputs: Batch) -> list[Tensor]:
     with torch.no_grad(), _same_numbers():
         outputs = call(model, copy.deepcopy(inputs))
     values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in trees.leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager

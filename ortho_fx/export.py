@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ortho_fx import trees
 from ortho_fx.bases import BASES
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.operators import operator
+from ortho_fx.operators import by_position, operator
+from ortho_fx.operators.formulas import forward_formula
 
 _LGAMMA = (torch.ops.aten.lgamma.default, torch.ops.prims.lgamma.default)
 # They tell about operators that are not in the model, and of what they could have made faster.
@@ -158,7 +159,7 @@ def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.expor
                 f"a dynamic batch needs example inputs of two members or more; got shape {tuple(small[0])}"
             )
         dim = torch.export.Dim("batch")
-        shapes = tree_map(lambda value: {0: dim} if isinstance(value, Tensor) else None, kwargs or args)
+        shapes = trees.mapped(lambda value: {0: dim} if isinstance(value, Tensor) else None, kwargs or args)
     with _quiet(), _naming(model, "a graph of torch.export"):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions(_formulas())
     for node in program.graph.nodes:
@@ -170,8 +171,7 @@ def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.expor
 
 def _formulas() -> dict[Any, Callable[..., Any]]:
     """The decompositions of our operators alone: attention and the like stay whole, for each runtime to do its way."""
-    ours: list[Any] = [operator(basis) for basis in BASES.values()]
-    return {overload: overload.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd] for overload in ours}
+    return {operator(basis): by_position(forward_formula(basis), 1 + len(basis.parameters)) for basis in BASES.values()}
 
 
 def _positional(batch: Any) -> tuple[Any, ...]:
@@ -249,7 +249,7 @@ def _check(
     """The largest absolute and relative difference between the model and what runs its file."""
     batches = [batch]
     if dynamic_batch:
-        batches.append(tree_map(lambda v: torch.cat([v, v[:1]]) if isinstance(v, Tensor) else v, batch))
+        batches.append(trees.mapped(lambda v: torch.cat([v, v[:1]]) if isinstance(v, Tensor) else v, batch))
     largest = relative = 0.0
     for batch in batches:
         with torch.no_grad():
@@ -281,12 +281,12 @@ def _check(
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in trees.leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _described(program: torch.export.ExportedProgram, batch: Batch, dynamic_batch: bool) -> tuple[str, ...]:
     """Name, shape and dtype of each tensor among the inputs."""
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else _positional(batch))
+    leaves = trees.leaves(dict(batch) if isinstance(batch, Mapping) else _positional(batch))
     described = []
     for name, value in zip(program.graph_signature.user_inputs, leaves, strict=True):
         if isinstance(value, Tensor):

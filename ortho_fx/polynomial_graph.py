@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ortho_fx import trees
 from ortho_fx.activations import ExpansionActivation, HermiteActivation, channel_dim_of
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.freeze import OURS
@@ -373,7 +374,7 @@ def run_node(node: fx.Node, modules: Mapping[str, nn.Module], arguments: tuple[A
     """
     if node.op == "call_module":
         return apply_module(modules[str(node.target)], *arguments)
-    if not any(isinstance(argument, Dense) for argument in torch.utils._pytree.tree_leaves((arguments, keywords))):
+    if not any(isinstance(argument, Dense) for argument in trees.leaves((arguments, keywords))):
         if node.op == "call_method":
             return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
         assert callable(node.target)

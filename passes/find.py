@@ -12,6 +12,7 @@ import functools
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -223,7 +224,7 @@ def _scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence
             yield Occurrence(site, owner, substitute.module_in(()))
 
 
-def _script_nodes(nodes: Iterable[torch._C.Node]) -> Iterator[torch._C.Node]:
+def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
     for node in nodes:
         yield node
         for block in node.blocks():

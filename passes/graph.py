@@ -11,12 +11,11 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.formulas import Formula
-from ortho_fx.passes.targets import EVERY_TARGET, Reference, may_change_input
+from ortho_fx.passes.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
 # A formula that somebody wrote is shorter, in nodes and in characters.
 _MOST_NODES, _LONGEST = 24, 600
@@ -65,7 +64,7 @@ def _single(node: fx.Node) -> Match | None:
         return None
     argument = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     named = {name: value for name, value in node.kwargs.items() if name not in ("input", "self", "inplace")}
-    further = node.args[1:] if not isinstance(node.target, torch._ops.OpOverload) else _further(node)
+    further = node.args[1:] if not isinstance(node.target, OPERATOR) else _further(node)
     reference = target.reference(further, named) if len(further) <= len(target.settings) else None
     source = argument if isinstance(argument, fx.Node) else None
     return Match(node, source, (node,), target.name, "node", reference, may_change_input(node))
@@ -73,7 +72,7 @@ def _single(node: fx.Node) -> Match | None:
 
 def _further(node: fx.Node) -> tuple[object, ...]:
     """The arguments of an ATen operator after its input, without those that have their defaults at the end."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OPERATOR)
     defaults = [argument.default_value for argument in node.target._schema.arguments[1:]]
     given = list(node.args[1:])
     while given and given[-1] == defaults[len(given) - 1]:
@@ -124,7 +123,7 @@ def _name(node: fx.Node) -> str | None:
         return f".{str(node.target).removesuffix('_')}"
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OPERATOR):
         base = node.target._schema.name.removeprefix("aten::").removesuffix("_")
         return next((name for name in (f"torch.{base}", f"F.{base}") if name in _NAMES), None)
     return ARITHMETIC.get(node.target) or operation_of(node.target)  # type: ignore[arg-type]

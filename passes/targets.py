@@ -123,7 +123,7 @@ class TargetTable:
         return self.methods.get(str(node.target)) if node.op == "call_method" else None
 
     def of_function(self, function: object) -> Target | None:
-        if isinstance(function, torch._ops.OpOverload):
+        if isinstance(function, OPERATOR):
             target = BY_NAME.get(_operator_name(function)) if function.namespace == "aten" else None
             return target if target is not None and target.name in self.names else None
         try:
@@ -132,11 +132,14 @@ class TargetTable:
             return None
 
 
+# The class of an operator in a graph, such as torch.ops.aten.relu.default.
+OPERATOR = type(torch.ops.aten.relu.default)
+
 EVERY_TARGET = TargetTable(TARGETS)
 _IN_PLACE = EVERY_TARGET.in_place
 
 
-def _operator_name(operator: torch._ops.OpOverload) -> str:
+def _operator_name(operator: Any) -> str:
     return operator._schema.name.removeprefix("aten::").removesuffix("_")
 
 
@@ -144,7 +147,7 @@ def may_change_input(node: fx.Node) -> bool:
     """Whether an activation's node writes to its input as well."""
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OPERATOR):
         return node.target._schema.is_mutable
     return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
 

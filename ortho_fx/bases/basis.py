@@ -75,7 +75,7 @@ class Basis(ABC):
         """What `evaluate` and `derivatives` take in the place of the parameters: what is computed once for all x.
 
         As many tensors as there are parameters, with as many numbers in all, computed in this dtype; the parameters
-        themselves, unless a basis says otherwise.
+        themselves, unless a basis says otherwise. What follows them is for `collect` alone.
         """
         return parameters
 
@@ -91,8 +91,9 @@ class Basis(ABC):
         """
 
     @abstractmethod
-    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradient of each learnable parameter, in order, from the terms summed over all that share an expansion.
 
-        `sums` holds a term a row; its other dimensions are those of the parameters.
+        `sums` holds a term a row; its other dimensions are those of the parameters, which are in its dtype. `prepared`
+        is what `prepare` has made of them.
         """

@@ -78,7 +78,7 @@ class Fourier(Basis):
             *(lambda k=k: grad * sine(k) * x for k in range(degree)),
         ]
 
-    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
         _, coefficients, frequencies, phases = parameters
         degree = coefficients.shape[0]
         factors = _inverse_factorials(coefficients)

@@ -60,7 +60,7 @@ class Hermite(Basis):
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * polynomials[k] for k in range(1, len(coefficients)))]
 
-    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
         return (sums,)
 
 

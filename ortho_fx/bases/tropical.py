@@ -36,8 +36,8 @@ def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where((start < end) & ~hidden, start, torch.inf).sort(0)
 
 
-def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """max_k (s_k x + b_k) as a line and bends: [s, d_1, ..., d_n] and [b, t_1, ..., t_n].
+def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max_k (s_k x + b_k) as a line and bends: [s, d_1, ..., d_n] and [b, t_1, ..., t_n]; and the order of the lines.
 
     Knots that there are fewer of lie at inf, without a bend.
     """
@@ -46,14 +46,16 @@ def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     bend = torch.where(start[1:].isinf(), 0.0, ordered[1:] - ordered[:-1])
     # A NaN among the offsets leaves no line the largest: it has to show in the result.
     first = offsets.gather(0, order[:1]) + 0.0 * offsets.sum(0, keepdim=True)
-    return torch.cat([ordered[:1], bend]), torch.cat([first, start[1:]])
+    return torch.cat([ordered[:1], bend]), torch.cat([first, start[1:]]), order
 
 
-def shares(after_knots: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
-    """Sums over where each line is the largest, from those over all x and those to the right of each knot."""
+def shares(after_knots: Tensor, order: Tensor) -> Tensor:
+    """Sums over where each line is the largest, from those over all x and those to the right of each knot.
+
+    `order` is what `bends` says it is.
+    """
     # Of the lines in ascending order, each is the largest from its own knot to that of the next.
     ordered = after_knots - torch.cat([after_knots[1:], torch.zeros_like(after_knots[:1])])
-    _, order = starts(slopes, offsets)
     number = torch.arange(len(order), device=order.device).reshape(-1, *(1 for _ in order.shape))
     return torch.where(order == number, ordered, 0.0).sum(1)
 
@@ -93,14 +95,14 @@ class Tropical(Basis):
         return bends(slopes.to(dtype), offsets.to(dtype))
 
     def evaluate(self, x: Value, *parameters: Value) -> Value:
-        return Bends(x, *parameters).value()
+        return Bends(x, *parameters[:2]).value()
 
     def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
-        maximum = Bends(x, *parameters)
+        maximum = Bends(x, *parameters[:2])
         return lambda: grad * maximum.slope(), maximum.terms(grad)
 
-    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
-        return (shares(sums, *parameters),)
+    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (shares(sums, prepared[2]),)
 
 
 TROPICAL = Tropical(

@@ -16,24 +16,23 @@ from ortho_fx.bases.tropical import Bends, bends, shares
 
 class TropicalRational(Basis):
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-        slopes, offsets = bends(*_pairs(dtype, parameters))
-        return slopes[:, 0], offsets[:, 0], slopes[:, 1], offsets[:, 1]
+        slopes, offsets, order = bends(*_pairs(dtype, parameters))
+        return slopes[:, 0], offsets[:, 0], slopes[:, 1], offsets[:, 1], order
 
     def evaluate(self, x: Value, *parameters: Value) -> Value:
-        return Bends(x, *parameters[:2]).value() - Bends(x, *parameters[2:]).value()
+        return Bends(x, *parameters[:2]).value() - Bends(x, *parameters[2:4]).value()
 
     def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
-        above, below = Bends(x, *parameters[:2]), Bends(x, *parameters[2:])
+        above, below = Bends(x, *parameters[:2]), Bends(x, *parameters[2:4])
         moment = grad * x
         terms = [term for part in (above, below) for factor in (moment, grad) for term in part.terms(factor)]
         return lambda: grad * (above.slope() - below.slope()), terms
 
-    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
-        slopes, offsets = (pair.unsqueeze(2) for pair in _pairs(sums.dtype, parameters))
+    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
         # [k, above or below, of slopes or offsets, ...], and what is below counts negative.
         after_knots = sums.unflatten(0, (2, 2, -1)).movedim(2, 0)
         sign = (1 - 2 * torch.arange(2, device=sums.device)).reshape(2, *(1 for _ in sums.shape))
-        gradients = shares(after_knots, slopes, offsets) * sign
+        gradients = shares(after_knots, prepared[4].unsqueeze(2)) * sign
         return gradients[:, 0, 0], gradients[:, 0, 1], gradients[:, 1, 0], gradients[:, 1, 1]
 
 

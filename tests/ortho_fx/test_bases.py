@@ -21,8 +21,9 @@ def random_parameters(basis: Basis, degree: int, seed: int = 0, tied: bool = Fal
 
 def gradients(basis: Basis, grad: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
     """The gradient of x and of each learnable parameter."""
-    grad_x, terms = basis.derivatives(grad, x, *basis.prepare(x.dtype, *parameters))
-    return [grad_x(), *basis.collect(torch.stack([term().sum() for term in terms]), *parameters)]
+    prepared = basis.prepare(x.dtype, *parameters)
+    grad_x, terms = basis.derivatives(grad, x, *prepared)
+    return [grad_x(), *basis.collect(torch.stack([term().sum() for term in terms]), parameters, prepared)]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 32])

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ortho_fx import ExpansionConfig, OrthoFxError
-from ortho_fx.bench import BenchConfig, bench, choose_expansions, compile_seconds, count_kernels, generated_code, memory
+from ortho_fx.bench import BenchConfig, bench, choose_expansions, compile_seconds, memory
 from ortho_fx.bench_candidates import ROW, Candidate, Rational
 from ortho_fx.bench_report import table
+from ortho_fx.generated_code import count_kernels, generated_code
 from ortho_fx.models import gpt2
 
 HERMITE = ExpansionConfig("hermite", 3)

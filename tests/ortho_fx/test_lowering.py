@@ -644,12 +644,12 @@ def in_a_new_process(folder, *degrees, package=""):
 
 
 def changed_package(folder, addition):
-    """A copy of the package as it installs, with this at the end of its lowering.py."""
+    """A copy of the package as it installs, with this at the end of its lowering."""
     for name in ("ortho_fx", "ortho_fx.passes", "ortho_fx.models"):
         (source,) = find_spec(name).submodule_search_locations
         target = folder / name.replace(".", "/")
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    with (folder / "ortho_fx" / "lowering.py").open("a") as file:
+    with (folder / "ortho_fx" / "operators" / "lowering.py").open("a") as file:
         file.write(addition)
     return folder
 

@@ -13,6 +13,7 @@ from ortho_fx import ExpansionConfig
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.operators import expand, operator
+from ortho_fx.operators.support import formulas_digest
 from tests.h100 import triton_code
 from tests.kinds import KINDS, basis_of, config_of
 
@@ -269,4 +270,5 @@ def test_the_weights_of_tied_waves_are_computed_once_and_kept_for_the_backward_p
 
 
 def test_cache_key_names_the_formulas():
-    assert "ortho_fx-" in torch.compiler.config.cache_key_tag
+    torch.compile(make_activation(ExpansionConfig("hermite")), backend="aot_eager")(torch.ones(3))
+    assert f"[ortho_fx {formulas_digest()}" in torch.compiler.config.cache_key_tag

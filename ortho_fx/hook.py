@@ -1,0 +1,266 @@
+"""How `backend="ortho_fx"` makes activations learnable during the first call, and lowers them then.
+
+Dynamo hands over a graph in which every activation is a call. Where it finds one, the hook looks up the model that the
+compiled frame runs, lets `rewrite_` replace its activations on the real modules, and has Dynamo trace the frame again.
+The second trace meets the expansions' parameters as parameters of the model, as if `rewrite_` had been called first:
+nothing is captured in the compiled code, the eager model computes the same function as the compiled one, and the
+state dicts of both ways agree. The graph then goes to Inductor, once.
+
+One frame cannot be traced again like that: the one whose own method was rewritten, since it goes on running the old
+code. Its graph runs this one call without Inductor, its activations replaced by the new expansions; from the next call
+on the new method runs, and is compiled.
+
+Parameters that appear at a first call come too late for an optimizer, DDP or FSDP that has seen the model already;
+those are refused before anything is changed. What reads Dynamo's private state stands in `_frame` and `_restart`; its
+names come from `torch_private.HOOK`.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ortho_fx import torch_private
+from ortho_fx.activations import ExpansionActivation
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.freeze import OURS
+from ortho_fx.operators.support import in_a_thread
+from ortho_fx.passes import substitute
+from ortho_fx.passes.graph import Match, find_matches
+from ortho_fx.passes.source import Call, find_calls, source_of
+from ortho_fx.passes.targets import TargetTable, choose_targets
+from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
+
+_dynamo = torch_private.load(torch_private.HOOK)
+# Dynamo's translator of a frame.
+_Frame = Any
+_CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
+
+
+class CompileError(_dynamo.ShortenTraceback, OrthoFxError):
+    """An `OrthoFxError` that Dynamo passes on as it is; any other it would wrap in an error of its own."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=sys._getframe(1))
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message  # without the advice on debugging Dynamo that it appends to `args`
+
+
+class _Retrace(_dynamo.TensorifyScalarRestartAnalysis):
+    """Has Dynamo trace the frame again; the one restart that it lets through from a backend."""
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What `ortho_fx.backend.ortho_fx` does where Dynamo's frames can be read."""
+    config, inductor = _read_options(mode, options)
+    frame = _frame()
+    roots = _roots(frame, gm.graph.nodes)
+    if _rewrite(roots, config):
+        _restart(frame)
+    activations = list(_activations(gm, choose_targets(None)))
+    own = dict(_own_calls(frame, roots, activations))
+    for match in activations:
+        if match.node not in own:
+            warnings.warn(f"ortho_fx left {_describe(match.node)}: no module's own code calls it", stacklevel=2)
+    if own:
+        return _run_once(frame, gm, activations, own)
+    if not activations:
+        _warn_of_nothing(roots)
+    return inductor(gm, example_inputs)
+
+
+def _read_options(
+    mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[ExpansionConfig, Callable[..., Callable[..., Any]]]:
+    """The expansion, and Inductor with its own mode and options."""
+    mine = {key: value for key, value in (options or {}).items() if key in _CONFIG_FIELDS}
+    rest = {key: value for key, value in (options or {}).items() if key not in _CONFIG_FIELDS}
+    known = _dynamo.config.get_config_copy()
+    unknown = [key for key in rest if key.replace("-", "_") not in known]
+    if unknown:
+        raise CompileError(
+            f"unknown option {', '.join(map(repr, unknown))}; options are {', '.join(_CONFIG_FIELDS)} "
+            "and those of torch._inductor.config"
+        )
+    try:
+        config = ExpansionConfig(**mine)
+        check_needs_no_example(config)
+        return config, _dynamo._TorchCompileInductorWrapper(mode, rest, None)
+    except (OrthoFxError, RuntimeError) as error:
+        raise CompileError(str(error)) from None
+
+
+def _activations(gm: fx.GraphModule, table: TargetTable) -> Iterator[Match]:
+    """The activations of the graph and of the graphs inside it, such as checkpointed regions."""
+    for graph_module in gm.modules():
+        if isinstance(graph_module, fx.GraphModule):
+            yield from (match for match in find_matches(graph_module.graph) if match.function in table.names)
+
+
+def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
+    """Warns of a compiled model that neither has an activation nor ever had one replaced."""
+    (root,) = roots or (None,)
+    if root is not None and not any(isinstance(module, OURS) for module in root.modules()):
+        warnings.warn(f"ortho_fx found no activation to replace in {type(root).__name__}", stacklevel=3)
+
+
+def _frame() -> _Frame:
+    """The translator of the frame that is being compiled: it holds the frame's variables."""
+    translator = _dynamo.InstructionTranslator.current_tx()
+    return translator.output.root_tx or translator
+
+
+def _restart(frame: _Frame) -> NoReturn:
+    # The log replays decisions by the instructions of the trace before, and the modules now run other instructions.
+    frame.speculation_log.clear()
+    raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
+
+
+def _roots(frame: _Frame, nodes: Iterable[fx.Node]) -> list[nn.Module]:
+    """The outermost modules that the frame runs: the one whose method it is, or those that it calls."""
+    code: types.CodeType = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    # PyTorch's own modules are compiled through a function of Dynamo's that closes over them.
+    called = frame.f_locals.get("fn") if code.co_filename == _dynamo.external_utils.__file__ else None
+    for module in (first, called):
+        if isinstance(module, nn.Module):
+            return [module]
+    roots: dict[int, nn.Module] = {}
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path, cls = next(iter(stack.values()))
+            module = _resolve(path, frame)
+            if isinstance(module, cls):
+                roots[id(module)] = module
+    return list(roots.values())
+
+
+def _resolve(path: str, frame: _Frame) -> Any:
+    """The object that a path of Dynamo's (`L['model'].blocks.0`) names in the frame; None where it names none."""
+    match = re.fullmatch(r"([LG])\['(\w+)'\]((?:\.\w+)*)", path)
+    if match is None:
+        return None
+    scope, name, rest = match.groups()
+    value: Any = (frame.f_locals if scope == "L" else frame.f_globals).get(name)
+    for part in rest.split(".")[1:]:
+        children = value._modules if isinstance(value, nn.Module) else {}
+        value = children[part] if part in children else getattr(value, part, None)
+    return value
+
+
+def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig) -> bool:
+    """Replaces what can be replaced in these models; whether anything was."""
+    pending = [root for root in roots if any(not site.reason for site in find_sites(root))]
+    for root in pending:
+        _refuse_late_parameters(root)
+    # The parameters outlive this trace, whatever mode the first call is made in: a thread has no mode.
+    for root in pending:
+        in_a_thread(lambda root=root: rewrite_(root, config))
+    return bool(pending)
+
+
+def _refuse_late_parameters(model: nn.Module) -> None:
+    """Raises if something that has collected the model's parameters would miss those about to be added."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    modules = {id(module) for module in model.modules()}
+    advice = f"call ortho_fx.rewrite_(model, config) on the {type(model).__name__} before making it"
+    gc.collect()  # an optimizer that is garbage already misses nothing
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):
+            if any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
+                raise CompileError(f"the optimizer {type(found).__name__} would miss the new parameters: {advice}")
+        elif issubclass(type(found), DistributedDataParallel) and any(id(m) in modules for m in found.modules()):
+            raise CompileError(f"DistributedDataParallel would miss the new parameters: {advice}")
+    for module in model.modules():
+        if any(cls.__module__.startswith("torch.distributed.") for cls in type(module).__mro__):
+            raise CompileError(f"{type(module).__mro__[0].__name__} would miss the new parameters: {advice}")
+
+
+def _own_calls(
+    frame: _Frame, roots: Sequence[nn.Module], matches: Sequence[Match]
+) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
+    """The activations that the frame's own old code computes, or a function that it calls by name, each with the
+    expansion that is in its place now."""
+    if not roots:
+        return
+    root = roots[0]
+    source = source_of(root)
+    calls_here = [call for call in find_calls(source) if call.attribute in source.replaced]
+    if not any(call.code is frame.f_code for call in calls_here):
+        return
+    places: dict[tuple[str, str, int], list[Call]] = {}
+    for call in calls_here:
+        places.setdefault((call.function, call.code.co_filename, call.line), []).append(call)
+    visits: dict[tuple[str, str, int], int] = {}
+    for match in matches:
+        # The innermost frame may be that of a module which the call was made of, such as nn.GELU()'s.
+        stack = [(match.function, *line) for line in _source_lines(match.node)]
+        place = next((place for place in stack if place in places), None)
+        if place is None:
+            continue
+        # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
+        calls = sorted(places[place], key=lambda call: call.order)
+        visit = visits[place] = visits.get(place, -1) + 1
+        yield match.node, getattr(root, calls[visit % len(calls)].attribute)
+
+
+def _run_once(
+    frame: _Frame,
+    gm: fx.GraphModule,
+    matches: Sequence[Match],
+    own: Mapping[fx.Node, ExpansionActivation],
+) -> Callable[..., Any]:
+    """The graph with these activations replaced, for the call that is under way."""
+    copied: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, copied))
+    runner = fx.GraphModule(gm, graph)
+    for number, match in enumerate(match for match in matches if match.node in own):
+        assert match.argument is not None
+        inside = replace(
+            match,
+            node=copied[match.node],
+            argument=copied[match.argument],
+            nodes=tuple(copied[node] for node in match.nodes),
+        )
+        substitute.node_in(runner, inside, f"expansion_{number}")(own[match.node])
+    code = frame.f_code
+
+    def run(*args: Any) -> Any:
+        # The old code's compiled entries serve nobody any more, and would count against Dynamo's recompile limit
+        # when each block of a model is compiled by itself.
+        _dynamo.reset_code(code)
+        return runner(*args)
+
+    return run
+
+
+def _source_lines(node: fx.Node) -> list[tuple[str, int]]:
+    """File and line of the frames that made the node, the innermost first."""
+    frames = re.findall(r'^\s*File "(.+)", line (\d+), in ', node.meta.get("stack_trace") or "", flags=re.MULTILINE)
+    return [(file, int(line)) for file, line in reversed(frames)]
+
+
+def _describe(node: fx.Node) -> str:
+    file, line = next(iter(_source_lines(node)), ("", 0))
+    return f"{node.name} at {file}:{line}" if file else node.name

@@ -1,0 +1,90 @@
+"""`python -m ortho_fx.operators.check BASIS DEVICE`: does the lowering work on this release of PyTorch?
+
+Compiles expansions of one basis, one for a whole tensor and one a channel, forward and backward, with the lowering and
+in plain tensor operations. The lowering works if values and gradients are those of eager float64, and if it takes no
+more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The last
+line on the standard output is a JSON object: `wrong` is what is wrong, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_fx import generated_code
+from ortho_fx.bases import BASES, Basis
+from ortho_fx.operators import formulas, support
+from ortho_fx.operators.registration import operator
+
+_SHAPE = (64, 48)
+
+
+def wrong(basis: Basis, device: str) -> str | None:
+    """What is wrong with the lowering of a basis; None where it works."""
+    cases = [_case(basis, device, groups) for groups in (None, _SHAPE[1])]
+    try:
+        values, kernels = _compiled(basis, cases)
+    except Exception as error:
+        (line, *_) = str(error).strip().splitlines() or [""]
+        return f"on PyTorch {torch.__version__} the fused lowering raised {type(error).__name__}: {line}"
+    if support.reason(basis) is not None:
+        return support.reason(basis)
+    for actual, expected in zip(values, _exact(basis, cases), strict=True):
+        error = (actual.double() - expected).norm() / expected.norm()
+        if not error < 1e-4:
+            return f"on PyTorch {torch.__version__} the fused lowering computes another number: off by {error:.1e}"
+    with support.without_lowering():
+        _, plain = _compiled(basis, cases)
+    if kernels > plain:
+        return f"on PyTorch {torch.__version__} the fused lowering takes {kernels} kernels, without it {plain}"
+    return None
+
+
+def _case(basis: Basis, device: str, groups: int | None) -> list[Tensor]:
+    """An input, the gradient of its output, and parameters that no two groups share."""
+    # Imported here: activations import the operators.
+    from ortho_fx.activations import make_activation
+    from ortho_fx.config import ExpansionConfig
+
+    config = ExpansionConfig(basis.name, granularity="layer" if groups is None else "channel")
+    activation = make_activation(config, channels=groups)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(_SHAPE, generator=generator) for _ in range(2)]
+    for parameter in basis.parameters:
+        value = getattr(activation, parameter.name).detach()
+        tensors.append(value + 0.1 * torch.randn(value.shape, generator=generator))
+    return [tensor.to(device) for tensor in tensors]
+
+
+def _compiled(basis: Basis, cases: list[list[Tensor]]) -> tuple[list[Tensor], int]:
+    """Values and gradients, and the number of kernels."""
+    torch.compiler.reset()
+    inputs = [[x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in rest)] for x, _, *rest in cases]
+    with generated_code.generated_code() as codes:
+        compiled = torch.compile(lambda *cases: [operator(basis)(*case, 1) for case in cases])
+        ys = compiled(*inputs)
+        torch.autograd.backward(ys, [case[1] for case in cases])
+    kernels = sum(generated_code.count_kernels(codes).values())
+    results: list[Any] = []
+    for y, tensors in zip(ys, inputs, strict=True):
+        learned = [t.grad for t, p in zip(tensors[1:], basis.parameters, strict=True) if p.learnable]
+        results += [y.detach(), tensors[0].grad, *learned]
+    return results, kernels
+
+
+def _exact(basis: Basis, cases: list[list[Tensor]]) -> list[Tensor]:
+    """The same in float64, by the formulas."""
+    results = []
+    for case in cases:
+        x, grad, *parameters = (tensor.double() for tensor in case)
+        results.append(formulas.forward_formula(basis)(x, *parameters, channel_dim=1))
+        results += formulas.backward_formula(basis)(grad, x, *parameters, channel_dim=1)
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps({"wrong": wrong(BASES[sys.argv[1]], sys.argv[2])}))

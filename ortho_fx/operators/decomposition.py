@@ -1,0 +1,120 @@
+"""The operators in plain tensor operations, shaped so that Inductor fuses them well without anything private.
+
+This is how operators compile where our own lowering is not used. The forward is one elementwise expression. The
+backward sums in two stages: chunks whose size divides the tensor exactly, then the chunks. Two details keep it one pass
+over the tensor on a CPU, where Inductor fuses an elementwise loop into a reduction only if it comes first and has the
+same loops:
+
+- the input gradient is written, in the shape of the input, before the sums;
+- `where(x[:, :1] > 0, g, g)`, which changes nothing, makes each row of the input gradient depend on that row's first
+  element, so that its loops over rows and columns stay two, as those of the sums are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_fx.bases import Basis
+from ortho_fx.operators import parts
+from ortho_fx.operators.values import Value
+
+_OPERATIONS = SimpleNamespace(
+    constant=lambda number, dtype: number,
+    add=torch.add,
+    sub=torch.sub,
+    mul=torch.mul,
+    gt=torch.gt,
+    where=torch.where,
+    relu=torch.relu,
+    round=torch.round,
+    cos=torch.cos,
+    sin=torch.sin,
+)
+
+
+class _Parameter:
+    """A prepared parameter: its numbers, each in a shape that broadcasts against the input."""
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        self._tensor, self._dtype, self._shape = tensor.to(dtype), dtype, shape
+
+    def __len__(self) -> int:
+        return self._tensor.shape[0]
+
+    def __getitem__(self, k: int) -> Value:
+        return _value(self._tensor[k].reshape(self._shape))
+
+
+def _value(tensor: Tensor) -> Value:
+    return Value(tensor, tensor.dtype, _OPERATIONS)
+
+
+def forward(basis: Basis, x: Tensor, *prepared: Tensor, channel_dim: int) -> Tensor:
+    """y(x), for parameters as `Basis.prepare` returns them."""
+    dtype, groups = parts.compute_dtype(x.dtype), parts.groups_of(prepared)
+    if groups is None:
+        y = basis.evaluate(_value(x.to(dtype)), *(_Parameter(p, dtype, ()) for p in prepared)).value
+        return parts.rounded(y, x.dtype)
+    order = parts.memory_order(x)
+    split = parts.split(x.to(dtype), order, groups, channel_dim)
+    y = basis.evaluate(_value(split), *(_Parameter(p, dtype, (-1, 1)) for p in prepared)).value
+    return parts.join(parts.rounded(y, x.dtype), x, order)
+
+
+def backward(
+    basis: Basis, grad: Tensor, x: Tensor, *prepared: Tensor, finish: Callable[[Tensor], Tensor] = lambda grad_x: grad_x
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, handed to `finish`, and the terms summed over each group.
+
+    `grad` and `x` are as `parts.split` returns them, parameters as `Basis.prepare` does.
+    """
+    dtype, grouped = parts.compute_dtype(x.dtype), prepared[0].dim() > 1
+    (before, groups, behind), terms = x.shape, parts.count_terms(basis, prepared)
+    chunk = parts.chunk(x.device.type, before, groups, behind, terms) if isinstance(behind, int) else None
+    if chunk is None:
+        shape, summed, within = x.shape, (0, 2), (-1, 1)
+    elif grouped:
+        rows, across = chunk
+        shape, summed, within = (before // rows, rows, groups, behind // across, across), (1, 4), (1, 1, -1, 1, 1)
+    else:
+        rows, across = chunk
+        shape, summed, within = (before // rows * (behind // across), rows * across), (1,), ()
+    values = (_Parameter(p, dtype, within if grouped else ()) for p in prepared)
+    pieces = x.to(dtype).reshape(shape)
+    gradient, each = basis.derivatives(_value(grad.to(dtype).reshape(shape)), _value(pieces), *values)
+    slope = gradient().value
+    if chunk is not None and not grouped:
+        slope = torch.where(pieces[:, :1] > 0, slope, slope)
+    grad_x = finish(slope.reshape(x.shape).to(x.dtype))
+    partial = torch.stack([term().value.sum(summed) for term in each])
+    if chunk is None:
+        return grad_x, partial
+    return grad_x, partial.sum((1, 3)) if grouped else partial.sum(1, keepdim=True)
+
+
+def decompositions(
+    basis: Basis, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both operators of a basis, from functions of prepared parameters, such as the two above of that basis."""
+
+    def whole_forward(x: Tensor, *parameters: Tensor, channel_dim: int) -> Tensor:
+        prepared = basis.prepare(parts.compute_dtype(x.dtype), *parameters)
+        return forward(x, *prepared[: len(parameters)], channel_dim=channel_dim)
+
+    def whole_backward(
+        grad: Tensor, x: Tensor, *parameters: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        order, groups = parts.memory_order(x), parts.groups_of(parameters)
+        split = [parts.split(tensor, order, groups, channel_dim) for tensor in (grad, x)]
+        prepared = prepared or basis.prepare(parts.compute_dtype(x.dtype), *parameters)
+        grad_x, sums = backward(
+            *split, *prepared[: len(parameters)], finish=lambda grad_x: parts.join(grad_x, x, order)
+        )
+        return grad_x, *parts.collect(basis, sums, parameters, prepared)
+
+    return whole_forward, whole_backward

@@ -1,0 +1,386 @@
+"""How Inductor lowers the operators: the formulas of the bases, run on values of the kernel that it generates.
+
+Imported when the first operator is traced under Dynamo, never by `import ortho_fx`. From then on a trace for Inductor,
+and for no other backend, turns each operator into a twin in the namespace `ortho_fx_inductor`, which stays in the graph
+until it is lowered here:
+
+- The forward is one pointwise node, which fuses with whatever is around it. AOTAutograd's partitioner is told that it
+  may be recomputed, as it may any pointwise operator: the backward pass keeps the input alone.
+- The backward sees its tensors as [before, groups, behind] in the order of memory. The input gradient is one pointwise
+  node; each term of the parameters' gradients is a reduction of chunks whose size divides the tensor exactly, so all of
+  them fuse into one kernel that reads the input and the incoming gradient once; one small reduction adds the chunks up.
+
+Whatever goes wrong while Inductor compiles a graph with twins, the graph is compiled once more with the twins in plain
+tensor operations, and `support` takes note.
+
+Everything here is private to PyTorch, and comes from `torch_private.INDUCTOR`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ortho_fx import torch_private
+from ortho_fx.bases import BASES, Basis
+from ortho_fx.operators import decomposition as plain
+from ortho_fx.operators import eager, formulas, parts, support
+from ortho_fx.operators.values import Value
+
+NAMESPACE = "ortho_fx_inductor"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_inductor = torch_private.load(torch_private.INDUCTOR)
+_ops = _inductor.ops
+# A tensor of a graph that Inductor lowers.
+_Box = Any
+
+
+class _Parameter:
+    """A parameter of the expansion at hand: its numbers as values of the kernel."""
+
+    def __init__(self, tensor: _Box, dtype: torch.dtype, group: sympy.Expr | None) -> None:
+        self._load, self._dtype = tensor.make_loader(), dtype
+        self._size = int(tensor.get_size()[0])
+        self._group = [] if group is None else [group]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, k: int) -> Value:
+        value = self._load([sympy.Integer(k), *self._group])
+        return _value(value, self._dtype)
+
+
+def _load(tensor: _Box, index: Sequence[sympy.Expr], dtype: torch.dtype) -> Value:
+    return _value(tensor.make_loader()(index), dtype)
+
+
+def _value(value: Any, dtype: torch.dtype) -> Value:
+    return Value(_ops.to_dtype(value, dtype), dtype, _ops)
+
+
+def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
+    count = len(basis.parameters)
+
+    def lower(x: _Box, *rest: Any) -> _Box:
+        parameters, channel_dim = rest[:count], rest[count]
+        dtype, size = parts.compute_dtype(x.get_dtype()), x.get_size()
+        for parameter in parameters:
+            parameter.realize()
+        groups = parameters[0].get_size()[1] if len(parameters[0].get_size()) > 1 else None
+
+        def inner(index: Sequence[sympy.Expr]) -> Any:
+            group = None
+            if groups is not None:
+                group = index[channel_dim] // (size[channel_dim] // groups)
+            values = [_Parameter(parameter, dtype, group) for parameter in parameters]
+            y = basis.evaluate(_load(x, index, dtype), *values)
+            if x.get_dtype() == torch.float16:
+                largest = torch.finfo(torch.float16).max
+                y = y.minimum(largest).maximum(-largest)
+            return _ops.to_dtype(y.value, x.get_dtype())
+
+        return _inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=inner, ranges=size)
+
+    return lower
+
+
+def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
+    def lower(grad: _Box, x: _Box, *parameters: _Box) -> tuple[_Box, _Box]:
+        device, out_dtype = x.get_device_or_error(), x.get_dtype()
+        dtype = parts.compute_dtype(out_dtype)
+        before, groups, behind = map(sympy.sympify, x.get_size())
+        for parameter in parameters:
+            parameter.realize()
+        for tensor in (grad, x):
+            tensor.mark_reuse(2)
+        count = _count_terms(basis, parameters)
+        grouped = len(parameters[0].get_size()) > 1
+
+        def derivatives(index: Sequence[sympy.Expr]) -> tuple[Any, list[Any]]:
+            values = [_Parameter(parameter, dtype, index[1] if grouped else None) for parameter in parameters]
+            return basis.derivatives(_load(grad, index, dtype), _load(x, index, dtype), *values)
+
+        def grad_x(index: Sequence[sympy.Expr]) -> Any:
+            return _ops.to_dtype(derivatives(index)[0]().value, out_dtype)
+
+        rows, across = _chunk(device, before, groups, behind, count)
+        chunks, pieces = before // rows, behind // across
+        outer, inner = [chunks, groups, pieces], [rows, across]
+
+        def place(index: Sequence[sympy.Expr], within: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+            chunk, group, part = index
+            row, column = within
+            return [chunk * rows + row, group, part * across + column]
+
+        hints = _inductor.ReductionHint
+        reduction = functools.partial(_sum, device, dtype, hints.INNER if across != 1 else hints.OUTER)
+
+        # The input gradient first, so that the scheduler fuses the reductions into it.
+        nest = _inductor.Pointwise.create(
+            device=device,
+            dtype=out_dtype,
+            inner_fn=lambda index: grad_x(place(index[:3], index[3:])),
+            ranges=[*outer, *inner],
+        )
+        strides = [rows * groups * behind, behind, across, groups * behind, sympy.Integer(1)]
+        result = _as_written(nest, strides)
+
+        def partial(k: int) -> _Box:
+            def term(index: Sequence[sympy.Expr], within: Sequence[sympy.Expr]) -> Any:
+                return derivatives(place(index[1:], within))[1][k]().value
+
+            box = reduction(term, [sympy.Integer(1), *outer], inner)
+            _as_written(box)
+            return box
+
+        joined = _inductor.TensorBox(_inductor.ConcatKernel.create([partial(k) for k in range(count)], 0))
+        load = joined.make_loader()
+        sums = reduction(
+            lambda index, within: load([index[0], within[0], index[1], within[1]]),
+            [sympy.Integer(count), groups],
+            [chunks, pieces],
+        )
+        sums.realize()
+        layout = _inductor.FixedLayout(device, out_dtype, [before, groups, behind])
+        return _inductor.TensorBox(_inductor.ReinterpretView(data=result, layout=layout)), sums
+
+    return lower
+
+
+def _sum(
+    device: torch.device,
+    dtype: torch.dtype,
+    hint: Any,
+    inner_fn: Callable[..., Any],
+    ranges: list[sympy.Expr],
+    reduced: list[sympy.Expr],
+) -> _Box:
+    if sympy.prod(reduced) == 1:
+        zeros = [sympy.Integer(0) for _ in reduced]
+        return _inductor.Pointwise.create(
+            device=device, dtype=dtype, inner_fn=lambda index: inner_fn(index, zeros), ranges=ranges
+        )
+    # Not Reduction.create, which would split it again, into chunks that need not divide the tensor.
+    return _inductor.TensorBox.create(
+        _inductor.Reduction(
+            device=device,
+            dtype=dtype,
+            inner_fn=inner_fn,
+            ranges=ranges,
+            reduction_ranges=reduced,
+            reduction_type="sum",
+            src_dtype=dtype,
+            reduction_hint=hint,
+        )
+    )
+
+
+class _AsWritten(_inductor.ComputedBuffer):
+    """A buffer whose loops stay as they are: neither merged nor reordered.
+
+    The CPU backend fuses a pointwise node with a reduction where their loops are the same, one by one.
+    """
+
+    def simplify_and_reorder(self, *_: Any, **__: Any) -> Any:
+        sizes, body, _ = self.get_default_sizes_body()
+        # Traced again with its loops of length one, as any other buffer's is: PyTorch 2.15 wants a body to have as many
+        # variables as sizes.
+        variables, ranges = _inductor.index_vars_no_squeeze(*sizes, prefix="p")
+        return sizes, _inductor.LoopBody(body, variables, ranges, *variables)
+
+
+def _as_written(box: _Box, strides: Sequence[sympy.Expr] | None = None) -> Any:
+    """Makes a buffer of what the box computes, its loops as they are and, where given, its elements so far apart."""
+    box.realize()
+    storage = box.data
+    buffer = storage.data
+    if buffer.get_device().type == "cpu":
+        buffer.__class__ = _AsWritten
+    if strides is not None:
+        buffer.layout = _inductor.FixedLayout(buffer.get_device(), buffer.get_dtype(), buffer.get_size(), strides)
+    return storage
+
+
+def _chunk(
+    device: torch.device, before: sympy.Expr, groups: sympy.Expr, behind: sympy.Expr, terms: int
+) -> tuple[sympy.Expr, sympy.Expr]:
+    """As `parts.chunk`, of sizes that may be symbolic: their known factors count, and a whole row is a chunk."""
+    largest = parts.largest_chunk(device.type, groups != 1, behind, terms)
+    across = sympy.Integer(parts.largest_divisor(int(behind), largest)) if behind.is_number else behind
+    if across != behind:
+        return sympy.Integer(1), across
+    known = int(before.as_coeff_Mul()[0])
+    rows = sympy.Integer(parts.largest_divisor(known, largest / int(across)) if across.is_number else 1)
+    # Where no chunk of a symbolic size divides it, partial sums would be as many as elements.
+    return (before, across) if rows == across == 1 else (rows, across)
+
+
+def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:
+    learned = (p for p, described in zip(parameters, basis.parameters, strict=True) if described.learnable)
+    return sum(int(parameter.get_size()[0]) for parameter in learned)
+
+
+def _register(basis: Basis) -> None:
+    name = f"{basis.name}_backward"
+    tensors = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
+    _LIBRARY.define(f"{basis.name}(Tensor x, {tensors}, int channel_dim) -> Tensor")
+    _LIBRARY.define(f"{name}(Tensor grad, Tensor x, {tensors}) -> (Tensor, Tensor)")
+    forward, backward = (getattr(getattr(torch.ops, NAMESPACE), twin) for twin in (basis.name, name))
+
+    def run_forward(x: Tensor, *rest: Any) -> Tensor:
+        return eager.forward_of_prepared(basis, x, *rest[:-1], channel_dim=rest[-1])
+
+    def run_backward(grad: Tensor, x: Tensor, *prepared: Tensor) -> tuple[Tensor, Tensor]:
+        return formulas.backward_of_parts(basis, grad, x, *prepared)
+
+    def backward_shapes(grad: Tensor, x: Tensor, *prepared: Tensor) -> tuple[Tensor, Tensor]:
+        size = (parts.count_terms(basis, prepared), x.shape[1])
+        sums = x.new_empty(size, dtype=parts.compute_dtype(x.dtype))
+        return torch.empty_like(x, memory_format=torch.contiguous_format), sums
+
+    def call_forward(x: Tensor, *prepared: Tensor, channel_dim: int) -> Tensor:
+        return forward(x, *prepared, channel_dim)
+
+    def call_backward(
+        grad: Tensor, x: Tensor, *prepared: Tensor, finish: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if parts.is_known(x.numel() == 0):
+            return plain.backward(basis, grad, x, *prepared, finish=finish)
+        grad_x, sums = backward(grad, x, *prepared)
+        return finish(grad_x), sums
+
+    for twin, run, shapes in (
+        (basis.name, run_forward, lambda x, *_: torch.empty_like(x)),
+        (name, run_backward, backward_shapes),
+    ):
+        _LIBRARY.impl(twin, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{twin}", shapes, lib=_LIBRARY)
+    _inductor.register_lowering(forward.default, type_promotion_kind=None)(_lowered_forward(basis))
+    _inductor.register_lowering(backward.default, type_promotion_kind=None)(_lowered_backward(basis))
+    _inductor.pointwise_ops().extend((forward, backward))
+    count = 1 + len(basis.parameters)
+    _PLAIN_TWINS[forward.default] = basis, lambda *a: plain.forward(basis, *a[:count], channel_dim=a[count])
+    _PLAIN_TWINS[backward.default] = basis, functools.partial(plain.backward, basis)
+    decompositions = plain.decompositions(basis, call_forward, call_backward)
+    support.LOWERED.update(zip((basis.name, name), decompositions, strict=True))
+
+
+# The basis of each twin, and what it computes in plain tensor operations.
+_PLAIN_TWINS: dict[Any, tuple[Basis, Callable[..., Any]]] = {}
+
+
+def _guard() -> None:
+    """Has Inductor compile a graph with twins once more without them, if the first time raises."""
+    compile_graph = _inductor.fx_codegen_and_compile
+    module = sys.modules[compile_graph.__module__]
+
+    @functools.wraps(compile_graph)
+    def guarded(gm: fx.GraphModule, *arguments: Any, **settings: Any) -> Any:
+        bases = {_PLAIN_TWINS[node.target][0].name for _, node in _twins(gm)}
+        if not bases:
+            return compile_graph(gm, *arguments, **settings)
+        spare = _copy(gm)  # the compiler changes the graph on its way
+        try:
+            with _horizontal_fusion():
+                return compile_graph(gm, *arguments, **settings)
+        except Exception as error:
+            try:
+                for graph_module, node in list(_twins(spare)):
+                    _expand(graph_module, node)
+                compiled = compile_graph(spare, *arguments, **settings)
+            except Exception:
+                raise error from None
+            for name in bases:
+                support.lose(BASES[name], error)
+            return compiled
+
+    setattr(module, compile_graph.__name__, guarded)
+
+
+def _horizontal_fusion() -> Any:
+    """Lets a C++ kernel hold as many sums as a CPU's registers do: PyTorch's default cuts Hermite 16 in two.
+
+    What a user has chosen stays.
+    """
+    if _inductor.config.cpp.max_horizontal_fusion_size != 16:
+        return contextlib.nullcontext()
+    return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 18})
+
+
+def _twins(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
+    """The twins of a graph and of the graphs inside it, each with its graph."""
+    for graph_module in gm.modules():
+        if isinstance(graph_module, fx.GraphModule):
+            for node in graph_module.graph.nodes:
+                if node.op == "call_function" and node.target in _PLAIN_TWINS:
+                    yield graph_module, node
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph and the graphs inside it anew, with the same tensors."""
+    copied: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, copied)
+    graph.output(output)
+    twin = fx.GraphModule(gm, graph)
+    twin.meta.update(gm.meta)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, _copy(child))
+    return twin
+
+
+def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Puts plain tensor operations in the place of a twin."""
+    _, function = _PLAIN_TWINS[node.target]
+    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    numbers = [argument for argument in node.args if not isinstance(argument, fx.Node)]
+    values = [argument.meta["val"] for argument in nodes]
+    with values[0].fake_mode:
+        traced = _inductor.make_fx(
+            lambda *tensors: function(*tensors, *numbers), decomposition_table=_inductor.decompositions
+        )(*values)
+    places = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), nodes, strict=True))
+    with gm.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "output":
+                (results,) = inner.args
+            elif inner.op != "placeholder":
+                assert inner.op == "call_function", inner.format_node()
+                places[inner] = gm.graph.node_copy(inner, places.__getitem__)
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(places[results])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(places[results[user.args[1]]])
+            gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def is_tracing() -> bool:
+    """Whether the trace that is going on is for Inductor."""
+    tracing = _inductor.get_proxy_mode()
+    # Inductor's table of decompositions, and no other, has what is put there below.
+    return tracing is not None and _MARK in getattr(tracing, "decomposition_table", ())
+
+
+for _basis in BASES.values():
+    _register(_basis)
+_guard()
+
+# An entry that decomposes nothing, for a trace to be known as one for Inductor. A copy of the table that was made
+# before would lack it.
+_MARK = torch.ops.ortho_fx_inductor.hermite.default
+_inductor.decompositions[_MARK] = lambda *_: NotImplemented
+_inductor.fast_random_decomps.cache_clear()

@@ -1,0 +1,249 @@
+"""Registers two operators for each basis, `<basis>` and `<basis>_backward`: kernels, shapes, autograd and `vmap`.
+
+Derivatives of every order and kind are exact, `torch.func`'s transforms included. When a backward is itself to be
+differentiated, the differentiable formula stands in for the backward operator; in forward mode the formula stands in
+for the forward one. `torch.vmap` makes each member of the batch a group of channels of one call.
+
+The autograd kernel is our own: that of `torch.library.register_autograd`, which serves on a release without the private
+names that ours needs, neither nests in `torch.func.grad` (pytorch issue 168393) nor knows the forward mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ortho_fx import torch_private
+from ortho_fx.bases import BASES, Basis
+from ortho_fx.operators import support
+from ortho_fx.operators.eager import backward_kernel, forward_kernel
+from ortho_fx.operators.formulas import backward_formula, forward_formula
+
+NAMESPACE = "ortho_fx"
+CHANNEL_DIM = 1
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def operator(basis: Basis) -> Callable[..., Tensor]:
+    """The forward operator of a basis, called as `operator(x, *parameters, channel_dim)`."""
+    return _overload(basis.name)
+
+
+def _overload(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def schemas(basis: Basis) -> tuple[str, str]:
+    """The arguments and results of a basis' forward and backward operators.
+
+    The backward takes what `Basis.prepare` made of the parameters for the forward, where a graph has kept it.
+    """
+    tensors = ", ".join(["Tensor x", *(f"Tensor {parameter.name}" for parameter in basis.parameters)])
+    results = ", ".join(["Tensor"] * (1 + len(basis.learnable)))
+    at = f"int channel_dim={CHANNEL_DIM}"
+    return f"({tensors}, {at}) -> Tensor", f"(Tensor grad, {tensors}, {at}, Tensor[]? prepared=None) -> ({results})"
+
+
+def register(basis: Basis) -> None:
+    """Defines both operators of a basis."""
+    tensor_count = 1 + len(basis.parameters)
+    kinds: Sequence[tuple[str, int, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = (
+        (basis.name, tensor_count, forward_kernel(basis), forward_formula(basis), _forward_shapes(basis)),
+        (
+            f"{basis.name}_backward",
+            tensor_count + 1,
+            _unprepared(backward_kernel(basis)),
+            _unprepared(backward_formula(basis)),
+            _backward_shapes(basis),
+        ),
+    )
+    for (name, count, kernel, formula, shapes), schema in zip(kinds, schemas(basis), strict=True):
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, by_position(kernel, count), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
+        # Eager mode and autograd take the CompositeExplicit kernel; only a trace below autograd reads this one, the
+        # decomposition. It comes after the shapes, which PyTorch would refuse beside it.
+        _LIBRARY.impl(name, by_position(_decomposition(basis, name, formula), count), "CompositeImplicitAutograd")
+        with contextlib.suppress(torch_private.MissingNames):
+            torch_private.load(torch_private.FAKE_TENSORS).meta_table[_overload(name)] = shapes
+        rule = _batching_rule(_overload(name), len(basis.parameters))
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_LIBRARY)
+    formulas = (by_position(formula, count) for _, count, _, formula, _ in kinds)
+    try:
+        private = torch_private.load(torch_private.AUTOGRAD)
+    except torch_private.MissingNames as missing:
+        torch_private.report_loss(str(missing), torch_private.AUTOGRAD)
+        _register_public_autograd(basis, *formulas)
+    else:
+        _LIBRARY.impl(basis.name, _autograd_kernel(private, basis, *formulas), "Autograd", with_keyset=True)
+
+
+def _unprepared(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that prepares the parameters itself, whether or not it is given them prepared."""
+
+    def run(*tensors: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None) -> Any:
+        return backward(*tensors, channel_dim=channel_dim)
+
+    return run
+
+
+def _decomposition(basis: Basis, name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """How a trace goes on below autograd: as Inductor lowers it best, or in plain tensor operations."""
+
+    def decompose(*tensors: Tensor, **arguments: Any) -> Any:
+        support.meet_inductor(basis, tensors[0].device.type)
+        return (support.decomposition(basis, name) or formula)(*tensors, **arguments)
+
+    return decompose
+
+
+def by_position(kernel: Callable[..., Any], tensor_count: int) -> Callable[..., Any]:
+    """The kernel for a dispatcher, which does not pass the arguments that have their defaults."""
+
+    def call(*arguments: Any) -> Any:
+        tensors, (channel_dim, *prepared) = arguments[:tensor_count], arguments[tensor_count:] or (CHANNEL_DIM,)
+        more = {"prepared": prepared[0]} if prepared else {}
+        return kernel(*tensors, channel_dim=channel_dim, **more)
+
+    return call
+
+
+def _forward_shapes(basis: Basis) -> Callable[..., Tensor]:
+    def shapes(x: Tensor, *_: Any) -> Tensor:
+        support.meet_inductor(basis, x.device.type)
+        return torch.empty_like(x)
+
+    return shapes
+
+
+def _backward_shapes(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
+    def shapes(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        learned = (p for p, described in zip(rest, basis.parameters, strict=False) if described.learnable)
+        return torch.empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in learned)
+
+    return shapes
+
+
+def _gradients(
+    basis: Basis, backward: Callable[..., tuple[Tensor, ...]], grad: Tensor, *arguments: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x and of every parameter, None for those that do not learn."""
+    # Grad mode is on exactly when the caller asked for a graph of the backward (create_graph=True).
+    formula = backward if torch.is_grad_enabled() else _overload(f"{basis.name}_backward")
+    grad_x, *rest = formula(grad, *arguments)
+    learned = iter(rest)
+    return grad_x, *(next(learned) if parameter.learnable else None for parameter in basis.parameters)
+
+
+def _autograd_kernel(
+    private: Any, basis: Basis, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Tensor]:
+    overload, tensor_count = _overload(basis.name), 1 + len(basis.parameters)
+
+    # Of one level, as functorch makes them for itself: from PyTorch 2.14 on a `Function` asks whether transforms are
+    # active wherever it is called.
+    class Expansion(private._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, output: list[Tensor], prepared: Sequence[Tensor], *arguments: Any) -> Tensor:
+            ctx.save_for_backward(*arguments[:tensor_count], *prepared)
+            ctx.channel_dim = arguments[tensor_count] if len(arguments) > tensor_count else CHANNEL_DIM
+            return output[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors  # once: a checkpoint computes them anew each time
+            prepared = (list(saved[tensor_count:]),) if len(saved) > tensor_count else ()
+            gradients = _gradients(basis, backward, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
+            return None, None, *gradients, None
+
+    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+        tensors = arguments[:tensor_count]
+        if _has_tangents(private, tensors):
+            return forward(*arguments)
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # Not in Expansion.forward, which runs without grad mode: the transforms around this one would miss the call.
+        with private._AutoDispatchBelowAutograd():
+            output = overload.redispatch(keys & private._after_autograd_keyset, *arguments)
+            prepared = support.kept_for_backward(basis, *tensors) if learns else ()
+        if not learns:
+            return output
+        arguments = (*arguments, CHANNEL_DIM)[: tensor_count + 1]
+        with private.enable_single_level_autograd_function():
+            return Expansion.apply([output], prepared, *arguments)
+
+    return kernel
+
+
+def _has_tangents(private: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether tangents may be on their way: inside `torch.func.jvp`, or at an open level of dual numbers."""
+    transform = private.peek_interpreter_stack()
+    if transform is None:
+        return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    # A compiled `jvp` opens its level in C++, and `unpack_dual` does not see it.
+    return transform.key() == private.TransformType.Jvp
+
+
+def _register_public_autograd(
+    basis: Basis, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    tensor_count = 1 + len(basis.parameters)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensor_count])
+        (ctx.channel_dim,) = inputs[tensor_count:] or (CHANNEL_DIM,)
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(basis, backward, grad, *ctx.saved_tensors, ctx.channel_dim), None
+
+    torch.library.register_autograd(f"{NAMESPACE}::{basis.name}", differentiate, setup_context=save, lib=_LIBRARY)
+
+
+def _batching_rule(overload: Any, parameter_count: int) -> Callable[..., tuple[Any, Any]]:
+    """How `torch.vmap` runs an operator once for a batch: each member becomes a group, or as many as it has itself."""
+    gives_gradients = len(overload._schema.returns) > 1
+    value_count = 1 + gives_gradients
+    tensor_count = value_count + parameter_count
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        tensors, dims = arguments[:tensor_count], in_dims[:tensor_count]
+        pairs = list(zip(tensors, dims, strict=True))
+        values = [_with_batch(tensor, dim, 0, info.batch_size) for tensor, dim in pairs[:value_count]]
+        channel_dim = arguments[tensor_count] if len(arguments) > tensor_count else CHANNEL_DIM
+        if channel_dim >= 0:
+            channel_dim -= values[0].dim() - 1
+        if not gives_gradients and all(dim is None for dim in dims[value_count:]):
+            return overload(*values, *tensors[value_count:], channel_dim), 0
+
+        parameters = [_with_batch(tensor, dim, 1, info.batch_size) for tensor, dim in pairs[value_count:]]
+        grouped, dim = parameters[0].dim() == 3, 0
+        if grouped:
+            dim = values[0].dim() - 1 + channel_dim
+            values = [value.movedim(0, dim).flatten(dim, dim + 1) for value in values]
+            parameters = [parameter.flatten(1) for parameter in parameters]
+
+        def members(result: Tensor, at: int) -> Tensor:
+            return result.unflatten(at, (info.batch_size, -1)) if grouped else result
+
+        results = overload(*values, *parameters, dim)
+        if not gives_gradients:
+            return members(results, dim), dim
+        out_dims = (dim, *(1 for _ in results[1:]))
+        return tuple(members(result, at) for result, at in zip(results, out_dims, strict=True)), out_dims
+
+    return rule
+
+
+def _with_batch(tensor: Tensor, dim: int | None, at: int, size: int) -> Tensor:
+    """The tensor with the dimension of the batch at `at`, which it may lack."""
+    if dim is not None:
+        return tensor.movedim(dim, at)
+    return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+
+
+for _basis in BASES.values():
+    register(_basis)

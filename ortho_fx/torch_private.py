@@ -1,0 +1,241 @@
+"""Every name of PyTorch that its documentation does not promise, in one place.
+
+PyTorch changes such names without notice. So no other file of this repository imports one, tests and benchmarks
+included; a test walks their imports and attribute chains. A name belongs to a group, and a group says what is lost on a
+release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`; whoever
+calls it goes on without them, and `report_loss` tells the user once.
+
+    FAKE_TENSORS = PrivateNames(
+    "the shapes of expansions in a trace",
+    without="they are found by tracing the formulas, which takes longer",
+    names=(PrivateName("torch._decomp.meta_table", "shapes of operators that also have a decomposition"),),
+)
+
+INDUCTOR = PrivateNames("...", without="...", names=(PrivateName("torch._inductor.ir.Pointwise", "..."), ...))
+    inductor = load(INDUCTOR)
+    inductor.Pointwise.create(...)
+
+All names below were seen in every release of `TESTED`, unless they say otherwise. That a name exists does not mean that
+it behaves as before: on a release that is not in `TESTED`, `ortho_fx.operators.support` compiles a small expansion
+first and compares. To see what a release without a name would do, name it in the environment variable
+ORTHO_FX_ABSENT_NAMES (several are separated by commas).
+
+Public ways that are used in place of private ones: `torch.library` for operators, shapes and batching rules,
+`torch.compiler.reset` and `torch.compiler.config.cache_key_tag`, the entry point `torch_dynamo_backends`,
+a thread for code that must not be traced, and
+`torch.optim.swa_utils` for moving averages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ortho_fx.errors import OrthoFxError
+
+OLDEST = (2, 11)
+TESTED = ((2, 11), (2, 12), (2, 13), (2, 14), (2, 15))
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name: its path, what it is used for, and the releases that have it where that is not all of `TESTED`."""
+
+    path: str
+    use: str
+    releases: tuple[tuple[int, int], ...] = TESTED
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit(".", 1)[1]
+
+
+@dataclass(frozen=True)
+class PrivateNames:
+    """Names that are used together: the title, what is lost without any one of them, and the names."""
+
+    title: str
+    without: str
+    names: tuple[PrivateName, ...]
+
+
+class MissingNames(OrthoFxError):
+    """This release of PyTorch lacks private names that ortho_fx uses."""
+
+    def __init__(self, group: PrivateNames, paths: list[str]) -> None:
+        self.paths = paths
+        super().__init__(f"PyTorch {torch.__version__} has no {', '.join(paths)}, which {group.title} needs")
+
+
+def release() -> tuple[int, int]:
+    """Major and minor number of the installed PyTorch."""
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    return int(major), int(minor)
+
+
+def is_tested() -> bool:
+    """Whether the installed PyTorch is a final build of a release in `TESTED`."""
+    return release() in TESTED and re.search(r"\d(a|b|rc|\.?dev)\d", torch.__version__.split("+")[0]) is None
+
+
+def require_release() -> None:
+    """Raises an ImportError where the installed PyTorch is older than the oldest release that works."""
+    if release() < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(f"ortho_fx needs PyTorch {oldest} or newer, and {torch.__version__} is installed")
+
+
+def resolve(path: str) -> Any:
+    """The object that a dotted path names.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    if path in os.environ.get("ORTHO_FX_ABSENT_NAMES", "").split(","):
+        raise AttributeError(path)
+    parts = path.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:split]))
+        except ImportError:
+            continue
+        for part in parts[split:]:
+            value = getattr(value, part)
+        return value
+    raise AttributeError(path)
+
+
+def load(group: PrivateNames) -> Any:
+    """The objects of a group, by the last part of their paths.
+
+    Raises:
+        MissingNames: this release lacks one that it should have.
+    """
+    values, missing = {}, []
+    for entry in group.names:
+        try:
+            values[entry.name] = resolve(entry.path)
+        except AttributeError:
+            if release() in entry.releases or release() not in TESTED:
+                missing.append(entry.path)
+    if missing:
+        raise MissingNames(group, missing)
+    return SimpleNamespace(**values)
+
+
+_reported: set[str] = set()
+
+
+def report_loss(reason: str, group: PrivateNames) -> None:
+    """Warns, once for each group: why it is not used, what is lost, and what to install."""
+    if group.title in _reported:
+        return
+    _reported.add(group.title)
+    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
+    warnings.warn(
+        f"ortho_fx: {reason}. Without that, {group.without}. ortho_fx is tested with PyTorch {tested}; "
+        "`ortho-fx doctor` shows what works here",
+        stacklevel=2,
+    )
+
+
+AUTOGRAD = PrivateNames(
+    "the autograd of its operators",
+    without="torch.func transforms of expansions no longer nest and have no forward mode; everything else works",
+    names=(
+        PrivateName("torch._C._AutoDispatchBelowAutograd", "runs an operator below autograd, inside a transform"),
+        PrivateName("torch._C._after_autograd_keyset", "the dispatch keys that are left below autograd"),
+        PrivateName("torch._C._functorch.TransformType", "its kind"),
+        PrivateName("torch._C._functorch.peek_interpreter_stack", "the transform that is going on"),
+        PrivateName("torch._functorch.utils.enable_single_level_autograd_function", "records one level of transforms"),
+        PrivateName("torch.autograd.function._SingleLevelFunction", "an autograd function that asks no transform"),
+    ),
+)
+
+SHAPES = PrivateNames(
+    "the choice of loops for symbolic sizes",
+    without="short rows of symbolic size are not joined, so that their loops are slower",
+    names=(
+        PrivateName("torch.fx.experimental.symbolic_shapes.guard_or_false", "asks about a size without a new guard"),
+    ),
+)
+
+FAKE_TENSORS = PrivateNames(
+    "the shapes of expansions in a trace",
+    without="they are found by tracing the formulas, which takes longer",
+    names=(PrivateName("torch._decomp.meta_table", "shapes of operators that also have a decomposition"),),
+)
+
+INDUCTOR = PrivateNames(
+    "the fused lowering",
+    without="expansions compile through plain tensor operations: right, as fast for one expansion a layer of usual "
+    "degree, and up to PLAIN_FACTOR times slower for one a channel or a high degree",
+    names=(
+        PrivateName(
+            "torch._functorch.partitioners.pointwise_ops", "operators that the backward pass may compute again"
+        ),
+        PrivateName("torch._inductor.compile_fx.fx_codegen_and_compile", "wrapped: a failed graph is compiled plainly"),
+        PrivateName("torch._inductor.config", "how many loops a C++ kernel may hold"),
+        PrivateName("torch._inductor.decomposition.decompositions", "marked, to know a trace that is for Inductor"),
+        PrivateName("torch._inductor.decomposition.fast_random_decomps", "a copy of that table, made anew"),
+        PrivateName("torch._inductor.dependencies.index_vars_no_squeeze", "loop variables, those of length 1 too"),
+        PrivateName("torch._inductor.ir.ComputedBuffer", "a buffer whose loops are kept as they are"),
+        PrivateName("torch._inductor.ir.ConcatKernel", "partial sums side by side"),
+        PrivateName("torch._inductor.ir.FixedLayout", "strides of the input gradient"),
+        PrivateName("torch._inductor.ir.Pointwise", "an elementwise kernel"),
+        PrivateName("torch._inductor.ir.Reduction", "a sum"),
+        PrivateName("torch._inductor.ir.ReinterpretView", "the input gradient in the shape of the input"),
+        PrivateName("torch._inductor.ir.TensorBox", "what a lowering returns"),
+        PrivateName("torch._inductor.loop_body.LoopBody", "the loops of such a buffer"),
+        PrivateName("torch._inductor.lowering.register_lowering", "registers a lowering"),
+        PrivateName("torch._inductor.runtime.hints.ReductionHint", "whether neighbours are summed up"),
+        PrivateName("torch._inductor.virtualized.ops", "operations of a kernel"),
+        PrivateName("torch.fx.experimental.proxy_tensor.get_proxy_mode", "the trace that is going on"),
+        PrivateName("torch.fx.experimental.proxy_tensor.make_fx", "traces the plain operations of one node"),
+    ),
+)
+
+HOOK = PrivateNames(
+    'backend="ortho_fx"',
+    without='torch.compile(model, backend="ortho_fx") compiles models that ortho_fx.rewrite_ has been over, and '
+    "replaces no activation itself",
+    names=(
+        PrivateName("torch._C._dynamo.eval_frame.reset_code", "drops compiled code of a method that was rewritten"),
+        PrivateName("torch._TorchCompileInductorWrapper", "Inductor with a mode and options"),
+        PrivateName("torch._dynamo.exc.ShortenTraceback", "an error that Dynamo hands on as it is"),
+        PrivateName("torch._dynamo.exc.TensorifyScalarRestartAnalysis", "has Dynamo trace a frame again"),
+        PrivateName("torch._dynamo.external_utils", "the frames in which Dynamo calls PyTorch's own modules"),
+        PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator", "the variables of the compiled frame"),
+        PrivateName("torch._inductor.config", "the options that Inductor knows"),
+    ),
+)
+
+INDUCTOR_BACKEND = PrivateNames(
+    'backend="ortho_fx" on a release whose frames cannot be read',
+    without="compile with torch.compile(model)",
+    names=(PrivateName("torch._dynamo.lookup_backend", "Inductor as a backend; documented in spite of its name"),),
+)
+
+TREES = PrivateNames(
+    "the walk through nested inputs and outputs",
+    without="tensors are found in dicts, lists and tuples only, not in classes that are registered with PyTorch",
+    names=(PrivateName("torch.utils._pytree.tree_map", "the leaves of nested containers"),),
+)
+
+TOOLS = PrivateNames(
+    "reading of generated code, in `ortho-fx bench`, benchmarks and tests",
+    without="what reads generated code raises this error; models are not concerned",
+    names=(
+        PrivateName("torch._inductor.graph.GraphLowering", "the code of a graph, as it is generated"),
+        PrivateName("torch._inductor.utils.fresh_cache", "an empty cache of compiled code"),
+    ),
+)
+
+GROUPS = (AUTOGRAD, SHAPES, FAKE_TENSORS, INDUCTOR, HOOK, INDUCTOR_BACKEND, TREES, TOOLS)
