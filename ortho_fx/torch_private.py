@@ -123,7 +123,8 @@ def load(group: PrivateNames) -> Any:
         try:
             values[entry.name] = resolve(entry.path)
         except AttributeError:
-            if release() in entry.releases or release() not in TESTED:
+            # What the newest tested release does without, a later one may lack as well.
+            if (release() if release() in TESTED else TESTED[-1]) in entry.releases:
                 missing.append(entry.path)
     if missing:
         raise MissingNames(group, missing)
@@ -173,6 +174,13 @@ FAKE_TENSORS = PrivateNames(
     names=(PrivateName("torch._decomp.meta_table", "shapes of operators that also have a decomposition"),),
 )
 
+TABLE_OF_TRACE = PrivateName(
+    "torch.fx.experimental.proxy_tensor.CURRENT_DECOMPOSITION_TABLE",
+    "the decompositions of the trace that is going on: a dict in 2.11, bound anew for each trace; a context variable "
+    "in 2.12; since then an attribute of the trace's mode",
+    releases=((2, 11), (2, 12)),
+)
+
 INDUCTOR = PrivateNames(
     "the fused lowering",
     without="expansions compile through plain tensor operations: right, as fast for one expansion a layer of usual "
@@ -199,6 +207,7 @@ INDUCTOR = PrivateNames(
         PrivateName("torch._inductor.virtualized.ops", "operations of a kernel"),
         PrivateName("torch.fx.experimental.proxy_tensor.get_proxy_mode", "the trace that is going on"),
         PrivateName("torch.fx.experimental.proxy_tensor.make_fx", "traces the plain operations of one node"),
+        TABLE_OF_TRACE,
     ),
 )
 

@@ -19,6 +19,7 @@ Everything here is private to PyTorch, and comes from `torch_private.INDUCTOR`.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import operator
 import sys
@@ -372,7 +373,15 @@ def is_tracing() -> bool:
     """Whether the trace that is going on is for Inductor."""
     tracing = _inductor.get_proxy_mode()
     # Inductor's table of decompositions, and no other, has what is put there below.
-    return tracing is not None and _MARK in getattr(tracing, "decomposition_table", ())
+    return tracing is not None and _MARK in _table(tracing)
+
+
+def _table(tracing: Any) -> Any:
+    """The decompositions of a trace."""
+    if hasattr(tracing, "decomposition_table"):
+        return tracing.decomposition_table
+    table = torch_private.resolve(torch_private.TABLE_OF_TRACE.path)
+    return table.get(()) if isinstance(table, contextvars.ContextVar) else table
 
 
 for _basis in BASES.values():
