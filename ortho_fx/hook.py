@@ -24,6 +24,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -43,23 +44,25 @@ from ortho_fx.passes.targets import TargetTable, choose_targets
 from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
 
 _dynamo = torch_private.load(torch_private.HOOK)
+_ShortenTraceback: Any = _dynamo.ShortenTraceback
+_RestartAnalysis: Any = _dynamo.TensorifyScalarRestartAnalysis
 # Dynamo's translator of a frame.
 _Frame = Any
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
 
 
-class CompileError(_dynamo.ShortenTraceback, OrthoFxError):
+class CompileError(_ShortenTraceback, OrthoFxError):
     """An `OrthoFxError` that Dynamo passes on as it is; any other it would wrap in an error of its own."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=sys._getframe(1))
+        _ShortenTraceback.__init__(self, message, first_useful_frame=sys._getframe(1))
         self.message = message
 
     def __str__(self) -> str:
         return self.message  # without the advice on debugging Dynamo that it appends to `args`
 
 
-class _Retrace(_dynamo.TensorifyScalarRestartAnalysis):
+class _Retrace(_RestartAnalysis):
     """Has Dynamo trace the frame again; the one restart that it lets through from a backend."""
 
 
@@ -175,7 +178,7 @@ def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig) -> bool:
         _refuse_late_parameters(root)
     # The parameters outlive this trace, whatever mode the first call is made in: a thread has no mode.
     for root in pending:
-        in_a_thread(lambda root=root: rewrite_(root, config))
+        in_a_thread(partial(rewrite_, root, config))
     return bool(pending)
 
 

@@ -34,9 +34,9 @@ def wrong(basis: Basis, device: str) -> str | None:
     if support.reason(basis) is not None:
         return support.reason(basis)
     for actual, expected in zip(values, _exact(basis, cases), strict=True):
-        error = (actual.double() - expected).norm() / expected.norm()
-        if not error < 1e-4:
-            return f"on PyTorch {torch.__version__} the fused lowering computes another number: off by {error:.1e}"
+        off = (actual.double() - expected).norm() / expected.norm()
+        if not off < 1e-4:
+            return f"on PyTorch {torch.__version__} the fused lowering computes another number: off by {off:.1e}"
     with support.without_lowering():
         _, plain = _compiled(basis, cases)
     if kernels > plain:

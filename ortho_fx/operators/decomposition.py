@@ -37,6 +37,10 @@ _OPERATIONS = SimpleNamespace(
 )
 
 
+# Each row of so few is told from the others by comparisons.
+_FEW_ROWS = 16
+
+
 class _Parameter:
     """A prepared parameter: its numbers, each in a shape that broadcasts against the input."""
 
@@ -76,6 +80,9 @@ def backward(
     dtype, grouped = parts.compute_dtype(x.dtype), prepared[0].dim() > 1
     (before, groups, behind), terms = x.shape, parts.count_terms(basis, prepared)
     chunk = parts.chunk(x.device.type, before, groups, behind, terms) if isinstance(behind, int) else None
+    shape: tuple[int, ...]
+    summed: tuple[int, ...]
+    within: tuple[int, ...]
     if chunk is None:
         shape, summed, within = x.shape, (0, 2), (-1, 1)
     elif grouped:
@@ -91,10 +98,24 @@ def backward(
     if chunk is not None and not grouped:
         slope = torch.where(pieces[:, :1] > 0, slope, slope)
     grad_x = finish(slope.reshape(x.shape).to(x.dtype))
-    partial = torch.stack([term().value.sum(summed) for term in each])
+    sums = [term().value.sum(summed) for term in each]
     if chunk is None:
-        return grad_x, partial
-    return grad_x, partial.sum((1, 3)) if grouped else partial.sum(1, keepdim=True)
+        return grad_x, _rows(sums)
+    if grouped:
+        # All of these are one kernel. Rows of the many partial sums would take longer.
+        return grad_x, _rows([partial.sum((0, 2)) for partial in sums])
+    return grad_x, _rows(sums).sum(1, keepdim=True)
+
+
+def _rows(sums: Sequence[Tensor]) -> Tensor:
+    """The sums of each term as a row of one tensor: in the kernel that reads it, where a stack is a copy for each."""
+    if len(sums) > _FEW_ROWS:
+        return torch.stack(list(sums))
+    number = torch.arange(len(sums), device=sums[0].device).unsqueeze(1)
+    rows = sums[0].expand(len(sums), -1)
+    for k, row in enumerate(sums[1:], start=1):
+        rows = torch.where(number == k, row, rows)
+    return rows
 
 
 def decompositions(

@@ -40,6 +40,7 @@ NAMESPACE = "ortho_fx_inductor"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _inductor = torch_private.load(torch_private.INDUCTOR)
 _ops = _inductor.ops
+_ComputedBuffer: Any = _inductor.ComputedBuffer
 # A tensor of a graph that Inductor lowers.
 _Box = Any
 
@@ -95,13 +96,14 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
 
 
 def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
-    def lower(grad: _Box, x: _Box, *parameters: _Box) -> tuple[_Box, _Box]:
+    def lower(tensors: Sequence[_Box], *parameters: _Box) -> tuple[_Box, _Box]:
+        grad, x = tensors
         device, out_dtype = x.get_device_or_error(), x.get_dtype()
         dtype = parts.compute_dtype(out_dtype)
         before, groups, behind = map(sympy.sympify, x.get_size())
         for parameter in parameters:
             parameter.realize()
-        for tensor in (grad, x):
+        for tensor in tensors:
             tensor.mark_reuse(2)
         count = _count_terms(basis, parameters)
         grouped = len(parameters[0].get_size()) > 1
@@ -185,7 +187,7 @@ def _sum(
     )
 
 
-class _AsWritten(_inductor.ComputedBuffer):
+class _AsWritten(_ComputedBuffer):
     """A buffer whose loops stay as they are: neither merged nor reordered.
 
     The CPU backend fuses a pointwise node with a reduction where their loops are the same, one by one.
@@ -232,18 +234,20 @@ def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:
 
 def _register(basis: Basis) -> None:
     name = f"{basis.name}_backward"
-    tensors = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
-    _LIBRARY.define(f"{basis.name}(Tensor x, {tensors}, int channel_dim) -> Tensor")
-    _LIBRARY.define(f"{name}(Tensor grad, Tensor x, {tensors}) -> (Tensor, Tensor)")
+    parameters = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
+    _LIBRARY.define(f"{basis.name}(Tensor x, {parameters}, int channel_dim) -> Tensor")
+    # grad and x as a list: where `ConcatKernel` is made, PyTorch 2.11 wants the node's first argument to be one.
+    _LIBRARY.define(f"{name}(Tensor[] tensors, {parameters}) -> (Tensor, Tensor)")
     forward, backward = (getattr(getattr(torch.ops, NAMESPACE), twin) for twin in (basis.name, name))
 
     def run_forward(x: Tensor, *rest: Any) -> Tensor:
         return eager.forward_of_prepared(basis, x, *rest[:-1], channel_dim=rest[-1])
 
-    def run_backward(grad: Tensor, x: Tensor, *prepared: Tensor) -> tuple[Tensor, Tensor]:
-        return formulas.backward_of_parts(basis, grad, x, *prepared)
+    def run_backward(tensors: Sequence[Tensor], *prepared: Tensor) -> tuple[Tensor, Tensor]:
+        return formulas.backward_of_parts(basis, *tensors, *prepared)
 
-    def backward_shapes(grad: Tensor, x: Tensor, *prepared: Tensor) -> tuple[Tensor, Tensor]:
+    def backward_shapes(tensors: Sequence[Tensor], *prepared: Tensor) -> tuple[Tensor, Tensor]:
+        _, x = tensors
         size = (parts.count_terms(basis, prepared), x.shape[1])
         sums = x.new_empty(size, dtype=parts.compute_dtype(x.dtype))
         return torch.empty_like(x, memory_format=torch.contiguous_format), sums
@@ -256,7 +260,7 @@ def _register(basis: Basis) -> None:
     ) -> tuple[Tensor, Tensor]:
         if parts.is_known(x.numel() == 0):
             return plain.backward(basis, grad, x, *prepared, finish=finish)
-        grad_x, sums = backward(grad, x, *prepared)
+        grad_x, sums = backward([grad, x], *prepared)
         return finish(grad_x), sums
 
     for twin, run, shapes in (
@@ -343,8 +347,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
     """Puts plain tensor operations in the place of a twin."""
     _, function = _PLAIN_TWINS[node.target]
-    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    numbers = [argument for argument in node.args if not isinstance(argument, fx.Node)]
+    arguments = [each for given in node.args for each in (given if isinstance(given, list) else [given])]
+    nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    numbers = [argument for argument in arguments if not isinstance(argument, fx.Node)]
     values = [argument.meta["val"] for argument in nodes]
     with values[0].fake_mode:
         traced = _inductor.make_fx(
