@@ -54,6 +54,7 @@ from ortho_fx.models.progress import Progress
 from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
 from ortho_fx.models.throughput import peak_flops, training_flops
 from ortho_fx.models.weights import save_weights
+from ortho_fx.toolchain import require_cpp_compiler
 
 
 @dataclass
@@ -100,6 +101,8 @@ class Run:
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         assert config.steps is not None
         assert config.batch_size is not None
+        if config.compile and processes.device.type == "cpu":
+            require_cpp_compiler("train without compiling: --no-compile, or compile = false in the recipe")
         self.config, self.processes, self.task = config, processes, TASKS[config.model]
         self.steps, self.batch_size = config.steps, config.batch_size
         self.directory, self.leads = config.directory, processes.rank == 0

@@ -1,5 +1,6 @@
 """ortho_fx: learnable activations for any PyTorch model, as fast as the ones that they replace."""
 
+from ortho_fx import torch_private  # noqa: F401  -- before all else: it refuses a PyTorch that is too old
 from ortho_fx.activations import (
     ExpansionActivation,
     FourierActivation,
@@ -11,6 +12,7 @@ from ortho_fx.anneal import Annealing
 from ortho_fx.calibration import Calibration, calibrate_
 from ortho_fx.check import Check
 from ortho_fx.config import ExpansionConfig
+from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.export import Export, export_onnx, export_program
 from ortho_fx.fit import Fit, fit
@@ -28,6 +30,7 @@ __all__ = [
     "Annealing",
     "Calibration",
     "Check",
+    "CompileSupport",
     "ExpansionActivation",
     "ExpansionConfig",
     "Export",
@@ -44,6 +47,7 @@ __all__ = [
     "TropicalActivation",
     "TropicalRationalActivation",
     "calibrate_",
+    "compile_support",
     "export_onnx",
     "export_program",
     "find_sites",

@@ -41,6 +41,7 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.generated_code import count_kernels, generated_code
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.toolchain import require_cpp_compiler
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRAINED: dict[str, Mapping[str, Any]] = {"gpt2": gpt2.PRESETS, "convnext": convnext.PRESETS}
@@ -126,6 +127,8 @@ class BenchConfig:
             raise OrthoFxError(f"mode {self.mode!r} is for compiled mlp, gpt2 and convnext on cuda")
         if self.compile_time and self.eager:
             raise OrthoFxError("compile_time does not go with eager")
+        if self.device_type == "cpu" and not self.eager:
+            require_cpp_compiler("measure eager mode: --eager")
         if self.fresh and self.device_type != "cpu":
             raise OrthoFxError("fresh is about malloc on a cpu: PyTorch's allocator for cuda reuses its buffers")
         if self.fresh and _Reuse.active:

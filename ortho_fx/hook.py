@@ -42,6 +42,7 @@ from ortho_fx.passes.graph import Match, find_matches
 from ortho_fx.passes.source import Call, find_calls, source_of
 from ortho_fx.passes.targets import TargetTable, choose_targets
 from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
+from ortho_fx.toolchain import NoCompiler, cpp_compiler
 
 _dynamo = torch_private.load(torch_private.HOOK)
 _ShortenTraceback: Any = _dynamo.ShortenTraceback
@@ -88,7 +89,15 @@ def compile_graph(
         return _run_once(frame, gm, activations, own)
     if not activations:
         _warn_of_nothing(roots)
-    return inductor(gm, example_inputs)
+    try:
+        return inductor(gm, example_inputs)
+    except Exception:
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in example_inputs):
+            try:
+                cpp_compiler()
+            except NoCompiler as missing:
+                raise CompileError(str(missing)) from None
+        raise
 
 
 def _read_options(

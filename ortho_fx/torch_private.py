@@ -5,13 +5,7 @@ included; a test walks their imports and attribute chains. A name belongs to a g
 release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`; whoever
 calls it goes on without them, and `report_loss` tells the user once.
 
-    FAKE_TENSORS = PrivateNames(
-    "the shapes of expansions in a trace",
-    without="they are found by tracing the formulas, which takes longer",
-    names=(PrivateName("torch._decomp.meta_table", "shapes of operators that also have a decomposition"),),
-)
-
-INDUCTOR = PrivateNames("...", without="...", names=(PrivateName("torch._inductor.ir.Pointwise", "..."), ...))
+    INDUCTOR = PrivateNames("...", without="...", names=(PrivateName("torch._inductor.ir.Pointwise", "..."), ...))
     inductor = load(INDUCTOR)
     inductor.Pointwise.create(...)
 
@@ -21,9 +15,8 @@ first and compares. To see what a release without a name would do, name it in th
 ORTHO_FX_ABSENT_NAMES (several are separated by commas).
 
 Public ways that are used in place of private ones: `torch.library` for operators, shapes and batching rules,
-`torch.compiler.reset` and `torch.compiler.config.cache_key_tag`, the entry point `torch_dynamo_backends`,
-a thread for code that must not be traced, and
-`torch.optim.swa_utils` for moving averages.
+`torch.compiler.reset` and `torch.compiler.config.cache_key_tag`, the entry point `torch_dynamo_backends`, a thread for
+code that must not be traced, and `torch.optim.swa_utils` for moving averages.
 """
 
 from __future__ import annotations
@@ -238,6 +231,12 @@ TREES = PrivateNames(
     names=(PrivateName("torch.utils._pytree.tree_map", "the leaves of nested containers"),),
 )
 
+TOOLCHAIN = PrivateNames(
+    "the name of the C++ compiler",
+    without="CXX in the environment is taken for it, or the system's usual one",
+    names=(PrivateName("torch._inductor.config", "which compilers Inductor tries"),),
+)
+
 TOOLS = PrivateNames(
     "reading of generated code, in `ortho-fx bench`, benchmarks and tests",
     without="what reads generated code raises this error; models are not concerned",
@@ -247,4 +246,6 @@ TOOLS = PrivateNames(
     ),
 )
 
-GROUPS = (AUTOGRAD, SHAPES, FAKE_TENSORS, INDUCTOR, HOOK, INDUCTOR_BACKEND, TREES, TOOLS)
+GROUPS = (AUTOGRAD, SHAPES, FAKE_TENSORS, INDUCTOR, HOOK, INDUCTOR_BACKEND, TREES, TOOLCHAIN, TOOLS)
+
+require_release()

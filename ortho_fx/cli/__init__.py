@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ortho_fx import __version__
-from ortho_fx.cli import bench, compare, data, export, fit, plot, sites, train
+from ortho_fx.cli import bench, compare, data, doctor, export, fit, plot, sites, train
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError
 
@@ -54,6 +54,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ortho-fx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (sites, train, compare, data, plot, fit, bench, export):
+    for command in (sites, train, compare, data, plot, fit, bench, export, doctor):
         command.add(commands)
     return parser

@@ -1,8 +1,8 @@
 """`python -m ortho_fx.operators.check BASIS DEVICE`: does the lowering work on this release of PyTorch?
 
 Compiles expansions of one basis, one for a whole tensor and one a channel, forward and backward, with the lowering and
-in plain tensor operations. The lowering works if values and gradients are those of eager float64, and if it takes no
-more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The last
+in plain tensor operations. The lowering works if values and gradients are those of eager float64, and if it takes
+hardly more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The last
 line on the standard output is a JSON object: `wrong` is what is wrong, or null.
 """
 
@@ -21,6 +21,9 @@ from ortho_fx.operators import formulas, support
 from ortho_fx.operators.registration import operator
 
 _SHAPE = (64, 48)
+# Both forms take as many kernels for whole tensors, give or take one for preparing a parameter; where the lowering no
+# longer fuses, each sum takes one more.
+_MORE_KERNELS = 1.25
 
 
 def wrong(basis: Basis, device: str) -> str | None:
@@ -39,7 +42,7 @@ def wrong(basis: Basis, device: str) -> str | None:
             return f"on PyTorch {torch.__version__} the fused lowering computes another number: off by {off:.1e}"
     with support.without_lowering():
         _, plain = _compiled(basis, cases)
-    if kernels > plain:
+    if kernels > _MORE_KERNELS * plain:
         return f"on PyTorch {torch.__version__} the fused lowering takes {kernels} kernels, without it {plain}"
     return None
 

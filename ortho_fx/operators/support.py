@@ -35,7 +35,6 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.operators import decomposition as plain
 from ortho_fx.operators import parts
 
-_MODULE = "ortho_fx.operators.lowering"
 _CHECK_SECONDS = 300
 
 # Why operators of a basis are not lowered by our own kernels, by the basis' name.
@@ -44,6 +43,9 @@ _reasons: dict[str, str] = {}
 LOWERED: dict[str, Callable[..., Any]] = {}
 # Bases and kinds of device for which the decision has been made.
 _met: set[tuple[str, str]] = set()
+# The module `lowering`, when it has been imported, and whether that was tried.
+_lowering: Any = None
+_tried = False
 
 
 def reason(basis: Basis) -> str | None:
@@ -65,25 +67,29 @@ def meet_inductor(basis: Basis, device_type: str) -> None:
     _tag_caches()
 
 
-def decide(basis: Basis, device_type: str) -> None:
-    """Loads the lowering, and checks it on a release that it was not tested on."""
+def decide(basis: Basis, device_type: str, *, check: bool = False) -> None:
+    """Loads the lowering, and checks it on a release that it was not tested on, or where `check` asks for it."""
     if os.environ.get("ORTHO_FX_LOWERING") == "0":
         _use_plain(basis, "ORTHO_FX_LOWERING=0")
         return
-    if _MODULE not in sys.modules:
-        try:
-            # Where no mode of the trace that is going on sees it.
-            in_a_thread(lambda: importlib.import_module(_MODULE))
-        except Exception as error:
-            for each in BASES.values():
-                fall_back(each, str(error) if isinstance(error, torch_private.MissingNames) else _failed(error))
-            # Not to be tried again.
-            sys.modules.setdefault(_MODULE, sys.modules[__name__])
-            return
-    if not torch_private.is_tested() and reason(basis) is None and "ORTHO_FX_CHECKING" not in os.environ:
-        verdict = _verdict(basis, device_type)
+    _import_lowering()
+    if reason(basis) is None and "ORTHO_FX_CHECKING" not in os.environ:
+        verdict = _verdict(basis, device_type, check or not torch_private.is_tested())
         if verdict is not None:
             fall_back(basis, verdict)
+
+
+def _import_lowering() -> None:
+    global _lowering, _tried
+    if _tried:
+        return
+    _tried = True
+    try:
+        # Where no mode of the trace that is going on sees it.
+        _lowering = in_a_thread(lambda: importlib.import_module("ortho_fx.operators.lowering"))
+    except Exception as error:
+        for each in BASES.values():
+            fall_back(each, str(error) if isinstance(error, torch_private.MissingNames) else _failed(error))
 
 
 def _failed(error: Exception) -> str:
@@ -135,22 +141,23 @@ def _tag_caches() -> None:
 
 
 def lose(basis: Basis, error: Exception) -> None:
-    """As `fall_back`, for a lowering that has failed, and so in the processes to come."""
+    """As `fall_back`, for a lowering that failed; on a release that it was not tested on, for processes to come too."""
     fall_back(basis, _failed(error))
-    if not isinstance(error, OSError | MemoryError):
+    if not torch_private.is_tested() and not isinstance(error, OSError | MemoryError):
         for name, device_type in _met:
             if name == basis.name:
                 _keep_verdict(basis, device_type, _reasons[basis.name])
 
 
-def _verdict(basis: Basis, device_type: str) -> str | None:
-    """What is wrong with the lowering of a basis on a release that it was not tested on; None where it works.
+def _verdict(basis: Basis, device_type: str, check: bool) -> str | None:
+    """What is known to be wrong with the lowering of a basis; None where it works.
 
-    Found out once for an installation, by `check` in a process of its own: it may hang or crash.
+    Where nothing is known, `check` has it found out once for an installation, by `ortho_fx.operators.check` in a
+    process of its own: it may hang or crash.
     """
     kept = _kept_verdicts(device_type)
-    if basis.name in kept:
-        return kept[basis.name]
+    if basis.name in kept or not check:
+        return kept.get(basis.name)
     command = [sys.executable, "-m", "ortho_fx.operators.check", basis.name, device_type]
     environment = {**os.environ, "ORTHO_FX_CHECKING": "1"}
     try:
@@ -216,14 +223,12 @@ def decomposition(basis: Basis, name: str) -> Callable[..., Any] | None:
 
 
 def _is_for_inductor() -> bool:
-    lowering = sys.modules.get(_MODULE)
-    return lowering is not None and hasattr(lowering, "is_tracing") and lowering.is_tracing()
+    return _lowering is not None and _lowering.is_tracing()
 
 
 def _is_for_another() -> bool:
     """Whether the trace is known not to be for Inductor."""
-    lowering = sys.modules.get(_MODULE)
-    return lowering is not None and hasattr(lowering, "is_tracing") and not lowering.is_tracing()
+    return _lowering is not None and not _lowering.is_tracing()
 
 
 def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
