@@ -2,8 +2,8 @@
 
 PyTorch changes such names without notice. So no other file of this repository imports one, tests and benchmarks
 included; a test walks their imports and attribute chains. A name belongs to a group, and a group says what is lost on a
-release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`; whoever
-calls it goes on without them, and `report_loss` tells the user once.
+release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`; `available`
+returns None then, and tells the user once. Whoever asks goes on without them.
 
     INDUCTOR = PrivateNames("...", without="...", names=(PrivateName("torch._inductor.ir.Pointwise", "..."), ...))
     inductor = load(INDUCTOR)
@@ -122,6 +122,15 @@ def load(group: PrivateNames) -> Any:
     if missing:
         raise MissingNames(group, missing)
     return SimpleNamespace(**values)
+
+
+def available(group: PrivateNames) -> Any | None:
+    """As `load`; where a name is missing, None, and the user is told."""
+    try:
+        return load(group)
+    except MissingNames as missing:
+        report_loss(str(missing), group)
+        return None
 
 
 _reported: set[str] = set()

@@ -17,12 +17,8 @@ def leaves(value: Any) -> list[Any]:
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same containers, each leaf replaced by what the function makes of it."""
-    try:
-        tree_map = torch_private.load(torch_private.TREES).tree_map
-    except torch_private.MissingNames as missing:
-        torch_private.report_loss(str(missing), torch_private.TREES)
-        return _mapped(function, value)
-    return tree_map(function, value)
+    trees = torch_private.available(torch_private.TREES)
+    return trees.tree_map(function, value) if trees else _mapped(function, value)
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Compiles expansions of one basis, one for a whole tensor and one a channel, forward and backward, with the lowering and
 in plain tensor operations. The lowering works if values and gradients are those of eager float64, and if it takes
-hardly more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The last
-line on the standard output is a JSON object: `wrong` is what is wrong, or null.
+hardly more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The
+last line on the standard output is a JSON object: `wrong` is what is wrong, or null.
 """
 
 from __future__ import annotations

@@ -273,14 +273,14 @@ def _register(basis: Basis) -> None:
     _inductor.register_lowering(backward.default, type_promotion_kind=None)(_lowered_backward(basis))
     _inductor.pointwise_ops().extend((forward, backward))
     count = 1 + len(basis.parameters)
-    _PLAIN_TWINS[forward.default] = basis, lambda *a: plain.forward(basis, *a[:count], channel_dim=a[count])
-    _PLAIN_TWINS[backward.default] = basis, functools.partial(plain.backward, basis)
+    PLAIN_TWINS[forward.default] = basis, lambda *a: plain.forward(basis, *a[:count], channel_dim=a[count])
+    PLAIN_TWINS[backward.default] = basis, functools.partial(plain.backward, basis)
     decompositions = plain.decompositions(basis, call_forward, call_backward)
     support.LOWERED.update(zip((basis.name, name), decompositions, strict=True))
 
 
 # The basis of each twin, and what it computes in plain tensor operations.
-_PLAIN_TWINS: dict[Any, tuple[Basis, Callable[..., Any]]] = {}
+PLAIN_TWINS: dict[Any, tuple[Basis, Callable[..., Any]]] = {}
 
 
 def _guard() -> None:
@@ -290,7 +290,7 @@ def _guard() -> None:
 
     @functools.wraps(compile_graph)
     def guarded(gm: fx.GraphModule, *arguments: Any, **settings: Any) -> Any:
-        bases = {_PLAIN_TWINS[node.target][0].name for _, node in _twins(gm)}
+        bases = {PLAIN_TWINS[node.target][0].name for _, node in _twins(gm)}
         if not bases:
             return compile_graph(gm, *arguments, **settings)
         spare = _copy(gm)  # the compiler changes the graph on its way
@@ -326,7 +326,7 @@ def _twins(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
     for graph_module in gm.modules():
         if isinstance(graph_module, fx.GraphModule):
             for node in graph_module.graph.nodes:
-                if node.op == "call_function" and node.target in _PLAIN_TWINS:
+                if node.op == "call_function" and node.target in PLAIN_TWINS:
                     yield graph_module, node
 
 
@@ -346,7 +346,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
     """Puts plain tensor operations in the place of a twin."""
-    _, function = _PLAIN_TWINS[node.target]
+    _, function = PLAIN_TWINS[node.target]
     arguments = [each for given in node.args for each in (given if isinstance(given, list) else [given])]
     nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
     numbers = [argument for argument in arguments if not isinstance(argument, fx.Node)]

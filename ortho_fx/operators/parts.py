@@ -51,12 +51,8 @@ def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes is known to hold, without a guard on those that are symbolic."""
     if isinstance(condition, bool):
         return condition
-    try:
-        shapes = torch_private.load(torch_private.SHAPES)
-    except torch_private.MissingNames as missing:
-        torch_private.report_loss(str(missing), torch_private.SHAPES)
-        return False
-    return shapes.guard_or_false(condition)
+    shapes = torch_private.available(torch_private.SHAPES)
+    return shapes is not None and shapes.guard_or_false(condition)
 
 
 def join(parts: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:

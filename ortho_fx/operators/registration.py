@@ -10,7 +10,6 @@ names that ours needs, neither nests in `torch.func.grad` (pytorch issue 168393)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,18 +68,15 @@ def register(basis: Basis) -> None:
         # Eager mode and autograd take the CompositeExplicit kernel; only a trace below autograd reads this one, the
         # decomposition. It comes after the shapes, which PyTorch would refuse beside it.
         _LIBRARY.impl(name, by_position(_decomposition(basis, name, formula), count), "CompositeImplicitAutograd")
-        with contextlib.suppress(torch_private.MissingNames):
-            torch_private.load(torch_private.FAKE_TENSORS).meta_table[_overload(name)] = shapes
+        if fake_tensors := torch_private.available(torch_private.FAKE_TENSORS):
+            fake_tensors.meta_table[_overload(name)] = shapes
         rule = _batching_rule(_overload(name), len(basis.parameters))
         torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_LIBRARY)
     formulas = (by_position(formula, count) for _, count, _, formula, _ in kinds)
-    try:
-        private = torch_private.load(torch_private.AUTOGRAD)
-    except torch_private.MissingNames as missing:
-        torch_private.report_loss(str(missing), torch_private.AUTOGRAD)
-        _register_public_autograd(basis, *formulas)
-    else:
+    if private := torch_private.available(torch_private.AUTOGRAD):
         _LIBRARY.impl(basis.name, _autograd_kernel(private, basis, *formulas), "Autograd", with_keyset=True)
+    else:
+        _register_public_autograd(basis, *formulas)
 
 
 def _unprepared(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,153 @@
+"""Releases of PyTorch to come, each in a process of its own: one that lacks a private name, one whose parts raise.
+
+Started as a process by tests/ortho_fx/test_support.py. It imports PyTorch and its compiler once, and forks for every
+case that it reads, a JSON object a line: {"absent": path, "groups": titles} or {"raises": where}. It answers with a
+line of JSON: what went wrong, or the largest relative errors of values and gradients, why bases are not lowered, the
+warnings, and what the hook did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _errors(dynamic: bool) -> list[float]:
+    """Of every basis, per layer and per channel, compiled in one graph: against the formulas in float64."""
+    from ortho_fx.activations import make_activation
+    from ortho_fx.bases import BASES
+    from ortho_fx.config import ExpansionConfig
+    from ortho_fx.operators import formulas, operator
+
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[str, list[Tensor]]] = []
+    for name, basis in BASES.items():
+        for channels in (None, 24):
+            config = ExpansionConfig(name, granularity="channel" if channels else "layer")
+            module = make_activation(config, channels=channels)
+            parameters = [getattr(module, parameter.name).detach() for parameter in basis.parameters]
+            noisy = [p + 0.1 * torch.randn(p.shape, generator=generator) for p in parameters]
+            cases.append((name, [torch.randn(32, 24, generator=generator), *noisy]))
+    inputs = [[tensor.clone().requires_grad_() for tensor in tensors] for _, tensors in cases]
+
+    def run(inputs: list[list[Tensor]]) -> list[Tensor]:
+        return [operator(BASES[name])(*tensors, 1) for (name, _), tensors in zip(cases, inputs, strict=True)]
+
+    outputs = torch.compile(run, dynamic=dynamic)(inputs)
+    sum(output.square().sum() for output in outputs).backward()
+    errors = []
+    for (name, tensors), output, learned in zip(cases, outputs, inputs, strict=True):
+        basis, exact = BASES[name], [tensor.double() for tensor in tensors]
+        y = formulas.forward_formula(basis)(*exact, channel_dim=1)
+        gradients = formulas.backward_formula(basis)(2 * y, *exact, channel_dim=1)
+        of = [learned[0], *(t for t, p in zip(learned[1:], basis.parameters, strict=True) if p.learnable)]
+        pairs = [(output.detach(), y), *((t.grad, g) for t, g in zip(of, gradients, strict=True))]
+        errors += [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
+    return errors
+
+
+def _hook() -> dict[str, str]:
+    """What the hook makes of a model with an activation, and of one that was rewritten."""
+    import ortho_fx
+
+    done = {}
+    for what in ("plain", "rewritten"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        if what == "rewritten":
+            ortho_fx.rewrite_(model, ortho_fx.ExpansionConfig("hermite"))
+        x = torch.randn(4, 8)
+        try:
+            y = torch.compile(model, backend="ortho_fx")(x)
+            done[what] = f"off by {float((y - model(x)).abs().max()):.0e}, {type(model[1]).__name__}"
+        except Exception as error:
+            done[what] = f"{type(error).__name__}: {error}"
+    return done
+
+
+def _break(where: str) -> None:
+    """Has the lowering raise at its registration, in `lower` of a forward or backward, or while code is generated."""
+    from ortho_fx import torch_private
+
+    def boom(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("boom")
+
+    # Graphs that a case before this one compiled are not to be found in the caches.
+    torch.compiler.config.cache_key_tag = where
+
+    if where == "registration":
+        inductor = sys.modules["torch._inductor.lowering"]
+        inductor.register_lowering = boom
+        return
+    from ortho_fx.operators import lowering
+
+    if where == "code generation":
+        graph, state = torch_private.load(torch_private.TOOLS).GraphLowering, {"calls": 0}
+        generate = graph.codegen
+
+        def first_fails(*arguments: Any, **settings: Any) -> Any:
+            state["calls"] += 1
+            return boom() if state["calls"] == 1 else generate(*arguments, **settings)
+
+        graph.codegen = first_fails
+        return
+    table = sys.modules["torch._inductor.lowering"].lowerings
+    for twin in lowering.PLAIN_TWINS:
+        if str(twin).endswith("_backward.default") == (where == "lower of a backward"):
+            table[twin] = boom
+
+
+def _answer(case: dict[str, Any]) -> dict[str, Any]:
+    groups = case.get("groups", [])
+    os.environ["ORTHO_FX_ABSENT_NAMES"] = case.get("absent", "")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import ortho_fx
+        from ortho_fx.bases import BASES
+        from ortho_fx.operators import support
+
+        if "raises" in case:
+            _break(case["raises"])
+        errors = _errors(dynamic=case.get("dynamic", False))
+        errors_again = _errors(dynamic=case.get("dynamic", False))
+        hook = _hook() if case.get("hook") else {}
+        if case.get("checked"):
+            model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+            ortho_fx.rewrite_(model, ortho_fx.ExpansionConfig("hermite")).check(torch.randn(64, 8))
+    return {
+        "groups": groups,
+        "error": max(errors + errors_again),
+        "reasons": {name: support.reason(basis) for name, basis in BASES.items()},
+        "warnings": [str(w.message) for w in caught if str(w.message).startswith("ortho_fx")],
+        "hook": hook,
+    }
+
+
+def main() -> None:
+    torch.compile(lambda t: t.sin())(torch.ones(2))  # brings in the compiler, and its precompiled headers
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            try:
+                answer = _answer(json.loads(line))
+            except BaseException as error:
+                answer = {"failed": f"{type(error).__name__}: {error}"}
+            with os.fdopen(writer, "w") as out:
+                out.write(json.dumps(answer))
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as text:
+            answer = text.read()
+        os.waitpid(child, 0)
+        print(answer or json.dumps({"failed": "the process ended"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
