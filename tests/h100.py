@@ -261,8 +261,16 @@ def h100() -> Iterator[None]:
             set_rng_state=lambda state, device=None: None,
             synchronize=lambda device=None: None,
             set_device=lambda device: None,
+            is_current_stream_capturing=lambda: False,
             _exchange_device=lambda device: 0,
             _maybe_exchange_device=lambda device: 0,
+        )
+        # As in a PyTorch that is built without CUDA: Dynamo asks the accelerator for its stream, and no kernel needs it.
+        replace(
+            torch.accelerator,
+            current_accelerator=lambda check_available=False: None,
+            device_count=lambda: 0,
+            is_available=lambda: False,
         )
         cuda = device_interface.CudaInterface
         replace(
