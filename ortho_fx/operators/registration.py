@@ -167,7 +167,7 @@ def _autograd_kernel(
             gradients = _gradients(basis, backward, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
             return None, None, *gradients, None
 
-    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+    def kernel(keys: Any, *arguments: Any) -> Tensor:
         tensors = arguments[:tensor_count]
         if _has_tangents(private, tensors):
             return forward(*arguments)
