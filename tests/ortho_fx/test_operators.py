@@ -230,6 +230,7 @@ def test_compiled_code_holds_no_operator_of_ours(name, groups):
     x, parameters = arguments(name, 3, torch.float32)
     if groups:
         parameters = [p.detach().unsqueeze(1).repeat(1, groups).requires_grad_(p.requires_grad) for p in parameters]
+    torch.compiler.reset()
     compiled = torch.compile(lambda t: expand(basis_of(name), t * 2, *parameters) + t, fullgraph=True)
     sources = [x, *(p for p in parameters if p.requires_grad)]
     with generated_code() as codes:
