@@ -158,10 +158,15 @@ class Graph:
 
 @dataclass(frozen=True)
 class Code:
-    """The code of a function; there is no backward where no input requires a gradient."""
+    """The code of a function; there is no backward where no input requires a gradient.
+
+    `arguments` says which tensor each argument of the forward graph is: its number among the inputs, with a module's
+    parameters and buffers after them. An argument that is no tensor has None.
+    """
 
     forward: Graph
     backward: Graph | None
+    arguments: tuple[int | None, ...]
 
     def __str__(self) -> str:
         return f"forward\n{self.forward}" + (f"\nbackward\n{self.backward}" if self.backward else "")
@@ -196,20 +201,30 @@ def triton_code(
         if torch.is_autocast_enabled("cuda") or "_enter_autocast" in called:
             raise NotImplementedError("autocast: pass inputs of the dtypes that it would cast to")
         _compiler.compile_fx(graph_module, example_inputs, config_patches={**SETTINGS, **(options or {})})
-        return graph_module.forward
 
+        def run(*called: Any) -> Any:
+            arguments.extend(numbers.get(id(each)) for each in called)
+            return graph_module.forward(*called)
+
+        return run
+
+    arguments: list[int | None] = []
+    numbers: dict[int, int] = {}
     mode = _private.FakeTensorMode(shape_env=ShapeEnv())
     torch.compiler.reset()
     try:
         with h100(), mock.patch.object(_compiler.GraphLowering, "_compile_to_module_lines", keep), mode:
+            fakes = [_fake(t) if isinstance(t, Tensor) else t for t in inputs]
+            tensors = [fake for fake in fakes if isinstance(fake, Tensor)]
             if isinstance(function, nn.Module):
                 function = _on_device(function)
-            compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
-            compiled(*(_fake(t) if isinstance(t, Tensor) else t for t in inputs))
+                tensors += [*function.parameters(), *function.buffers()]
+            numbers.update((id(tensor), number) for number, tensor in enumerate(tensors))
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*fakes)
     finally:
         # What Dynamo has cached for the function is guarded on fake tensors and returns them.
         torch.compiler.reset()
-    return Code(graphs[False], graphs.get(True))
+    return Code(graphs[False], graphs.get(True), tuple(arguments))
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -390,6 +405,7 @@ def _hide_device_from_autograd(replace: Callable[..., None], replace_private: Ca
 _DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.MULTILINE | re.DOTALL)
 _LAUNCH = re.compile(r"^ +(\w+)\.run\((.*), stream=\w+\)$")
 _LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?((?:extern_kernels|aten|torch\.ops\.\w+)\.[\w.]+)\(")
+_WORKSPACE = re.compile(r"^ +(workspace_\d+) = empty_strided_cuda\(\(([^)]*)\), .*, torch\.(\w+)\)")
 _SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
 
 
@@ -397,10 +413,15 @@ def _parse(source: str, graph: _Graph, whole: int) -> Graph:
     """Reads the launches out of a wrapper's source; `graph` knows its buffers."""
     definitions = dict(_DEFINITION.findall(source))
     kernels, externs = [], []
+    # What kernels leave for one another, which the graph knows nothing of: elements and dtype.
+    workspaces: dict[str, tuple[int, torch.dtype]] = {}
     sizes = {str(symbol): int(value) for symbol, value in graph.sizevars.shape_env.backed_var_to_val.items()}
     for line in source[source.index("\nclass Runner") :].splitlines():
         if match := _LAUNCH.match(line):
-            kernels.append(_kernel(match[1], definitions[match[1]], _split(match[2]), graph, sizes, whole))
+            kernels.append(_kernel(match[1], definitions[match[1]], _split(match[2]), graph, workspaces, sizes, whole))
+        elif match := _WORKSPACE.match(line):
+            numel = math.prod(_evaluate(size, sizes) for size in _split(match[2]))
+            workspaces[match[1]] = numel, getattr(torch, match[3])
         elif match := _LIBRARY_CALL.match(line):
             externs.append(match[1])
         elif match := _SIZE.match(line):
@@ -409,7 +430,15 @@ def _parse(source: str, graph: _Graph, whole: int) -> Graph:
     return Graph(source, tuple(kernels), tuple(externs))
 
 
-def _kernel(name: str, definition: str, values: list[str], graph: _Graph, sizes: dict[str, int], whole: int) -> Kernel:
+def _kernel(
+    name: str,
+    definition: str,
+    values: list[str],
+    graph: _Graph,
+    workspaces: dict[str, tuple[int, torch.dtype]],
+    sizes: dict[str, int],
+    whole: int,
+) -> Kernel:
     header = re.search(r"@triton_heuristics\.(\w+)\(\s*size_hints=(\{.*?\})", definition)
     signature = re.search(r"'signature': (\{.*?\})", definition)
     reductions = re.search(r"'num_reduction': (\d+)", definition)
@@ -427,10 +456,12 @@ def _kernel(name: str, definition: str, values: list[str], graph: _Graph, sizes:
             view = re.match(r"reinterpret_tensor\((\w+), \(([^)]*)\)", value)
             buffer = view[1] if view else value
             numel = math.prod(_evaluate(size, sizes) for size in _split(view[2])) if view else None
-            if numel is None:
-                numel = _evaluate(str(graph.get_numel(buffer)), sizes)
+            if buffer in workspaces:
+                elements, dtype = workspaces[buffer]
+            else:
+                elements, dtype = _evaluate(str(graph.get_numel(buffer)), sizes), graph.get_dtype(buffer)
             loads, stores = (len(re.findall(rf"tl\.{verb}\({parameter}\b", body)) for verb in ("load", "store"))
-            arguments.append(Argument(parameter, buffer, graph.get_dtype(buffer), numel, loads, stores))
+            arguments.append(Argument(parameter, buffer, dtype, elements if numel is None else numel, loads, stores))
     hints = ast.literal_eval(header[2])
     return Kernel(name, header[1], hints, numels, tuple(arguments), int(reductions[1]), definition, whole)
 
