@@ -161,7 +161,9 @@ def _enliven(model: nn.Module) -> None:
 
 def _settle(model: nn.Module, inputs: Inputs) -> None:
     """Batch norms get the statistics of this batch, so that eval normalises as after a training."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0

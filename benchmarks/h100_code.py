@@ -38,11 +38,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch._inductor.codecache import PyCodeCache
-from torch._inductor.runtime import triton_helpers
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
 
-from ortho_fx import ExpansionConfig
+from ortho_fx import ExpansionConfig, torch_private
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.operators import expand
@@ -98,10 +95,10 @@ def code_of(basis: str, degree: int, case: str, dtype: torch.dtype) -> tuple[Gra
 
 def machine_code(kernel: Kernel) -> dict[str, Any]:
     """What is read from the kernel's machine code, for the first of the configurations that Inductor would try."""
+    private = torch_private.load(torch_private.MACHINE_CODE)
     with h100(), without_driver():
-        _, path = PyCodeCache.write(kernel.definition)
-        autotuner = getattr(PyCodeCache.load_by_key_path(Path(path).stem, path), kernel.name)
-        assert isinstance(autotuner, CachingAutotuner)
+        _, path = private.PyCodeCache.write(kernel.definition)
+        autotuner = getattr(private.PyCodeCache.load_by_key_path(Path(path).stem, path), kernel.name)
         config = autotuner.configs[0]
         binary = autotuner._precompile_config(config).kernel
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +145,10 @@ def machine_code(kernel: Kernel) -> dict[str, Any]:
 @contextlib.contextmanager
 def without_driver() -> Iterator[None]:
     """Compiling without the driver of a device, which Inductor sets up because launching needs it."""
+    private = torch_private.load(torch_private.MACHINE_CODE)
     with (
-        mock.patch.object(triton_helpers, "set_driver_to_gpu", return_value=None),
-        mock.patch.object(StaticTritonCompileResult, "can_statically_launch", return_value=None),
+        mock.patch.object(private.triton_helpers, "set_driver_to_gpu", return_value=None),
+        mock.patch.object(private.StaticTritonCompileResult, "can_statically_launch", return_value=None),
     ):
         yield
 

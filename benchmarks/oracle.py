@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from architectures import Inputs
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ortho_fx
+from ortho_fx import torch_private
 
+_DispatchMode: Any = torch_private.load(torch_private.TESTS).TorchDispatchMode
 FAMILY = set(
     "relu gelu silu mish hardswish leaky_relu elu selu celu hardtanh rrelu _prelu_kernel threshold "
     "_transformer_encoder_layer_fwd _addmm_activation".split()
@@ -54,7 +55,7 @@ class Origin:
     gates: frozenset[int] = frozenset()
 
 
-class Oracle(TorchDispatchMode):
+class Oracle(_DispatchMode):
     """Notes the activations that run while it is entered; `found` sorts them."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -304,9 +304,9 @@ def _timer(config: BenchConfig) -> _Timer:
 
     def timed(phase: Callable[[Any], Any], value: Any) -> tuple[Any, float]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        scratch.zero_()
         # Some two milliseconds in which Python queues the whole phase: what is timed is the GPU alone.
-        torch.cuda._sleep(4_000_000)
+        for _ in range(32):
+            scratch.zero_()
         start.record()
         result = phase(value)
         end.record()

@@ -39,15 +39,19 @@ TESTED = ((2, 11), (2, 12), (2, 13), (2, 14), (2, 15))
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One name: its path, what it is used for, and the releases that have it where that is not all of `TESTED`."""
+    """One name: its path, what it is used for, and the releases that have it where that is not all of `TESTED`.
+
+    A group calls it by the last part of its path, or by `alias`.
+    """
 
     path: str
     use: str
     releases: tuple[tuple[int, int], ...] = TESTED
+    alias: str = ""
 
     @property
     def name(self) -> str:
-        return self.path.rsplit(".", 1)[1]
+        return self.alias or self.path.rsplit(".", 1)[1]
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def resolve(path: str) -> Any:
 
 
 def load(group: PrivateNames) -> Any:
-    """The objects of a group, by the last part of their paths.
+    """The objects of a group, by their names.
 
     Raises:
         MissingNames: this release lacks one that it should have.
@@ -255,6 +259,60 @@ TOOLS = PrivateNames(
     ),
 )
 
+TESTS = PrivateNames(
+    "the tests of compiled models, and the benchmark of activations that architectures call",
+    without="these tests and this benchmark do not run",
+    names=(
+        PrivateName("torch._dynamo.config", "compiled autograd, sizes that depend on data", alias="dynamo"),
+        PrivateName("torch._dynamo.lookup_backend", "Inductor, with its graphs counted"),
+        PrivateName("torch._dynamo.mark_dynamic", "a size that a user declares to be symbolic; documented"),
+        PrivateName("torch._dynamo.utils.counters", "hits of the caches"),
+        PrivateName("torch._functorch.config", "has backward graphs compiled at once", alias="functorch"),
+        PrivateName("torch._inductor.compile_fx.compile_fx", "Inductor without Dynamo"),
+        PrivateName("torch._inductor.graph.GraphLowering", "generated code that is not built"),
+        PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "sees every operator that runs"),
+    ),
+)
+
+GPU_CODE = PrivateNames(
+    "generating code for a GPU on a machine without one, in tests/h100.py",
+    without="these tests do not run",
+    names=(
+        PrivateName("torch._dynamo.device_interface.CudaInterface", "replaced: the GPU's properties"),
+        PrivateName("torch._inductor.codegen.triton_utils.AttrsDescriptorWrapper", "replaced: Triton may be absent"),
+        PrivateName(
+            "torch._inductor.fx_passes.joint_graph.UniformValueConstantFolder._deduce_value",
+            "replaced: constants are computed on the CPU",
+        ),
+        PrivateName("torch._inductor.runtime.hints.DeviceProperties", "remembers a GPU's properties"),
+        PrivateName("torch._inductor.scheduler.has_triton", "replaced: Triton may be absent"),
+        PrivateName("torch._inductor.utils.TritonAttrsDescriptorVersion", "the version of Triton's format"),
+        PrivateName("torch._inductor.utils.get_triton_attrs_descriptor_version", "replaced by that version"),
+        PrivateName("torch._from_functional_tensor", "the tensor inside a functional one"),
+        PrivateName("torch._subclasses.fake_tensor._DISPATCH_META_HANDLERS", "replaced: devices that C++ sees"),
+        PrivateName("torch._subclasses.fake_tensor.FakeTensor", "changed: the device of a tensor"),
+        PrivateName("torch._subclasses.fake_tensor.FakeTensorMode", "tensors on a GPU that is not there"),
+        PrivateName("torch._subclasses.functional_tensor.FunctionalTensor", "changed: the device of a tensor"),
+        PrivateName("torch._subclasses.functional_tensor.FunctionalTensorMode", "changed: the device of a new tensor"),
+        PrivateName("torch.Tensor._make_wrapper_subclass", "replaced: the device of a new tensor"),
+        PrivateName("torch.cuda._exchange_device", "replaced: the GPU at hand"),
+        PrivateName("torch.cuda._maybe_exchange_device", "replaced: the GPU at hand"),
+        PrivateName("torch.utils._triton.triton_hash_with_backend", "replaced: Triton may be absent"),
+    ),
+)
+
+MACHINE_CODE = PrivateNames(
+    "compiling for a GPU on a machine without one, in benchmarks/h100_code.py",
+    without="this benchmark does not run",
+    names=(
+        PrivateName("torch._inductor.codecache.PyCodeCache", "loads generated code"),
+        PrivateName("torch._inductor.runtime.triton_helpers", "changed: no driver is asked for"),
+        PrivateName("torch._inductor.runtime.triton_heuristics.StaticTritonCompileResult", "changed: nothing is run"),
+    ),
+)
+
+# What an installation uses, and what only tests and benchmarks do.
 GROUPS = (AUTOGRAD, SHAPES, FAKE_TENSORS, INDUCTOR, HOOK, INDUCTOR_BACKEND, TREES, TOOLCHAIN, TOOLS)
+REPOSITORY_GROUPS = (TESTS, GPU_CODE, MACHINE_CODE)
 
 require_release()

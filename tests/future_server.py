@@ -80,9 +80,9 @@ def _break(where: str) -> None:
     # Graphs that a case before this one compiled are not to be found in the caches.
     torch.compiler.config.cache_key_tag = where
 
+    lowerings = sys.modules[torch_private.load(torch_private.INDUCTOR).register_lowering.__module__]
     if where == "registration":
-        inductor = sys.modules["torch._inductor.lowering"]
-        inductor.register_lowering = boom
+        lowerings.register_lowering = boom
         return
     from ortho_fx.operators import lowering
 
@@ -96,10 +96,9 @@ def _break(where: str) -> None:
 
         graph.codegen = first_fails
         return
-    table = sys.modules["torch._inductor.lowering"].lowerings
     for twin in lowering.PLAIN_TWINS:
         if str(twin).endswith("_backward.default") == (where == "lower of a backward"):
-            table[twin] = boom
+            lowerings.lowerings[twin] = boom
 
 
 def _answer(case: dict[str, Any]) -> dict[str, Any]:

@@ -39,26 +39,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo
-import torch._functorch.config
-import torch._inductor.scheduler
-import torch._inductor.utils
 from torch import Tensor, nn
-from torch._dynamo import device_interface
-from torch._inductor.codegen import triton_utils
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.fx_passes import joint_graph
-from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.utils import TritonAttrsDescriptorVersion
-from torch._subclasses import FakeTensorMode, fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
-from torch.utils import _triton
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+
+from ortho_fx import torch_private
+
+_private = torch_private.load(torch_private.GPU_CODE)
+_compiler = torch_private.load(torch_private.TESTS)
+_PATHS = {entry.name: entry.path for entry in torch_private.GPU_CODE.names}
+# A graph, as Inductor lowers it.
+_Graph = Any
 
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications, compute capability 9.0,
 # with the 132 multiprocessors of the SXM5 card.
@@ -79,6 +71,9 @@ PROPERTIES = SimpleNamespace(
     is_integrated=False,
     gcnArchName="",
 )
+
+# Of Inductor. Padding would be decided by timing.
+SETTINGS = {"shape_padding": False, "compile_threads": 1, "size_asserts": True}
 
 
 @dataclass(frozen=True)
@@ -163,10 +158,15 @@ class Graph:
 
 @dataclass(frozen=True)
 class Code:
-    """The code of a function; there is no backward where no input requires a gradient."""
+    """The code of a function; there is no backward where no input requires a gradient.
+
+    `arguments` says which tensor each argument of the forward graph is: its number among the inputs, with a module's
+    parameters and buffers after them. An argument that is no tensor has None.
+    """
 
     forward: Graph
     backward: Graph | None
+    arguments: tuple[int | None, ...]
 
     def __str__(self) -> str:
         return f"forward\n{self.forward}" + (f"\nbackward\n{self.backward}" if self.backward else "")
@@ -188,7 +188,7 @@ def triton_code(
         whole = next(t.numel() for t in inputs if isinstance(t, Tensor))
     graphs: dict[bool, Graph] = {}
 
-    def keep(graph: GraphLowering, wrapper: Any) -> Any:
+    def keep(graph: _Graph, wrapper: Any) -> Any:
         assert graph.is_backward not in graphs, "more than one graph"
         devices = {buffer.get_name(): buffer.get_device() for buffer in graph.buffers}
         elsewhere = [name for name, device in devices.items() if device is not None and device.type != "cuda"]
@@ -197,24 +197,34 @@ def triton_code(
         return SimpleNamespace(call=None, __file__="<not written>")
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        autocast = torch.amp.autocast_mode._enter_autocast
-        if torch.is_autocast_enabled("cuda") or any(node.target is autocast for node in graph_module.graph.nodes):
+        called = (getattr(node.target, "__name__", "") for node in graph_module.graph.nodes)
+        if torch.is_autocast_enabled("cuda") or "_enter_autocast" in called:
             raise NotImplementedError("autocast: pass inputs of the dtypes that it would cast to")
-        compile_fx(graph_module, example_inputs, config_patches=options)
-        return graph_module.forward
+        _compiler.compile_fx(graph_module, example_inputs, config_patches={**SETTINGS, **(options or {})})
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    torch._dynamo.reset()
+        def run(*called: Any) -> Any:
+            arguments.extend(numbers.get(id(each)) for each in called)
+            return graph_module.forward(*called)
+
+        return run
+
+    arguments: list[int | None] = []
+    numbers: dict[int, int] = {}
+    mode = _private.FakeTensorMode(shape_env=ShapeEnv())
+    torch.compiler.reset()
     try:
-        with h100(), mock.patch.object(GraphLowering, "_compile_to_module_lines", keep), mode:
+        with h100(), mock.patch.object(_compiler.GraphLowering, "_compile_to_module_lines", keep), mode:
+            fakes = [_fake(t) if isinstance(t, Tensor) else t for t in inputs]
+            tensors = [fake for fake in fakes if isinstance(fake, Tensor)]
             if isinstance(function, nn.Module):
                 function = _on_device(function)
-            compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
-            compiled(*(_fake(t) if isinstance(t, Tensor) else t for t in inputs))
+                tensors += [*function.parameters(), *function.buffers()]
+            numbers.update((id(tensor), number) for number, tensor in enumerate(tensors))
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*fakes)
     finally:
         # What Dynamo has cached for the function is guarded on fake tensors and returns them.
-        torch._dynamo.reset()
-    return Code(graphs[False], graphs.get(True))
+        torch.compiler.reset()
+    return Code(graphs[False], graphs.get(True), tuple(arguments))
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -241,9 +251,13 @@ def h100() -> Iterator[None]:
             for name, value in values.items():
                 stack.enter_context(mock.patch.object(target, name, value, create=True))
 
+        def replace_private(**values: Any) -> None:
+            for name, value in values.items():
+                stack.enter_context(mock.patch(_PATHS[name], value))
+
         # Of a real device, another H100's properties might be remembered; and nobody is to remember these.
-        DeviceProperties.create.cache_clear()
-        stack.callback(DeviceProperties.create.cache_clear)
+        _private.DeviceProperties.create.cache_clear()
+        stack.callback(_private.DeviceProperties.create.cache_clear)
 
         device = {
             "is_available": lambda: True,
@@ -261,10 +275,17 @@ def h100() -> Iterator[None]:
             set_rng_state=lambda state, device=None: None,
             synchronize=lambda device=None: None,
             set_device=lambda device: None,
-            _exchange_device=lambda device: 0,
-            _maybe_exchange_device=lambda device: 0,
+            is_current_stream_capturing=lambda: False,
         )
-        cuda = device_interface.CudaInterface
+        replace_private(_exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0)
+        # As in a PyTorch without CUDA: Dynamo would ask the accelerator for its stream, which no kernel needs.
+        replace(
+            torch.accelerator,
+            current_accelerator=lambda check_available=False: None,
+            device_count=lambda: 0,
+            is_available=lambda: False,
+        )
+        cuda = _private.CudaInterface
         replace(
             cuda,
             **{name: staticmethod(function) for name, function in device.items()},
@@ -280,41 +301,39 @@ def h100() -> Iterator[None]:
 
         # What Inductor asks Triton while it generates code. Its answers are those of the Triton that goes with this
         # PyTorch, whether it is installed or not.
-        replace(torch._inductor.scheduler, has_triton=lambda: True)
-        replace(torch._inductor.utils, get_triton_attrs_descriptor_version=lambda: TritonAttrsDescriptorVersion.V4_DICT)
-        replace(triton_utils, AttrsDescriptorWrapper=_attributes)
-        replace(_triton, triton_hash_with_backend=lambda: "H100")
+        replace_private(
+            has_triton=lambda: True,
+            get_triton_attrs_descriptor_version=lambda: _private.TritonAttrsDescriptorVersion.V4_DICT,
+            AttrsDescriptorWrapper=_attributes,
+            triton_hash_with_backend=lambda: "H100",
+        )
 
-        _hide_device_from_autograd(replace)
-        fold = joint_graph.UniformValueConstantFolder._deduce_value
+        _hide_device_from_autograd(replace, replace_private)
+        fold = _private._deduce_value
 
         def fold_on_cpu(self: Any, node: torch.fx.Node) -> Any:
             with _OnCPU():
                 return fold(self, node)
 
-        replace(joint_graph.UniformValueConstantFolder, _deduce_value=fold_on_cpu)
-        # Advice to the user of a card with tensor cores.
+        replace_private(_deduce_value=fold_on_cpu)
         stack.enter_context(warnings.catch_warnings())
+        # Advice to the user of a card with tensor cores.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-        stack.enter_context(
-            torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-        )
-        stack.enter_context(
-            torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, shape_padding=False)
-        )
-        stack.enter_context(torch._inductor.config.patch(compile_threads=1, size_asserts=True))
+        # That no cache is used.
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+        stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
+        stack.enter_context(_compiler.functorch.patch(force_non_lazy_backward_lowering=True))
         yield
 
 
-class _OnCPU(TorchDispatchMode):
+class _OnCPU(TorchFunctionMode):
     """Runs on the CPU what Inductor computes of constants on the device itself."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def to_cpu(device: torch.device) -> torch.device:
-            return torch.device("cpu") if device.type == "cuda" else device
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def to_cpu(value: Any) -> Any:
+            return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
 
-        args, kwargs = pytree.tree_map_only(torch.device, to_cpu, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*map(to_cpu, args), **{name: to_cpu(value) for name, value in (kwargs or {}).items()})
 
 
 def _attributes(
@@ -324,7 +343,7 @@ def _attributes(
     return {(index,): [["tt.divisibility", 16]] for index in divisible_by_16}
 
 
-def _hide_device_from_autograd(replace: Callable[..., None]) -> None:
+def _hide_device_from_autograd(replace: Callable[..., None], replace_private: Callable[..., None]) -> None:
     """Makes PyTorch's C++ code see tensors on `cuda` as tensors on the CPU, and Python code see none on the CPU.
 
     Built without CUDA, autograd's engine fails on a tensor of a device that it has no streams of. It asks the C++
@@ -334,23 +353,24 @@ def _hide_device_from_autograd(replace: Callable[..., None]) -> None:
     cpu, prim_device = torch.device("cpu"), torch.ops.prim.device.default
     is_cuda = property(lambda tensor: tensor.device.type == "cuda")
 
-    make_wrapper = Tensor._make_wrapper_subclass
+    functional, fake = _private.FunctionalTensor, _private.FakeTensor
+    make_wrapper = _private._make_wrapper_subclass
 
     def make_wrapper_on_cpu(cls: type, *arguments: Any, **settings: Any) -> Tensor:
-        if cls is FunctionalTensor:
+        if cls is functional:
             arguments = tuple(cpu if isinstance(a, torch.device) else a for a in arguments)
         return make_wrapper(cls, *arguments, **settings)
 
-    replace(Tensor, _make_wrapper_subclass=staticmethod(make_wrapper_on_cpu))
+    replace_private(_make_wrapper_subclass=staticmethod(make_wrapper_on_cpu))
     replace(
-        FunctionalTensor,
-        device=property(lambda tensor: torch._from_functional_tensor(tensor.elem).device),
+        functional,
+        device=property(lambda tensor: _private._from_functional_tensor(tensor.elem).device),
         is_cuda=is_cuda,
     )
 
-    handlers = fake_tensor._DISPATCH_META_HANDLERS
+    handlers = _private._DISPATCH_META_HANDLERS
     device_of = handlers[prim_device]
-    dispatch_fake = FakeTensor.__torch_dispatch__
+    dispatch_fake = fake.__torch_dispatch__
 
     def device_for_cpp(arguments: Sequence[Any]) -> torch.device:
         device = device_of(arguments)
@@ -359,10 +379,10 @@ def _hide_device_from_autograd(replace: Callable[..., None]) -> None:
     def dispatch_device(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return device_for_cpp(args) if func is prim_device else dispatch_fake(func, types, args, kwargs or {})
 
-    replace(fake_tensor, _DISPATCH_META_HANDLERS={**handlers, prim_device: device_for_cpp})
-    replace(FakeTensor, __torch_dispatch__=classmethod(dispatch_device), is_cuda=is_cuda)
+    replace_private(_DISPATCH_META_HANDLERS={**handlers, prim_device: device_for_cpp})
+    replace(fake, __torch_dispatch__=classmethod(dispatch_device), is_cuda=is_cuda)
 
-    for mode in (FunctionalTensorMode, ProxyTorchDispatchMode, FakeTensorMode):
+    for mode in (_private.FunctionalTensorMode, ProxyTorchDispatchMode, _private.FakeTensorMode):
 
         def on_cuda(
             self: Any,
@@ -379,23 +399,29 @@ def _hide_device_from_autograd(replace: Callable[..., None]) -> None:
 
         replace(mode, __torch_dispatch__=on_cuda)
     # As in a process that must not initialise CUDA: constants are made on the CPU.
-    replace(FakeTensorMode, avoid_device_init=property(lambda mode: True))
+    replace(_private.FakeTensorMode, avoid_device_init=property(lambda mode: True))
 
 
 _DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.MULTILINE | re.DOTALL)
 _LAUNCH = re.compile(r"^ +(\w+)\.run\((.*), stream=\w+\)$")
 _LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?((?:extern_kernels|aten|torch\.ops\.\w+)\.[\w.]+)\(")
+_WORKSPACE = re.compile(r"^ +(workspace_\d+) = empty_strided_cuda\(\(([^)]*)\), .*, torch\.(\w+)\)")
 _SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
 
 
-def _parse(source: str, graph: GraphLowering, whole: int) -> Graph:
+def _parse(source: str, graph: _Graph, whole: int) -> Graph:
     """Reads the launches out of a wrapper's source; `graph` knows its buffers."""
     definitions = dict(_DEFINITION.findall(source))
     kernels, externs = [], []
+    # What kernels leave for one another, which the graph knows nothing of: elements and dtype.
+    workspaces: dict[str, tuple[int, torch.dtype]] = {}
     sizes = {str(symbol): int(value) for symbol, value in graph.sizevars.shape_env.backed_var_to_val.items()}
     for line in source[source.index("\nclass Runner") :].splitlines():
         if match := _LAUNCH.match(line):
-            kernels.append(_kernel(match[1], definitions[match[1]], _split(match[2]), graph, sizes, whole))
+            kernels.append(_kernel(match[1], definitions[match[1]], _split(match[2]), graph, workspaces, sizes, whole))
+        elif match := _WORKSPACE.match(line):
+            numel = math.prod(_evaluate(size, sizes) for size in _split(match[2]))
+            workspaces[match[1]] = numel, getattr(torch, match[3])
         elif match := _LIBRARY_CALL.match(line):
             externs.append(match[1])
         elif match := _SIZE.match(line):
@@ -405,7 +431,13 @@ def _parse(source: str, graph: GraphLowering, whole: int) -> Graph:
 
 
 def _kernel(
-    name: str, definition: str, values: list[str], graph: GraphLowering, sizes: dict[str, int], whole: int
+    name: str,
+    definition: str,
+    values: list[str],
+    graph: _Graph,
+    workspaces: dict[str, tuple[int, torch.dtype]],
+    sizes: dict[str, int],
+    whole: int,
 ) -> Kernel:
     header = re.search(r"@triton_heuristics\.(\w+)\(\s*size_hints=(\{.*?\})", definition)
     signature = re.search(r"'signature': (\{.*?\})", definition)
@@ -424,10 +456,12 @@ def _kernel(
             view = re.match(r"reinterpret_tensor\((\w+), \(([^)]*)\)", value)
             buffer = view[1] if view else value
             numel = math.prod(_evaluate(size, sizes) for size in _split(view[2])) if view else None
-            if numel is None:
-                numel = _evaluate(str(graph.get_numel(buffer)), sizes)
+            if buffer in workspaces:
+                elements, dtype = workspaces[buffer]
+            else:
+                elements, dtype = _evaluate(str(graph.get_numel(buffer)), sizes), graph.get_dtype(buffer)
             loads, stores = (len(re.findall(rf"tl\.{verb}\({parameter}\b", body)) for verb in ("load", "store"))
-            arguments.append(Argument(parameter, buffer, graph.get_dtype(buffer), numel, loads, stores))
+            arguments.append(Argument(parameter, buffer, dtype, elements if numel is None else numel, loads, stores))
     hints = ast.literal_eval(header[2])
     return Kernel(name, header[1], hints, numels, tuple(arguments), int(reductions[1]), definition, whole)
 

@@ -84,7 +84,7 @@ def test_loss_compiles_whole(pinn):
     loss = pinn.make_loss(problem)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(network, problem.points)
     torch.testing.assert_close(compiled, loss(network, problem.points))
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_tropical_networks_have_no_second_derivative(pinn):

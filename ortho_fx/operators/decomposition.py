@@ -123,8 +123,10 @@ def decompositions(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both operators of a basis, from functions of prepared parameters, such as the two above of that basis."""
 
-    def whole_forward(x: Tensor, *parameters: Tensor, channel_dim: int) -> Tensor:
-        prepared = basis.prepare(parts.compute_dtype(x.dtype), *parameters)
+    def whole_forward(
+        x: Tensor, *parameters: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        prepared = prepared or basis.prepare(parts.compute_dtype(x.dtype), *parameters)
         return forward(x, *prepared[: len(parameters)], channel_dim=channel_dim)
 
     def whole_backward(

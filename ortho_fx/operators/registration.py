@@ -40,19 +40,25 @@ def _overload(name: str) -> Any:
 def schemas(basis: Basis) -> tuple[str, str]:
     """The arguments and results of a basis' forward and backward operators.
 
-    The backward takes what `Basis.prepare` made of the parameters for the forward, where a graph has kept it.
+    Both take what `Basis.prepare` made of the parameters, where a graph keeps it from the forward for the backward.
     """
     tensors = ", ".join(["Tensor x", *(f"Tensor {parameter.name}" for parameter in basis.parameters)])
     results = ", ".join(["Tensor"] * (1 + len(basis.learnable)))
-    at = f"int channel_dim={CHANNEL_DIM}"
-    return f"({tensors}, {at}) -> Tensor", f"(Tensor grad, {tensors}, {at}, Tensor[]? prepared=None) -> ({results})"
+    rest = f"int channel_dim={CHANNEL_DIM}, Tensor[]? prepared=None"
+    return f"({tensors}, {rest}) -> Tensor", f"(Tensor grad, {tensors}, {rest}) -> ({results})"
 
 
 def register(basis: Basis) -> None:
     """Defines both operators of a basis."""
     tensor_count = 1 + len(basis.parameters)
     kinds: Sequence[tuple[str, int, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = (
-        (basis.name, tensor_count, forward_kernel(basis), forward_formula(basis), _forward_shapes(basis)),
+        (
+            basis.name,
+            tensor_count,
+            _unprepared(forward_kernel(basis)),
+            _unprepared(forward_formula(basis)),
+            _forward_shapes(basis),
+        ),
         (
             f"{basis.name}_backward",
             tensor_count + 1,
@@ -79,11 +85,11 @@ def register(basis: Basis) -> None:
         _register_public_autograd(basis, *formulas)
 
 
-def _unprepared(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that prepares the parameters itself, whether or not it is given them prepared."""
+def _unprepared(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that prepares the parameters itself, whether or not it is given them prepared."""
 
     def run(*tensors: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None) -> Any:
-        return backward(*tensors, channel_dim=channel_dim)
+        return kernel(*tensors, channel_dim=channel_dim)
 
     return run
 
@@ -157,18 +163,19 @@ def _autograd_kernel(
             gradients = _gradients(basis, backward, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
             return None, None, *gradients, None
 
-    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+    def kernel(keys: Any, *arguments: Any) -> Tensor:
         tensors = arguments[:tensor_count]
         if _has_tangents(private, tensors):
             return forward(*arguments)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # Not in Expansion.forward, which runs without grad mode: the transforms around this one would miss the call.
+        arguments = (*arguments, CHANNEL_DIM)[: tensor_count + 1]
         with private._AutoDispatchBelowAutograd():
-            output = overload.redispatch(keys & private._after_autograd_keyset, *arguments)
             prepared = support.kept_for_backward(basis, *tensors) if learns else ()
+            given = (list(prepared),) if prepared else ()
+            output = overload.redispatch(keys & private._after_autograd_keyset, *arguments, *given)
         if not learns:
             return output
-        arguments = (*arguments, CHANNEL_DIM)[: tensor_count + 1]
         with private.enable_single_level_autograd_function():
             return Expansion.apply([output], prepared, *arguments)
 

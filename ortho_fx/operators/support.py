@@ -234,7 +234,8 @@ def _is_for_another() -> bool:
 def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """What a graph for Inductor keeps for the backward: the prepared parameters, where preparing them takes kernels.
 
-    From PyTorch 2.14 on nodes of the backward are no longer merged with equal ones of the forward.
+    The forward has to use them too: from PyTorch 2.14 on a node that only the forward needs is not merged with an equal
+    one that the backward depends on (`partition_key` in torch/_functorch/partitioners.py).
     """
     if not _is_for_inductor():
         return ()

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, rewrite_
+from ortho_fx.generated_code import generated_code
 
 OPTIONS = {"basis": "hermite", "degree": 4}
 
@@ -25,6 +26,11 @@ class MLP(nn.Module):
         return self.down(F.silu(self.up(x)) + self.act(self.up(x)).relu())
 
 
+@torch.compiler.disable
+def uncompiled():
+    """Breaks the graph."""
+
+
 class Network(nn.Module):
     def __init__(self, blocks=2, checkpointed=False, broken=False):
         super().__init__()
@@ -34,7 +40,7 @@ class Network(nn.Module):
     def forward(self, x):
         for block in self.blocks:
             if self.broken:
-                torch._dynamo.graph_break()
+                uncompiled()
             x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
         return x
 
@@ -113,7 +119,7 @@ def first_called_in_inference_mode(model):
     ],
 )
 def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     model = build().double()
     reference = copy.deepcopy(model)
@@ -132,18 +138,15 @@ def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
 
 
 def test_one_inductor_compile_and_no_recompile_of_a_rewritten_model():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = Network()
-    compiled = compile_model(model)
-    for _ in range(3):
-        compiled(torch.randn(4, 8)).sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
     rewritten = Network()
     rewrite_(rewritten)
-    torch._dynamo.utils.counters.clear()
-    compile_model(rewritten)(torch.randn(4, 8))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for model in (Network(), rewritten):
+        with generated_code() as codes:
+            compiled = compile_model(model)
+            for _ in range(3):
+                compiled(torch.randn(4, 8)).sum().backward()
+        assert len(codes) == 2  # of the forward and of the backward graph
 
 
 def test_parameters_are_read_at_every_call():
@@ -179,7 +182,7 @@ def test_a_model_without_activations_is_warned_of():
 
 
 def refused(model, **keywords):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     names = list(model.state_dict())
     with pytest.raises(OrthoFxError) as caught:
         torch.compile(model, backend="ortho_fx", **keywords)(torch.randn(4, 8))

@@ -73,12 +73,12 @@ def test_memory_counts_what_is_held_and_what_is_only_passed_through():
 def test_kernels_are_counted_by_their_graph(report):
     assert report["gelu"].kernels == {"forward": 1, "backward": 1}
     assert report["copy"].kernels == {"forward": 1, "backward": 1}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     x = torch.ones(64, requires_grad=True)
     with generated_code() as codes:
         torch.compile(lambda x: torch.softmax(torch.sin(x), 0).square())(x).sum().backward()
     again = count_kernels(codes)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with generated_code() as cached:
         torch.compile(lambda x: torch.softmax(torch.sin(x), 0).square())(x).sum().backward()
     assert count_kernels(cached) == again

@@ -4,6 +4,7 @@ Where the shape of the code is what is asked for, it is generated and not built.
 inputs in one graph, and is compared with the eager operator in float64.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,28 +24,25 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.graph import GraphLowering
-from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.utils.checkpoint import checkpoint
 
-from ortho_fx import ExpansionConfig, rewrite_
+from ortho_fx import ExpansionConfig, rewrite_, torch_private
 from ortho_fx.activations import channel_dim_of, make_activation
 from ortho_fx.bases import BASES
+from ortho_fx.generated_code import generated_code
 from ortho_fx.operators import operator
 from tests.h100 import triton_code
+
+_compiler = torch_private.load(torch_private.TESTS)
 
 every_basis = pytest.mark.parametrize("basis", BASES)
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -108,6 +107,13 @@ class CPUGraph:
         return [(n.loads[numel], n.stores[numel]) for n in self.nests if n.loads[numel] or n.stores[numel]]
 
 
+@contextlib.contextmanager
+def without_caches():
+    with torch.compiler.config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+        yield
+
+
 def cpu_code(function, *inputs, dynamic=None):
     """The code that `torch.compile` would run, forward and backward, on one thread."""
     graphs = {}
@@ -118,14 +124,14 @@ def cpu_code(function, *inputs, dynamic=None):
         return SimpleNamespace(call=None, __file__="<not built>")
 
     def backend(graph_module, example_inputs):
-        compile_fx(graph_module, example_inputs)
+        _compiler.compile_fx(graph_module, example_inputs, config_patches={"cpp.threads": 1})
         return graph_module.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with (
-        mock.patch.object(GraphLowering, "_compile_to_module_lines", keep),
-        torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
-        config.patch({"fx_graph_cache": False, "cpp.threads": 1}),
+        mock.patch.object(_compiler.GraphLowering, "_compile_to_module_lines", keep),
+        _compiler.functorch.patch(force_non_lazy_backward_lowering=True),
+        without_caches(),
     ):
         torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     return graphs[False], graphs.get(True)
@@ -409,12 +415,24 @@ def test_no_elements(granularity, channels):
 def test_several_threads():
     """Each adds up sums of its own."""
     activation, x, seed = expansion("fourier", 5), noise(517, 300), noise(517, 300, seed=1)
-    with config.patch({"cpp.threads": 4, "fx_graph_cache": False}):
-        actual = outcome(activation, torch.compile(activation, fullgraph=True), x, seed)
+    with without_caches():
+        compiled = torch.compile(activation, fullgraph=True, options={"cpp.threads": 4})
+        actual = outcome(activation, compiled, x, seed)
     assert_near(actual, exact(activation, x, seed), 1e-5)
 
 
 # Dynamic shapes.
+
+
+class CountedInductor:
+    """Inductor as a backend, which counts the graphs that it compiles."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph_module, inputs):
+        self.graphs += 1
+        return _compiler.lookup_backend("inductor")(graph_module, inputs)
 
 
 def shapes_of(batch, layout):
@@ -433,7 +451,7 @@ def shapes_of(batch, layout):
 )
 def test_batches_of_four_sizes_take_one_or_two_compiles(basis, granularity, channels, layout, dynamic, compiles):
     activation = expansion(basis, 3, granularity, channels)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CountedInductor()
     dims = None if dynamic == "mark" else dynamic
     compiled = torch.compile(activation, backend=counter, fullgraph=True, dynamic=dims)
     for batch in (4, 9, 33, 128):
@@ -441,17 +459,17 @@ def test_batches_of_four_sizes_take_one_or_two_compiles(basis, granularity, chan
 
         def call(x):
             if dynamic == "mark":
-                torch._dynamo.mark_dynamic(x, 0)
+                _compiler.mark_dynamic(x, 0)
             return compiled(x)
 
         seed = noise(*x.shape, seed=1)
         assert_near(outcome(activation, call, x, seed), exact(activation, x, seed), 1e-5, batch)
-    assert counter.frame_count == compiles
+    assert counter.graphs == compiles
 
 
 def test_sizes_that_depend_on_data():
     layer, channel = expansion("hermite"), expansion("tropical", 3, "channel", 7)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    with _compiler.dynamo.patch(capture_dynamic_output_shape_ops=True):
         rows = torch.compile(lambda x: channel(x[x[:, 0] > 0]), fullgraph=True)
         elements = torch.compile(lambda x: layer(x[x > 0]), fullgraph=True)
         for batch in (5, 50):
@@ -519,9 +537,11 @@ def whole(gradient):
 def test_the_backend_and_rewrite_make_the_same_kernels():
     """The numbers are compared in test_backend.py."""
     x = noise(8, 16)
-    _, codes = run_fw_bw_and_get_code(lambda: torch.compile(rewritten())(x))
+    with generated_code() as codes:
+        torch.compile(rewritten())(x).sum().backward()
     options = {"basis": "hermite", "degree": 3}
-    _, others = run_fw_bw_and_get_code(lambda: torch.compile(MLP(), backend="ortho_fx", options=options)(x))
+    with generated_code() as others:
+        torch.compile(MLP(), backend="ortho_fx", options=options)(x).sum().backward()
     assert len(codes) == len(others) == 2
     for code, other in zip(codes, others, strict=True):
         kernels = re.findall(r"async_compile\.cpp_pybinding\(.*?^'''", code, re.MULTILINE | re.DOTALL)
@@ -538,7 +558,7 @@ def test_modes(mode, backend):
 def test_compiled_autograd_lowers_the_backward():
     """What it traces is the same as in test_interoperability.py, where Inductor has no part."""
     model = rewritten()
-    with torch._dynamo.config.patch(compiled_autograd=True):
+    with _compiler.dynamo.patch(compiled_autograd=True):
         assert_trains_as(rewritten(), model, torch.compile(model))
 
 
@@ -555,15 +575,15 @@ def process_group(tmp_path):
 
 
 @pytest.mark.usefixtures("process_group")
-def test_graphs_that_are_split_at_the_buckets_of_ddp(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
-    model = nn.Sequential(rewritten(), rewritten())
+def test_graphs_that_are_split_at_the_buckets_of_ddp():
+    # The first bucket holds a megabyte, which is one of these linear layers.
+    model = nn.Sequential(rewritten(), nn.Linear(16, 1 << 14), nn.Linear(1 << 14, 16), rewritten())
     reference = copy.deepcopy(model)
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
-    counter = CompileCounterWithBackend("inductor")
-    with torch._dynamo.config.patch(optimize_ddp=True):
+    counter = CountedInductor()
+    with _compiler.dynamo.patch(optimize_ddp=True):
         assert_trains_as(reference, model, torch.compile(wrapped, backend=counter))
-    assert counter.frame_count > 1
+    assert counter.graphs > 1
 
 
 @pytest.mark.usefixtures("process_group")
@@ -584,7 +604,9 @@ def test_exported_programs_are_lowered(strict):
     model, x = rewritten(), noise(8, 16)
     program = torch.export.export(model, (x,), strict=strict)
     compiled = torch.compile(program.module(), fullgraph=True)
-    y, codes = run_fw_bw_and_get_code(lambda: compiled(x))
+    with generated_code() as codes:
+        y = compiled(x)
+        y.sum().backward()
     assert_near([y], [copy.deepcopy(model).double()(x.double())], 1e-5)
     assert len(codes) == 2
     assert not any("torch.ops.ortho_fx" in code for code in codes)
@@ -594,9 +616,8 @@ def test_a_graph_that_dynamo_has_not_seen_is_lowered():
     activation, x = expansion("hermite").requires_grad_(False), noise(8, 16)
     graph = torch.fx.symbolic_trace(activation)
     assert any("ortho_fx" in str(node.target) for node in graph.graph.nodes)
-    sources = []
-    with mock.patch.object(GraphLowering, "save_output_code", sources.append):
-        y = torch._inductor.compile(graph, [x])(x)
+    with generated_code() as sources:
+        y = _compiler.compile_fx(graph, [x])(x)
     assert torch.allclose(y, activation(x))
     assert len(sources) == 1
     assert "torch.ops.ortho_fx" not in sources[0]
@@ -608,12 +629,14 @@ SCRIPT = """
 import json, sys
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 import ortho_fx
+from ortho_fx import torch_private
+
+counters = torch_private.load(torch_private.TESTS).counters
 
 results = []
 for degree in map(int, sys.argv[1:]):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     model, x = nn.Sequential(nn.GELU()), torch.linspace(-2, 2, 32).reshape(4, 8)
     y = torch.compile(model, backend="ortho_fx", options={"degree": degree})(x)

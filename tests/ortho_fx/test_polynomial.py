@@ -253,7 +253,10 @@ class Quotient(nn.Module):
         (nn.Sequential(nn.Linear(2, 2), MixesSamples()), "mean in 1: it mixes the samples of a batch"),
         (nn.Sequential(nn.Linear(2, 2), InPlace()), "add_ in 1: it changes in place what is read elsewhere"),
         (nn.Sequential(nn.Linear(2, 2), Quotient()), "truediv in 1: it divides by what depends on the input"),
-        (nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 2)), r"1 \(Linear\): (mm: )?mat1 and mat2 shapes cannot be multiplied"),
+        (
+            nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 2)),
+            r"1 \(Linear\): .*mat1 and mat2 shapes cannot be",
+        ),
         (Branching(), "Branching cannot be traced by torch.fx: symbolically traced variables cannot be used"),
         (HermiteActivation(), "the number of inputs is not known: pass input_shape="),
         (TwoInputs(), "the model must take one tensor; it takes y as well"),
