@@ -16,12 +16,6 @@ import torch
 from tiny_transformers import Inputs
 from torch import nn
 
-# torchvision cannot be imported without these operators, and its compiled ones are missing in some installations.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _operator in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _operator):
-        _OPERATORS.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 TIMM = """
 beit_base_patch16_224 beitv2_base_patch16_224 botnet26t_256 eca_resnext26ts gcresnet33ts gcresnext26ts gernet_s
 haloregnetz_b lambda_resnet26t mobileone_s1 mobilevit_xxs mobilevitv2_050 regnetz_b16 repvgg_a0 resnet32ts resnext26ts

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import architectures  # noqa: F401  -- defines the operators without which timm's torchvision cannot be imported
 import timm
 import torch
 import transformers
