@@ -108,6 +108,7 @@ _WRAPPER: dict[str, Any] = {
     "assert_size_stride_grouped": _assert_sizes_strides,
     "assert_alignment": lambda *_: None,
     "copy_if_misaligned": lambda tensor: tensor,
+    "copy_misaligned": lambda tensor: tensor,
     "get_raw_stream": lambda index: None,
 }
 
@@ -239,6 +240,10 @@ class _Language:
     @staticmethod
     def minimum(x: Tensor, y: Tensor, propagate_nan: None) -> Tensor:
         return torch.minimum(x, y)
+
+    @staticmethod
+    def debug_barrier() -> None:
+        pass
 
     where, sum, broadcast_to = map(staticmethod, (torch.where, torch.sum, torch.broadcast_to))
 
