@@ -406,6 +406,7 @@ _DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", 
 _LAUNCH = re.compile(r"^ +(\w+)\.run\((.*), stream=\w+\)$")
 _LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?((?:extern_kernels|aten|torch\.ops\.\w+)\.[\w.]+)\(")
 _WORKSPACE = re.compile(r"^ +(workspace_\d+) = empty_strided_cuda\(\(([^)]*)\), .*, torch\.(\w+)\)")
+_REUSED = re.compile(r"^ +(workspace_\d+) = (workspace_\d+);")
 _SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
 
 
@@ -422,6 +423,8 @@ def _parse(source: str, graph: _Graph, whole: int) -> Graph:
         elif match := _WORKSPACE.match(line):
             numel = math.prod(_evaluate(size, sizes) for size in _split(match[2]))
             workspaces[match[1]] = numel, getattr(torch, match[3])
+        elif match := _REUSED.match(line):
+            workspaces[match[1]] = workspaces[match[2]]
         elif match := _LIBRARY_CALL.match(line):
             externs.append(match[1])
         elif match := _SIZE.match(line):

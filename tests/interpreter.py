@@ -108,6 +108,7 @@ _WRAPPER: dict[str, Any] = {
     "assert_size_stride_grouped": _assert_sizes_strides,
     "assert_alignment": lambda *_: None,
     "copy_if_misaligned": lambda tensor: tensor,
+    "copy_misaligned": lambda tensor: tensor,
     "get_raw_stream": lambda index: None,
 }
 
@@ -167,8 +168,11 @@ class _Pointer:
     def __add__(self, offset: Any) -> _Pointer:
         return _Pointer(self.tensor, self.name, self.offset + offset)
 
-    def places(self, mask: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensor's elements in memory, the places among them, and which of those are meant."""
+    def places(self, mask: Any, beyond: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensor's elements in memory, the places among them, and which of those are meant.
+
+        With `beyond`, a single place may lie behind the tensor, and is not meant then.
+        """
         tensor = self.tensor
         count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         memory = tensor.as_strided((count,), (1,), tensor.storage_offset())
@@ -176,6 +180,8 @@ class _Pointer:
         meant = torch.as_tensor(True if mask is None else mask)
         offset, meant = torch.broadcast_tensors(offset, meant)
         outside = meant & ((offset < 0) | (offset >= count))
+        if beyond and offset.numel() == 1 and (offset >= count).all():
+            return memory, offset, meant & ~outside
         assert not outside.any(), f"{self.name} has {count} elements, and {offset[outside].tolist()} are meant"
         return memory, offset, meant
 
@@ -198,7 +204,8 @@ class _Language:
 
     @staticmethod
     def load(pointer: _Pointer, mask: Any = None, other: Any = None, eviction_policy: str = "") -> Tensor:
-        memory, offset, meant = pointer.places(mask)
+        # Where a `cat` is computed, Inductor loads places that are constants without a mask, and drops what lies behind.
+        memory, offset, meant = pointer.places(mask, beyond=True)
         values = memory[torch.where(meant, offset, 0)]
         undefined = math.nan if values.is_floating_point() else -1
         return torch.where(meant, values, torch.as_tensor(undefined if other is None else other).to(values.dtype))
@@ -226,6 +233,20 @@ class _Language:
     def device_assert(condition: Any, message: str) -> None:
         assert torch.as_tensor(condition).all(), message
 
+    PropagateNan = SimpleNamespace(ALL=None)
+
+    @staticmethod
+    def maximum(x: Tensor, y: Tensor, propagate_nan: None) -> Tensor:
+        return torch.maximum(x, y)
+
+    @staticmethod
+    def minimum(x: Tensor, y: Tensor, propagate_nan: None) -> Tensor:
+        return torch.minimum(x, y)
+
+    @staticmethod
+    def debug_barrier() -> None:
+        pass
+
     where, sum, broadcast_to = map(staticmethod, (torch.where, torch.sum, torch.broadcast_to))
 
 
@@ -236,7 +257,7 @@ def _sort_with_index(
         # Lanes behind the last element stay behind it.
         behind = torch.arange(values.shape[dim]) >= count
         values = torch.where(behind, -math.inf if descending else math.inf, values)
-    values, order = values.sort(dim, descending, stable=True)
+    values, order = values.sort(dim=dim, descending=descending, stable=True)
     return values, numbers.expand(values.shape).gather(dim, order)
 
 
@@ -245,7 +266,7 @@ def _over(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return lambda *values: function(*map(torch.as_tensor, values))
 
 
-_FUNCTIONS = "abs ceil cos erf exp exp2 floor isinf isnan log log2 pow rsqrt sin sqrt tan tanh trunc".split()
+_FUNCTIONS = "abs ceil cos erf exp exp2 floor isinf isnan lgamma log log2 pow rsqrt sin sqrt tan tanh trunc".split()
 _MATH = SimpleNamespace(**{name: _over(getattr(torch, name)) for name in _FUNCTIONS}, nearbyint=_over(torch.round))
 _KERNEL: dict[str, Any] = {
     "triton": SimpleNamespace(jit=lambda function: function),

@@ -295,7 +295,7 @@ def _guard() -> None:
             return compile_graph(gm, *arguments, **settings)
         spare = _copy(gm)  # the compiler changes the graph on its way
         try:
-            with _horizontal_fusion():
+            with _horizontal_fusion(), _sums_of_one_order():
                 return compile_graph(gm, *arguments, **settings)
         except Exception as error:
             try:
@@ -319,6 +319,17 @@ def _horizontal_fusion() -> Any:
     if _inductor.config.cpp.max_horizontal_fusion_size != 16:
         return contextlib.nullcontext()
     return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 18})
+
+
+def _sums_of_one_order() -> Any:
+    """Keeps our sums out of kernels that sum over rows and over columns at once, before PyTorch 2.15.
+
+    Such a kernel does not write its sums into a buffer that they share, as ours share that of `ConcatKernel`: gradients
+    would be what memory held before (pytorch issue 193061).
+    """
+    if torch_private.release() >= (2, 15):
+        return contextlib.nullcontext()
+    return _inductor.config.patch({"triton.mix_order_reduction": False})
 
 
 def _twins(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:

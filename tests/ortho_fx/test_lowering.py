@@ -579,7 +579,7 @@ def test_graphs_that_are_split_at_the_buckets_of_ddp():
     # The first bucket holds a megabyte, which is one of these linear layers.
     model = nn.Sequential(rewritten(), nn.Linear(16, 1 << 14), nn.Linear(1 << 14, 16), rewritten())
     reference = copy.deepcopy(model)
-    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
     counter = CountedInductor()
     with _compiler.dynamo.patch(optimize_ddp=True):
         assert_trains_as(reference, model, torch.compile(wrapped, backend=counter))
