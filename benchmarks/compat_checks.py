@@ -480,7 +480,7 @@ def warned(noted: dict[str, str]) -> Iterator[Case]:
 CHECKS: dict[str, Callable[[dict[str, str]], Iterator[Case]]] = {
     "lowering": lowering,
     "values": values,
-    "plain": partial(values, lowered=False),
+    "plain": plain,
     "kernels": kernels,
     "readme": readme,
     "hook": hook,
