@@ -72,7 +72,7 @@ def check(out: Path | None = None) -> Record:
     noted: dict[str, str] = {}
     for name, cases in CHECKS.items():
         waiting = [row for row in record["rows"] if row[0] != name]
-        rows = [[name, *row(case, call, noted)] for case, call in cases(noted)]
+        rows = [[name, *row(name, case, call, noted)] for case, call in cases(noted)]
         done = [each for each in waiting if list(CHECKS).index(each[0]) < list(CHECKS).index(name)]
         record["rows"] = [*done, *rows, *waiting[len(done) :]]
         record["seconds"] = round(time.perf_counter() - start)
@@ -81,7 +81,7 @@ def check(out: Path | None = None) -> Record:
     return record
 
 
-def row(case: str, call: Callable[[], Any], noted: dict[str, str]) -> tuple[str, bool, Any]:
+def row(name: str, case: str, call: Callable[[], Any], noted: dict[str, str]) -> tuple[str, bool, Any]:
     """Case, whether it is right, and what was seen; warnings of ours are noted with the first case that met them."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -96,7 +96,8 @@ def row(case: str, call: Callable[[], Any], noted: dict[str, str]) -> tuple[str,
     for warning in caught:
         if "ortho_fx" in str(warning.message):
             noted.setdefault(str(warning.message), case)
-    print(f"{time.perf_counter() - start:5.1f} s  {'ok' if right else 'FAILED'}  {case}: {seen}", file=sys.stderr)
+    outcome = "ok" if right else "FAILED"
+    print(f"{time.perf_counter() - start:5.1f} s  {outcome}  {name}, {case}: {seen}", file=sys.stderr, flush=True)
     return case, right, seen
 
 
