@@ -1,12 +1,16 @@
 # make demo: install into .venv and train a small GPT-2 with learnable activations beside GELU.
 # make test: install into .venv, check style and types, build the documentation, run every test.
 # make docs: build the documentation into build/site.
+# make compat: check every supported release of PyTorch, each in an environment of its own, an hour in all, for the
+#   table in README.md. make compat RELEASES="2.14.1 2.15.0" checks these alone.
+# make compat-2.13.0: check one release, and write the record into build/.
 PYTHON ?= python3
+RELEASES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint typecheck docs clean
+.PHONY: install demo test lint typecheck docs compat clean
 
 install: $(INSTALLED)
 
@@ -32,6 +36,12 @@ typecheck: install build/typed
 
 docs: install build/typed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+compat:
+	$(PYTHON) benchmarks/compat.py run $(if $(RELEASES),--releases $(RELEASES))
+
+compat-%:
+	$(PYTHON) benchmarks/compat.py run --releases $* --out build/compat-$*.json
 
 .PHONY: build/typed
 build/typed:
