@@ -1,16 +1,22 @@
 # make demo: install into .venv and train a small GPT-2 with learnable activations beside GELU.
-# make test: install into .venv, check style and types, build the documentation, run every test.
+# make test: install into .venv, check style and types, build the documentation, run every test. WORKERS=4 takes more
+#   processes.
+# make quick: style, and the tests that take little time: those that are not marked slow, and a few that compile.
 # make docs: build the documentation into build/site.
 # make compat: check every supported release of PyTorch, each in an environment of its own, an hour in all, for the
 #   table in README.md. make compat RELEASES="2.14.1 2.15.0" checks these alone.
 # make compat-2.13.0: check one release, and write the record into build/.
 PYTHON ?= python3
 RELEASES ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint typecheck docs compat clean
+# A test process has one thread: several processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: install demo test quick lint typecheck docs compat clean
 
 install: $(INSTALLED)
 
@@ -24,7 +30,10 @@ demo: install
 	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --steps 200 --eval-every 50 --beside-gelu --overwrite --out runs/demo
 
 test: lint typecheck docs
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) -m "not slow or smoke"
 
 lint: install
 	$(BIN)/ruff check .
