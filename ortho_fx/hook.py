@@ -11,8 +11,7 @@ code. Its graph runs this one call without Inductor, its activations replaced by
 on the new method runs, and is compiled.
 
 Parameters that appear at a first call come too late for an optimizer, DDP or FSDP that has seen the model already;
-those are refused before anything is changed. What reads Dynamo's private state stands in `_frame` and `_restart`; its
-names come from `torch_private.HOOK`.
+those are refused before anything is changed. `frames` reads what Dynamo knows of a frame.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from __future__ import annotations
 import gc
 import re
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -31,15 +29,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ortho_fx import torch_private
+from ortho_fx import frames, torch_private
 from ortho_fx.activations import ExpansionActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.frames import Frame
 from ortho_fx.freeze import OURS
 from ortho_fx.operators.support import in_a_thread
 from ortho_fx.passes import substitute
 from ortho_fx.passes.graph import Match, find_matches
-from ortho_fx.passes.source import Call, find_calls, source_of
 from ortho_fx.passes.targets import TargetTable, choose_targets
 from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
 from ortho_fx.toolchain import NoCompiler, cpp_compiler
@@ -47,8 +45,8 @@ from ortho_fx.toolchain import NoCompiler, cpp_compiler
 _dynamo = torch_private.load(torch_private.HOOK)
 _ShortenTraceback: Any = _dynamo.ShortenTraceback
 _RestartAnalysis: Any = _dynamo.TensorifyScalarRestartAnalysis
-# Dynamo's translator of a frame.
-_Frame = Any
+# Classes that average parameters: PyTorch's AveragedModel, timm's ModelEma, diffusers' EMAModel and their like.
+_AVERAGE = re.compile("[Aa]verag|Ema|EMA|^ema")
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
 
 
@@ -76,15 +74,15 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """What `ortho_fx.backend.ortho_fx` does where Dynamo's frames can be read."""
     config, inductor = _read_options(mode, options)
-    frame = _frame()
-    roots = _roots(frame, gm.graph.nodes)
+    frame = frames.current_frame()
+    roots = frames.roots(frame, gm.graph.nodes)
     if _rewrite(roots, config):
         _restart(frame)
     activations = list(_activations(gm, choose_targets(None)))
-    own = dict(_own_calls(frame, roots, activations))
-    for match in activations:
-        if match.node not in own:
-            warnings.warn(f"ortho_fx left {_describe(match.node)}: no module's own code calls it", stacklevel=2)
+    own = dict(frames.own_calls(frame, activations))
+    left = [_describe(match.node) for match in activations if match.node not in own]
+    if left:
+        warnings.warn(f"ortho_fx left {', '.join(left)}: no module's own code calls it", stacklevel=2)
     if own:
         return _run_once(frame, gm, activations, own)
     if not activations:
@@ -129,55 +127,16 @@ def _activations(gm: fx.GraphModule, table: TargetTable) -> Iterator[Match]:
 
 
 def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
-    """Warns of a compiled model that neither has an activation nor ever had one replaced."""
-    (root,) = roots or (None,)
-    if root is not None and not any(isinstance(module, OURS) for module in root.modules()):
-        warnings.warn(f"ortho_fx found no activation to replace in {type(root).__name__}", stacklevel=3)
+    """Warns of compiled models that neither have an activation nor ever had one replaced."""
+    if roots and not any(isinstance(module, OURS) for root in roots for module in root.modules()):
+        names = ", ".join(dict.fromkeys(type(root).__name__ for root in roots))
+        warnings.warn(f"ortho_fx found no activation to replace in {names}", stacklevel=3)
 
 
-def _frame() -> _Frame:
-    """The translator of the frame that is being compiled: it holds the frame's variables."""
-    translator = _dynamo.InstructionTranslator.current_tx()
-    return translator.output.root_tx or translator
-
-
-def _restart(frame: _Frame) -> NoReturn:
+def _restart(frame: Frame) -> NoReturn:
     # The log replays decisions by the instructions of the trace before, and the modules now run other instructions.
     frame.speculation_log.clear()
     raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
-
-
-def _roots(frame: _Frame, nodes: Iterable[fx.Node]) -> list[nn.Module]:
-    """The outermost modules that the frame runs: the one whose method it is, or those that it calls."""
-    code: types.CodeType = frame.f_code
-    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    # PyTorch's own modules are compiled through a function of Dynamo's that closes over them.
-    called = frame.f_locals.get("fn") if code.co_filename == _dynamo.external_utils.__file__ else None
-    for module in (first, called):
-        if isinstance(module, nn.Module):
-            return [module]
-    roots: dict[int, nn.Module] = {}
-    for node in nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            path, cls = next(iter(stack.values()))
-            module = _resolve(path, frame)
-            if isinstance(module, cls):
-                roots[id(module)] = module
-    return list(roots.values())
-
-
-def _resolve(path: str, frame: _Frame) -> Any:
-    """The object that a path of Dynamo's (`L['model'].blocks.0`) names in the frame; None where it names none."""
-    match = re.fullmatch(r"([LG])\['(\w+)'\]((?:\.\w+)*)", path)
-    if match is None:
-        return None
-    scope, name, rest = match.groups()
-    value: Any = (frame.f_locals if scope == "L" else frame.f_globals).get(name)
-    for part in rest.split(".")[1:]:
-        children = value._modules if isinstance(value, nn.Module) else {}
-        value = children[part] if part in children else getattr(value, part, None)
-    return value
 
 
 def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig) -> bool:
@@ -203,41 +162,28 @@ def _refuse_late_parameters(model: nn.Module) -> None:
                 raise CompileError(f"the optimizer {type(found).__name__} would miss the new parameters: {advice}")
         elif issubclass(type(found), DistributedDataParallel) and any(id(m) in modules for m in found.modules()):
             raise CompileError(f"DistributedDataParallel would miss the new parameters: {advice}")
+        elif _AVERAGE.search(type(found).__name__) and _averages(found, model):
+            raise CompileError(f"the average {type(found).__name__} would miss the new parameters: {advice}")
     for module in model.modules():
         if any(cls.__module__.startswith("torch.distributed.") for cls in type(module).__mro__):
             raise CompileError(f"{type(module).__mro__[0].__name__} would miss the new parameters: {advice}")
 
 
-def _own_calls(
-    frame: _Frame, roots: Sequence[nn.Module], matches: Sequence[Match]
-) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
-    """The activations that the frame's own old code computes, or a function that it calls by name, each with the
-    expansion that is in its place now."""
-    if not roots:
-        return
-    root = roots[0]
-    source = source_of(root)
-    calls_here = [call for call in find_calls(source) if call.attribute in source.replaced]
-    if not any(call.code is frame.f_code for call in calls_here):
-        return
-    places: dict[tuple[str, str, int], list[Call]] = {}
-    for call in calls_here:
-        places.setdefault((call.function, call.code.co_filename, call.line), []).append(call)
-    visits: dict[tuple[str, str, int], int] = {}
-    for match in matches:
-        # The innermost frame may be that of a module which the call was made of, such as nn.GELU()'s.
-        stack = [(match.function, *line) for line in _source_lines(match.node)]
-        place = next((place for place in stack if place in places), None)
-        if place is None:
-            continue
-        # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
-        calls = sorted(places[place], key=lambda call: call.order)
-        visit = visits[place] = visits.get(place, -1) + 1
-        yield match.node, getattr(root, calls[visit % len(calls)].attribute)
+def _averages(found: object, model: nn.Module) -> bool:
+    """Whether an object holds a copy of the model, or of its parameters."""
+    shapes = [parameter.shape for parameter in model.parameters()]
+    held = getattr(found, "__dict__", {})
+    for value in [*held.values(), *held.get("_modules", {}).values()]:
+        if isinstance(value, nn.Module):
+            if type(value) is type(model) and [parameter.shape for parameter in value.parameters()] == shapes:
+                return True
+        elif isinstance(value, list) and value and [getattr(item, "shape", None) for item in value] == shapes:
+            return True
+    return False
 
 
 def _run_once(
-    frame: _Frame,
+    frame: Frame,
     gm: fx.GraphModule,
     matches: Sequence[Match],
     own: Mapping[fx.Node, ExpansionActivation],
@@ -267,12 +213,6 @@ def _run_once(
     return run
 
 
-def _source_lines(node: fx.Node) -> list[tuple[str, int]]:
-    """File and line of the frames that made the node, the innermost first."""
-    frames = re.findall(r'^\s*File "(.+)", line (\d+), in ', node.meta.get("stack_trace") or "", flags=re.MULTILINE)
-    return [(file, int(line)) for file, line in reversed(frames)]
-
-
 def _describe(node: fx.Node) -> str:
-    file, line = next(iter(_source_lines(node)), ("", 0))
+    file, line = next(iter(frames.source_lines(node)), ("", 0))
     return f"{node.name} at {file}:{line}" if file else node.name
