@@ -253,8 +253,12 @@ class _Language:
     def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (x.double() * y + z).to(x.dtype)
 
-    where, sum, broadcast_to = map(staticmethod, (torch.where, torch.sum, torch.broadcast_to))
-    sigmoid, sqrt_rn, div_rn = map(staticmethod, (torch.sigmoid, torch.sqrt, torch.div))
+    where = staticmethod(torch.where)
+    sum = staticmethod(torch.sum)
+    broadcast_to = staticmethod(torch.broadcast_to)
+    sigmoid = staticmethod(torch.sigmoid)
+    sqrt_rn = staticmethod(torch.sqrt)
+    div_rn = staticmethod(torch.div)
 
 
 def _sort_with_index(
