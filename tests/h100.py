@@ -215,7 +215,7 @@ def triton_code(
     try:
         with h100(), mock.patch.object(_compiler.GraphLowering, "_compile_to_module_lines", keep), mode:
             fakes = [_fake(t) if isinstance(t, Tensor) else t for t in inputs]
-            tensors = [fake for fake in fakes if isinstance(fake, Tensor)]
+            tensors: list[Tensor] = [fake for fake in fakes if isinstance(fake, Tensor)]
             if isinstance(function, nn.Module):
                 function = _on_device(function)
                 tensors += [*function.parameters(), *function.buffers()]

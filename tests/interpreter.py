@@ -46,7 +46,9 @@ def run(code: Code, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> tu
     outputs, saved = results[: len(tangents)], results[len(tangents) :]
     gradients: list[Any] = [None] * len(tensors)
     if code.backward is not None:
-        found = call_graph(code.backward, [*saved, *tangents])
+        # AOTAutograd gives tangents the strides of their outputs.
+        laid_out = [torch.empty_like(y).copy_(tangent) for y, tangent in zip(outputs, tangents, strict=True)]
+        found = call_graph(code.backward, [*saved, *laid_out])
         for number, gradient in zip(code.arguments, found, strict=True):
             assert number is not None
             gradients[number] = gradient
@@ -204,7 +206,7 @@ class _Language:
 
     @staticmethod
     def load(pointer: _Pointer, mask: Any = None, other: Any = None, eviction_policy: str = "") -> Tensor:
-        # Where a `cat` is computed, Inductor loads places that are constants without a mask, and drops what lies behind.
+        # For a `cat` Inductor loads places that are constants without a mask, and drops what lies behind the tensor.
         memory, offset, meant = pointer.places(mask, beyond=True)
         values = memory[torch.where(meant, offset, 0)]
         undefined = math.nan if values.is_floating_point() else -1
@@ -247,7 +249,16 @@ class _Language:
     def debug_barrier() -> None:
         pass
 
-    where, sum, broadcast_to = map(staticmethod, (torch.where, torch.sum, torch.broadcast_to))
+    @staticmethod
+    def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return (x.double() * y + z).to(x.dtype)
+
+    where = staticmethod(torch.where)
+    sum = staticmethod(torch.sum)
+    broadcast_to = staticmethod(torch.broadcast_to)
+    sigmoid = staticmethod(torch.sigmoid)
+    sqrt_rn = staticmethod(torch.sqrt)
+    div_rn = staticmethod(torch.div)
 
 
 def _sort_with_index(
@@ -274,6 +285,7 @@ _KERNEL: dict[str, Any] = {
     "tl_math": _MATH,
     "triton_helpers": SimpleNamespace(
         any=lambda values, dim: values.any(dim),
+        fmax2=lambda values, dim: values.amax(dim),
         max2=lambda values, dim: values.amax(dim),
         min2=lambda values, dim: values.amin(dim),
         maximum=_over(torch.maximum),
