@@ -1,4 +1,4 @@
-"""What Dynamo tells of the frame that it compiles: the modules that it runs, and the activations that its own code calls.
+"""What Dynamo tells of the frame that it compiles: the modules that it runs, the activations that its own code calls.
 
 A frame is a call of a function: a model's `forward`, a training step, or what is left of one after a graph break, which
 Dynamo runs as a function of its own. The modules are found by the paths that Dynamo gives them, such as
