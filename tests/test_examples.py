@@ -12,6 +12,8 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, TropicalActivation, rewrite_
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from tests.h100 import PROPERTIES, h100, triton_code
 
+pytestmark = pytest.mark.slow
+
 
 def empty(*shape, dtype=torch.float32, grad=True):
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
@@ -47,6 +49,7 @@ def test_channels_last_stays_as_it_is():
     assert f"({96 * 14 * 14}, 1, {96 * 14}, 96)" in code.backward.source
 
 
+@pytest.mark.smoke
 def test_product_with_a_gate_fuses():
     code = triton_code(lambda x, gate: F.gelu(x) * gate, empty(4096, 3072), empty(4096, 3072))
     assert [shape_of(k) for k in code.forward.kernels] == [("pointwise", 2, 1, 0)]

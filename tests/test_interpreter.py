@@ -10,6 +10,8 @@ from torch import nn
 from tests.h100 import triton_code
 from tests.interpreter import run
 
+pytestmark = pytest.mark.slow
+
 
 def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -11,6 +11,8 @@ import pytest
 
 import ortho_fx
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

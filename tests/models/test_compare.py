@@ -13,6 +13,8 @@ from ortho_fx.models.optimization import Optimization
 from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.run_files import read_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL_GPT2 = gpt2.GPT2Config(vocabulary=256, context=8, layers=1, heads=2, width=16)
 SMALL_CONVNEXT = convnext.ConvNeXtConfig(1, 10, 2, (1,), (16,), layer_scale=1.0)
 

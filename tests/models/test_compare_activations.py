@@ -8,6 +8,8 @@ from ortho_fx import ExpansionConfig, OrthoFxError
 from ortho_fx.models.compare_activations import Activation, choose_activations
 from ortho_fx.models.recipe import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("text", "label", "slug"),

@@ -15,6 +15,8 @@ from ortho_fx.models.images import Digits, Settings
 from ortho_fx.models.loader import load
 from ortho_fx.models.text import TokenFiles
 
+pytestmark = pytest.mark.slow
+
 HALVES = [slice(0, 2), slice(2, 8)]
 
 

@@ -9,6 +9,8 @@ from ortho_fx import ExpansionConfig, rewrite_
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.throughput import peak_flops, training_flops
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_linear_layer_counts_its_products():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))

@@ -24,6 +24,8 @@ from ortho_fx.models.run_files import read_run
 from ortho_fx.models.training import Diverged, Run, train
 from ortho_fx.models.weights import load_model
 
+pytestmark = pytest.mark.slow
+
 SMALL_GPT2 = gpt2.GPT2Config(vocabulary=256, context=16, layers=2, heads=2, width=32)
 SMALL_CONVNEXT = convnext.ConvNeXtConfig(1, 10, 2, (1, 1), (32, 64), layer_scale=1.0)
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -367,6 +369,7 @@ def test_two_processes_resume_what_one_saved(tmp_path):
     assert losses == pytest.approx(list(alone.losses.values()), rel=1e-4)
 
 
+@pytest.mark.smoke
 def test_mistakes_of_two_processes_end_both(tmp_path):
     began = time.monotonic()
     done = on_two_processes(tmp_path, "--accumulate", "3")

@@ -11,6 +11,8 @@ from ortho_fx.anneal import AnnealedActivation, Annealing
 from ortho_fx.polynomial import to_polynomial
 from ortho_fx.polynomial_costs import polynomial_report
 
+pytestmark = pytest.mark.slow
+
 
 def network(seed=0):
     torch.manual_seed(seed)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, rewrite_
 from ortho_fx.generated_code import generated_code
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"basis": "hermite", "degree": 4}
 
 
@@ -149,6 +151,7 @@ def test_one_inductor_compile_and_no_recompile_of_a_rewritten_model():
         assert len(codes) == 2  # of the forward and of the backward graph
 
 
+@pytest.mark.smoke
 def test_parameters_are_read_at_every_call():
     model = Network()
     compiled, x = compile_model(model), torch.randn(4, 8)

@@ -13,6 +13,8 @@ from ortho_fx.bench_report import table
 from ortho_fx.generated_code import count_kernels, generated_code
 from ortho_fx.models import gpt2
 
+pytestmark = pytest.mark.slow
+
 HERMITE = ExpansionConfig("hermite", 3)
 TINY = {"elements": 8 * ROW, "rounds": 2, "expansions": (HERMITE,)}
 

@@ -11,6 +11,8 @@ import pytest
 from ortho_fx import cli
 from ortho_fx.models import gpt2
 
+pytestmark = pytest.mark.slow
+
 
 def run(capsys, *arguments):
     code = cli.main(arguments)

@@ -11,6 +11,8 @@ from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.models.weights import save_weights
 
+pytestmark = pytest.mark.slow
+
 
 def run(capsys, *arguments):
     parser = Parser(prog="ortho-fx")

@@ -18,6 +18,8 @@ from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from tests.kinds import KINDS, config_of
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = [config_of(kind, 2) for kind in KINDS]
 CONFIGS += [config_of(kind, 2, granularity="channel", clamp=1.5) for kind in KINDS]
 TOKENS = torch.arange(32).reshape(2, 16) % 11

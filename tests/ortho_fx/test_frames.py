@@ -10,6 +10,8 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, frames, rewrite_
 
+pytestmark = pytest.mark.slow
+
 compile_step = functools.partial(torch.compile, backend="ortho_fx", options={"degree": 4})
 
 
@@ -159,6 +161,7 @@ def test_calls_of_which_nobody_knows_are_left_for_one_call_and_named():
     assert len(list(model.parameters())) == 2
 
 
+@pytest.mark.smoke
 def test_several_activations_that_are_left_are_one_warning():
     torch.compiler.reset()
     net = network()

@@ -12,6 +12,8 @@ from ortho_fx import ExpansionConfig, OrthoFxError, gains
 from ortho_fx.activations import make_activation
 from tests.kinds import KINDS, basis_of, config_of
 
+pytestmark = pytest.mark.slow
+
 
 @settings(max_examples=25, deadline=None)
 @given(

@@ -10,6 +10,8 @@ from ortho_fx.initialisation import initial_parameters
 from ortho_fx.moments import moments
 from tests.kinds import KINDS, basis_of, config_of
 
+pytestmark = pytest.mark.slow
+
 EVERY = [(name, degree) for name in KINDS for degree in basis_of(name).degrees]
 SOME = [(name, degree) for name in KINDS for degree in (1, 2, 3, 5, 8, 12, 32)]
 

@@ -27,6 +27,8 @@ from ortho_fx.activations import ExpansionActivation
 from ortho_fx.bases import BASES
 from ortho_fx.generated_code import generated_code
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = [ExpansionConfig(basis, 2) for basis in BASES]
 CONFIGS += [ExpansionConfig(basis, 2, granularity="channel", clamp=1.5) for basis in BASES]
 CONFIGS.insert(4, ExpansionConfig("fourier", 2, tied=True))

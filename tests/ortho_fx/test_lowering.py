@@ -35,6 +35,8 @@ from ortho_fx.generated_code import generated_code
 from ortho_fx.operators import operator
 from tests.h100 import triton_code
 
+pytestmark = pytest.mark.slow
+
 _compiler = torch_private.load(torch_private.TESTS)
 
 every_basis = pytest.mark.parametrize("basis", BASES)
@@ -404,6 +406,7 @@ def test_float16_saturates_as_in_eager_mode():
     assert y.abs().max() == torch.finfo(torch.float16).max
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("granularity", "channels"), [("layer", None), ("channel", 3)])
 def test_no_elements(granularity, channels):
     activation = expansion("hermite", 3, granularity, channels)

@@ -18,6 +18,8 @@ from tests.h100 import triton_code
 from tests.interpreter import run
 from tests.kinds import KINDS, config_of
 
+pytestmark = pytest.mark.slow
+
 ROWS, CHANNELS = 48, 64
 # Of any size, and whatever it reads.
 WANTED = {

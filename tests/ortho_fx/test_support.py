@@ -14,6 +14,8 @@ from ortho_fx import cli, torch_private
 from ortho_fx.bases import BASES
 from ortho_fx.operators import support
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).parent.parent / "future_server.py"
 NAMES = sorted({entry.path for group in torch_private.GROUPS for entry in group.names})
 # What reads generated code raises, and the name of a compiler has a substitute: nothing is lost without a word.
@@ -143,6 +145,7 @@ def test_the_check_finds_wrong_numbers(monkeypatch):
     assert "computes another number: off by 9.9e-03" in check.wrong(BASES["hermite"], "cpu")
 
 
+@pytest.mark.smoke
 def test_the_report_names_what_is_fused(capsys):
     report = ortho_fx.compile_support()
     assert report.tested
