@@ -17,7 +17,7 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.fit import Fit, fit
 from ortho_fx.histogram import Histogram
-from ortho_fx.initialisation import initial_parameters, rescale
+from ortho_fx.initialisation import initial_parameters
 from ortho_fx.moments import Values
 from ortho_fx.operators import expand
 
@@ -105,7 +105,7 @@ class ExpansionActivation(nn.Module):
             fitted = _fit(self.reference, self.config, inputs)
             values = dict(fitted.parameters)
         else:
-            values = rescale(self.basis.name, initial_parameters(self.config), mean, std)
+            values = self.basis.rescale(initial_parameters(self.config), mean, std)
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
         return values, fitted
