@@ -213,7 +213,7 @@ def _expansion_config(parameters: Mapping[str, Tensor]) -> ExpansionConfig | Non
     for basis in BASES.values():
         if lengths.keys() != {parameter.name for parameter in basis.parameters} or bounded not in (None, 2):
             continue
-        for tied, degree in itertools.product((False, True), basis.degrees):
+        for tied, degree in itertools.product((False, True)[: 1 + basis.tieable], basis.degrees):
             if all(parameter.size(degree, tied) == lengths[parameter.name] for parameter in basis.parameters):
                 fitting.setdefault(basis.name, ExpansionConfig(basis.name, degree, clamp=clamp, tied=tied))
     if len(fitting) > 1:

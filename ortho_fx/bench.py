@@ -204,8 +204,10 @@ def choose_expansions(
     if degrees:
         chosen = [ExpansionConfig(basis, degree) for basis in bases or BASES for degree in degrees]
     else:
-        wanted = BASES if bases is None else [ExpansionConfig(basis).basis for basis in bases]
+        wanted = [*BASES] if bases is None else [ExpansionConfig(basis).basis for basis in bases]
         chosen = [expansion for expansion in DEFAULT_EXPANSIONS if expansion.basis in wanted]
+        measured = {expansion.basis for expansion in chosen}
+        chosen += [ExpansionConfig(basis) for basis in wanted if basis not in measured]
     if tied and not any(basis_named(expansion.basis).tieable for expansion in chosen):
         raise OrthoFxError(f"tied is for the {what_ties()}, and the bases are {', '.join(bases or ())}")
     return tuple(
