@@ -267,5 +267,6 @@ def _evaluate(
     config: ExpansionConfig, parameters: Mapping[str, Array], bounds: tuple[float, float] | None, x: Tensor
 ) -> Tensor:
     basis = basis_named(config.basis)
-    values = (torch.from_numpy(np.asarray(parameters[parameter.name])) for parameter in basis.parameters)
-    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *basis.prepare(x.dtype, *values))
+    values = [torch.from_numpy(np.asarray(parameters[parameter.name])) for parameter in basis.parameters]
+    prepared = basis.prepare(x.dtype, *values)[: len(values)]
+    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *prepared)

@@ -33,14 +33,13 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     """
     assert config.degree is not None
     basis = basis_named(config.basis)
-    start = _start(basis, config.degree, config.init == "paper", config.clamp)
-    values = {name: value.copy() for name, value in start.items()}
-    return basis.tie(values) if config.tied else values
+    start = _start(basis, config.degree, config.init == "paper", config.clamp, config.tied)
+    return {name: value.copy() for name, value in start.items()}
 
 
 # A model has many sites and few configs.
 @functools.lru_cache(maxsize=256)
-def _start(basis: Basis, degree: int, paper: bool, clamp: float | None) -> dict[str, Array]:
+def _start(basis: Basis, degree: int, paper: bool, clamp: float | None, tied: bool) -> dict[str, Array]:
     if paper:
-        return basis.paper_start(degree)
-    return basis.start(degree, None if clamp is None else (-clamp, clamp))
+        return basis.paper_start(degree, tied)
+    return basis.start(degree, None if clamp is None else (-clamp, clamp), tied)

@@ -112,25 +112,21 @@ class Basis(ABC):
         """The moments of y(X) for X ~ N(0, 1), its input clamped to `bounds` if there are any."""
         return numeric.moments(self, values, bounds)
 
-    def start(self, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """The "stable" start: forward and backward gain 1 for X ~ N(0, 1), clamped to `bounds` if there are any.
 
         Raises:
             OrthoFxError: the default finds none.
         """
-        return numeric.start(self, degree, bounds)
+        return numeric.start(self, degree, bounds, tied)
 
-    def paper_start(self, degree: int) -> dict[str, Array]:
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         """The "paper" start, for bases that the paper has."""
         raise OrthoFxError(f"{self.name} has no start of init 'paper'")
 
     @property
     def has_paper_start(self) -> bool:
         return type(self).paper_start is not Basis.paper_start
-
-    def tie(self, values: Values) -> dict[str, Array]:
-        """The parameters with those that can be tied as the one number that they are multiples of."""
-        return {p.name: values[p.name][:1] if p.tieable else values[p.name] for p in self.parameters}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """The parameters of std * y((x - mean) / std), for those of y.

@@ -147,14 +147,14 @@ class Fourier(Basis):
             return _moments(values)
         return clamped(lambda x: sampled(self, values, x), bounds, float(np.abs(wave_frequencies(values)).max()))
 
-    def start(self, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Sines (phases pi / 2) of frequencies 0.35 k, scaled and shifted to gains of 1."""
-        return stable(self, _waves(degree, 0.35, math.pi / 2), _affine, bounds)
+        return stable(self, _waves(degree, 0.35, math.pi / 2, tied), _affine, bounds)
 
-    def paper_start(self, degree: int) -> dict[str, Array]:
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         constant, scale = factorial_weights(degree, 2)
         return {
-            **_waves(degree, 1.0, math.pi / 4),
+            **_waves(degree, 1.0, math.pi / 4, tied),
             "constant": np.array([scale * constant]),
             "coefficients": np.full(degree, scale),
         }
@@ -210,11 +210,11 @@ def _harmonic_derivatives(
     ]
 
 
-def _waves(degree: int, fundamental: float, phase: float) -> dict[str, Array]:
+def _waves(degree: int, fundamental: float, phase: float, tied: bool) -> dict[str, Array]:
     return {
         "constant": np.zeros(1),
         "coefficients": np.ones(degree),
-        "frequencies": fundamental * np.arange(1.0, degree + 1),
+        "frequencies": fundamental * np.arange(1.0, (1 if tied else degree) + 1),
         "phases": np.full(degree, phase),
     }
 

@@ -109,7 +109,7 @@ class Hermite(Basis):
             return _moments(a)
         return clamped(lambda x: sampled(self, values, x), bounds, len(a))
 
-    def start(self, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Coefficients a_k = +-0.7^(k-1) (+-1 at degree 2), signs + + - -, scaled and shifted to gains of 1."""
         # Smaller coefficients at higher orders widen the basin from which a signal comes back: `gains(...).basin` is
         # 3.6 where equal ones have 2.5 at degree 3, with a slope still below 1/2. A parabola gains nothing.
@@ -119,7 +119,7 @@ class Hermite(Basis):
         coefficients[0] = 0.0
         return stable(self, {"coefficients": coefficients}, _affine, bounds)
 
-    def paper_start(self, degree: int) -> dict[str, Array]:
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         constant, scale = factorial_weights(degree, 1)
         return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
 

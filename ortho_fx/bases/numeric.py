@@ -62,7 +62,7 @@ def moments(formula: Formula, values: Values, bounds: Bounds | None = None) -> M
     return integrated(lambda z: sampled(formula, values, z, bounds))
 
 
-def start(formula: Formula, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+def start(formula: Formula, degree: int, bounds: Bounds | None, tied: bool) -> dict[str, Array]:
     """The parameters next to those of a function that bends little, with forward and backward gain 1.
 
     That function is the Hermite expansion of degree 3 with gains 1 that `ortho_fx` starts from.
@@ -80,7 +80,7 @@ def start(formula: Formula, degree: int, bounds: Bounds | None = None) -> dict[s
     inside = np.ones_like(z) if bounds is None else ((z > bounds[0]) & (z < bounds[1])).astype(float)
     clipped = z if bounds is None else np.clip(z, *bounds)
     problem = Problem(clipped, weight, value, scale * slope, inside, 0.1, bounds is None)
-    values = _with_gains(formula, fitted(formula, problem, degree), (1.0, 1.0), bounds)
+    values = _with_gains(formula, fitted(formula, problem, degree, tied), (1.0, 1.0), bounds)
     if values is None:
         raise OrthoFxError(
             f"no {formula.name} expansion of degree {degree} with gains of 1 was found: its basis needs a `start`"

@@ -172,13 +172,13 @@ class Tropical(PiecewiseLinear):
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         return moments_of(maximum_pieces(values["slopes"], values["offsets"]), bounds)
 
-    def start(self, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Slopes equally spaced from two fifths of the largest, and knots that part the Gaussian into equal masses."""
         # Flatter first slopes bend it more: from a quarter on, a plain network of 128 layers does not train to 95 %.
         slopes, offsets = lines_between_quantiles(degree, 0.4, 1.0, 0.0)
         return stable(self, {"slopes": slopes, "offsets": offsets}, affine, bounds)
 
-    def paper_start(self, degree: int) -> dict[str, Array]:
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         return paper_lines(degree)
 
     def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:

@@ -78,7 +78,7 @@ class TropicalRational(PiecewiseLinear):
         down = maximum_pieces(values["denominator_slopes"], values["denominator_offsets"])
         return moments_of(less(up, down), bounds)
 
-    def start(self, degree: int, bounds: Bounds | None = None) -> dict[str, Array]:
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """As the tropical start with slopes from a quarter of the largest, over a denominator half as steep."""
         # With knots between the numerator's: no piece of the one mirrors the gradient of the other.
         slopes, offsets = lines_between_quantiles(degree, 0.25, 1.0, 0.0)
@@ -91,7 +91,7 @@ class TropicalRational(PiecewiseLinear):
         }
         return stable(self, values, affine, bounds)
 
-    def paper_start(self, degree: int) -> dict[str, Array]:
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         """The tropical start over a denominator of zeros: the paper starts its rational from fits only."""
         zeros = np.zeros(degree + 1)
         return {**paper_lines(degree), "denominator_slopes": zeros, "denominator_offsets": zeros.copy()}

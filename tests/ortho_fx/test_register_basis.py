@@ -15,6 +15,7 @@ from ortho_fx import ExpansionConfig, OrthoFxError, activations, cli
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES, HERMITE
 from ortho_fx.bases.basis import Basis, Parameter, multiply_add
+from ortho_fx.bases.formula import after, masked
 from ortho_fx.bench import choose_expansions
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.models.layouts import _expansion_config
@@ -90,34 +91,39 @@ class Sines(Basis):
         return grad_x, [lambda: grad, *(lambda k=k: grad * angle[k].sin() for k in range(n)), *last]
 
 
-class Kinks(Basis):
-    """y(x) = sum of a_k relu(x - k): kinks, no constant, and a fixed buffer that the value does not depend on."""
+class Hats(Basis):
+    """y(x) = sum of a_k relu(x - t_k): kinks at places that do not learn, and no constant.
+
+    Formulas take twice the heights, computed beforehand; what collects needs the factor.
+    """
+
+    def prepare(self, dtype, *parameters):
+        heights, places = parameters
+        return 2.0 * heights.to(dtype), places, torch.tensor(2.0)
 
     def evaluate(self, x, *parameters):
-        (a,) = parameters
-        y = a[0] * x
-        for k in range(1, len(a)):
-            y = multiply_add(a[k], (x - (k - 1.5)).relu(), y)
+        heights, places = parameters
+        y = heights[0] * (x - places[0]).relu()
+        for k in range(1, len(heights)):
+            y = multiply_add(heights[k], (x - places[k]).relu(), y)
         return y
 
     def derivatives(self, grad, x, *parameters):
-        from ortho_fx.bases.formula import after, masked
-
-        (a,) = parameters
-        right = [after(x, k - 1.5) for k in range(1, len(a))]
+        heights, places = parameters
 
         def grad_x():
-            slope = a[0]
-            for k in range(1, len(a)):
-                slope = slope + masked(right[k - 1], a[k] * (x * 0.0 + 1.0))
+            slope = masked(after(x, places[0]), heights[0])
+            for k in range(1, len(heights)):
+                slope = slope + masked(after(x, places[k]), heights[k])
             return grad * slope
 
-        return grad_x, [
-            lambda: grad * x,
-            *(lambda k=k: grad * (x - (k - 1.5)).relu() for k in range(1, len(a))),
-        ]
+        return grad_x, [lambda k=k: grad * (x - places[k]).relu() for k in range(len(heights))]
+
+    def collect_prepared(self, sums, parameters, prepared):
+        return (prepared[2] * sums,)
 
 
+HATS = (Parameter("heights", offset=1), Parameter("places", learnable=False, offset=1))
 COEFFICIENTS = (Parameter("coefficients", offset=1),)
 SHIFTED = (Parameter("constant", scalar=True), Parameter("weights"), Parameter("shifts", tieable=True))
 
@@ -185,17 +191,21 @@ def test_basis_that_is_not_linear(tied):
     config = ExpansionConfig(cls.basis.name, 2, tied=tied)
     activation = make_activation(config, dtype=torch.float64)
     assert len(activation.shifts) == 1 + (not tied)
-    gains = ortho_fx.gains(make_activation(ExpansionConfig(cls.basis.name, 2), dtype=torch.float64))
+    gains = ortho_fx.gains(activation)
     assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
     # The function is in the family: the fit finds it.
     result = ortho_fx.fit(lambda x: 0.3 + 0.8 * (x - 0.4).sin(), config)
     assert result.rmse < 1e-6
-    values = {"constant": np.array([0.1]), "weights": np.array([0.5, 0.7]), "shifts": np.array([0.3, 1.2])}
-    assert cls.basis.rescale(values, 0.0, 1.0)["shifts"].tolist() == [0.3, 1.2]
+    # No function of the family is the same on another scale: the closest one keeps the gains.
+    model = nn.Sequential(activation)
+    ortho_fx.calibrate_(model, [torch.randn(5000, dtype=torch.float64) * 0.9 + 0.1])
+    (site,) = ortho_fx.calibrate_(model, [torch.randn(5000, dtype=torch.float64) * 0.9 + 0.1]).sites
+    gains = ortho_fx.gains(activation, site.mean, site.std)
+    assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
 
 
 def test_basis_with_kinks_has_gains_of_one():
-    cls = register(Kinks, COEFFICIENTS, range(2, 5), 2)
+    cls = register(Hats, HATS, range(2, 5), 2)
     gains = ortho_fx.gains(cls(3, dtype=torch.float64))
     assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
     x = torch.randn(100, requires_grad=True)
@@ -217,9 +227,17 @@ def test_it_compiles_as_eager_and_is_lowered(monkeypatch):
     assert cls.basis.name in support.LOWERED
     assert cls.basis.name in torch.compiler.config.cache_key_tag
     # What is registered after the lowering was loaded is lowered as well.
-    late = register()
+    late = register(Hats, HATS, range(2, 5), 2)
     assert late.basis.name in support.LOWERED
     assert support._verdict(late.basis, "cpu", check=False) is None
+    activation = late(3)
+    expected = torch.autograd.grad(activation(x).square().sum(), (x, activation.heights))
+    compiled = torch.autograd.grad(torch.compile(activation)(x).square().sum(), (x, activation.heights))
+    torch.testing.assert_close(compiled, expected)
+    with torch.no_grad():
+        frozen = nn.Sequential(copy.deepcopy(activation))
+        ortho_fx.freeze_(frozen)
+        torch.testing.assert_close(torch.compile(frozen)(x), activation(x))
 
 
 def test_derivatives_of_higher_order_and_vmap():
