@@ -19,7 +19,7 @@ import torch
 
 from ortho_fx import ExpansionConfig
 from ortho_fx.activations import make_activation
-from ortho_fx.initialisation import initial_parameters, rescale
+from ortho_fx.initialisation import initial_parameters
 
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
 NETWORKS = [
@@ -42,7 +42,7 @@ def evaluate(activation, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def measure(basis: str, degree: int, std: float, dtype: torch.dtype) -> dict:
     config = ExpansionConfig(basis, degree)
     activation = make_activation(config)
-    activation.set_parameters(rescale(basis, initial_parameters(config), 0.0, std))
+    activation.set_parameters(activation.basis.rescale(initial_parameters(config), 0.0, std))
     exact = make_activation(config, dtype=torch.float64)
     exact.load_state_dict(activation.state_dict())
     x = torch.linspace(-10, 10, 100_001, dtype=torch.float64).to(dtype)

@@ -206,9 +206,7 @@ def _last_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
 
 def _for_expansion(expansion: ExpansionActivation, row: Mapping[str, Any] | None) -> list[str]:
     """What may help an expansion, the likeliest first."""
-    settings = []
-    if expansion.config.basis == "hermite" and expansion.config.clamp is None:
-        settings.append("clamp=4")  # polynomials alone grow faster than their input
+    settings = list(expansion.basis.remedies(expansion.config.clamp))
     if expansion.config.init == "paper":
         settings.append("init=stable")
     drifted = row is not None and row["drift"] > _DRIFTED

@@ -208,14 +208,18 @@ def _expansion_config(parameters: Mapping[str, Tensor]) -> ExpansionConfig | Non
     """The config of a layer's expansion with parameters of these names and lengths; None where there is none."""
     lengths = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in parameters.items()}
     bounded = lengths.pop("bounds", None)
+    clamp = float(parameters["bounds"].diff()) / 2 if bounded == 2 else None
+    fitting: dict[str, ExpansionConfig] = {}
     for basis in BASES.values():
         if lengths.keys() != {parameter.name for parameter in basis.parameters} or bounded not in (None, 2):
             continue
-        for tied, degree in itertools.product((False, True), basis.degrees):
+        for tied, degree in itertools.product((False, True)[: 1 + basis.tieable], basis.degrees):
             if all(parameter.size(degree, tied) == lengths[parameter.name] for parameter in basis.parameters):
-                clamp = None if bounded is None else float(parameters["bounds"].diff()) / 2
-                return ExpansionConfig(basis.name, degree, clamp=clamp, tied=tied)
-    return None
+                fitting.setdefault(basis.name, ExpansionConfig(basis.name, degree, clamp=clamp, tied=tied))
+    if len(fitting) > 1:
+        names = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise OrthoFxError(f"parameters of these names and lengths ({names}) fit several bases: {', '.join(fitting)}")
+    return next(iter(fitting.values()), None)
 
 
 def _one_a_group(config: ExpansionConfig, parameters: Mapping[str, Tensor], channels: int) -> SiteExpansion:

@@ -6,18 +6,20 @@ before what the recipe says, and that before the model's own defaults.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ortho_fx.bases import BASES
-from ortho_fx.config import INITS, ExpansionConfig
+from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import convnext, gpt2
 
@@ -46,8 +48,11 @@ TASKS: dict[str, Task] = {
 }
 
 
-def _setting(default: Any, text: str, kind: type | None = None) -> Any:
-    """A field with what `--help` says of it, and its type where the default does not tell."""
+def _setting(default: Any, text: str | Callable[[], str], kind: type | None = None) -> Any:
+    """A field with what `--help` says of it, and its type where the default does not tell.
+
+    A function gives the text when it is asked for.
+    """
     return field(default=default, metadata={"help": text, "type": kind or type(default)})
 
 
@@ -69,14 +74,14 @@ class TrainConfig:
     dropout: float = _setting(0.0, "dropout of gpt2")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
-    basis: str = _setting("hermite", f"{', '.join(BASES)}, or none for the untouched model")
+    basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
         None, f"start of the expansions: {', '.join(INITS)} (default: stable, or fit with start_from)", str
     )
     granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
-    tied: bool = _setting(False, "make the frequencies of fourier multiples of one that learns")
+    tied: bool = _setting(False, lambda: f"make the {what_ties()} multiples of one that learns")
     calibrate: bool = _setting(True, "start expansions for the inputs that the model really has, not for N(0, 1)")
 
     data: str | None = _setting(
@@ -162,7 +167,7 @@ class TrainConfig:
     @classmethod
     def settings(cls) -> tuple[Field[Any], ...]:
         """The fields, each with its "help" and "type" in `metadata`."""
-        return fields(cls)
+        return tuple(_with_text(setting) for setting in fields(cls))
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -222,6 +227,16 @@ def load_recipe(name: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OrthoFxError(f"recipe {name} is not TOML: {error}") from None
+
+
+def _with_text(setting: Field[Any]) -> Field[Any]:
+    """The field with its help as text."""
+    text = setting.metadata["help"]
+    if isinstance(text, str):
+        return setting
+    written = copy.copy(setting)
+    written.metadata = MappingProxyType({**setting.metadata, "help": text()})
+    return written
 
 
 def recipes() -> list[str]:

@@ -22,6 +22,7 @@ from ortho_fx.optimizer import param_groups
 from ortho_fx.passes.sites import Site
 from ortho_fx.polynomial import Polynomial, to_polynomial
 from ortho_fx.polynomial_costs import PolynomialReport, polynomial_report
+from ortho_fx.register import register_basis
 from ortho_fx.rewrite import RewriteReport, find_sites, revert_, rewrite_
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "gains",
     "param_groups",
     "polynomial_report",
+    "register_basis",
     "revert_",
     "rewrite_",
     "to_polynomial",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ortho_fx import torchortho
-from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis
+from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.fit import Fit, fit
 from ortho_fx.histogram import Histogram
-from ortho_fx.initialisation import initial_parameters, rescale
+from ortho_fx.initialisation import initial_parameters
 from ortho_fx.moments import Values
 from ortho_fx.operators import expand
 
@@ -105,7 +106,7 @@ class ExpansionActivation(nn.Module):
             fitted = _fit(self.reference, self.config, inputs)
             values = dict(fitted.parameters)
         else:
-            values = rescale(self.basis.name, initial_parameters(self.config), mean, std)
+            values = self.basis.rescale(initial_parameters(self.config), mean, std)
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
         return values, fitted
@@ -311,14 +312,50 @@ class TropicalRationalActivation(ExpansionActivation):
     basis = TROPICAL_RATIONAL
 
 
-_CLASSES: dict[str, type[ExpansionActivation]] = {
+CLASSES: dict[str, type[ExpansionActivation]] = {
     cls.basis.name: cls
     for cls in (HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation)
 }
-assert _CLASSES.keys() == BASES.keys()
+assert CLASSES.keys() == BASES.keys()
+
+
+class RegisteredActivation(ExpansionActivation):
+    """What the activations of bases from outside have in common: they are pickled by the name of their basis."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not CLASSES.get(self.basis.name):  # a class made of this one, which pickle finds by its name
+            return reduced
+        assert isinstance(reduced, tuple)
+        return _of_registered_basis, (self.basis.name,), *reduced[2:]
+
+
+def _of_registered_basis(name: str) -> ExpansionActivation:
+    """An activation without its state, for pickle.
+
+    Raises:
+        OrthoFxError: a basis that this process has not registered.
+    """
+    basis_named(name)
+    return CLASSES[name].__new__(CLASSES[name])
+
+
+def add_class(basis: Basis) -> type[ExpansionActivation]:
+    """Makes the module class of a basis from outside, `<title>Activation` in this module."""
+    text = f"{inspect.cleandoc(type(basis).__doc__ or basis.title)}\n\nThe activation of basis {basis.name!r}."
+    members = {"basis": basis, "__doc__": text, "__module__": __name__}
+    cls = type(class_name(basis), (RegisteredActivation,), members)
+    CLASSES[basis.name] = cls
+    globals()[cls.__name__] = cls
+    return cls
+
+
+def class_name(basis: Basis) -> str:
+    return f"{basis.title}Activation"
 
 
 def make_activation(config: ExpansionConfig, **settings: Any) -> ExpansionActivation:
     """The activation module that a config describes; settings are the other arguments of `ExpansionActivation`."""
     values = {name: value for name, value in asdict(config).items() if name != "basis"}
-    return _CLASSES[config.basis](**values, **settings)
+    basis_named(config.basis)
+    return CLASSES[config.basis](**values, **settings)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations import HermiteActivation
+from ortho_fx.activations import ExpansionActivation, HermiteActivation
 from ortho_fx.batches import Batch
 from ortho_fx.calibration import calibrate_expansions
 from ortho_fx.config import ExpansionConfig
@@ -118,10 +118,10 @@ class Annealing:
             raise OrthoFxError("batches is empty: the fits need inputs")
         earlier = {id(module) for module in model.modules()}
         self.report = rewrite_(model, config, targets=targets, example_inputs=batches[0])
-        self._sites: dict[str, HermiteActivation] = {
+        self._sites: dict[str, ExpansionActivation] = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, HermiteActivation) and id(module) not in earlier
+            if isinstance(module, ExpansionActivation) and id(module) not in earlier
         }
         if not self._sites:
             raise OrthoFxError(f"{type(model).__name__} has no activation to replace, only expansions from before")

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 
 from ortho_fx import torch_private
-from ortho_fx.bases import BASES
+from ortho_fx.bases import BASES, basis_named
 from ortho_fx.bench_candidates import ROW, Candidate, compilation_subject, make_candidates
 from ortho_fx.bench_report import Measurement, Report, environment_of
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.generated_code import count_kernels, generated_code
 from ortho_fx.models import convnext, gpt2
@@ -204,13 +204,15 @@ def choose_expansions(
     if degrees:
         chosen = [ExpansionConfig(basis, degree) for basis in bases or BASES for degree in degrees]
     else:
-        wanted = BASES if bases is None else [ExpansionConfig(basis).basis for basis in bases]
+        wanted = [*BASES] if bases is None else [ExpansionConfig(basis).basis for basis in bases]
         chosen = [expansion for expansion in DEFAULT_EXPANSIONS if expansion.basis in wanted]
-    if tied and all(expansion.basis != "fourier" for expansion in chosen):
-        raise OrthoFxError(f"tied is for the frequencies of fourier, and the bases are {', '.join(bases or ())}")
+        measured = {expansion.basis for expansion in chosen}
+        chosen += [ExpansionConfig(basis) for basis in wanted if basis not in measured]
+    if tied and not any(basis_named(expansion.basis).tieable for expansion in chosen):
+        raise OrthoFxError(f"tied is for the {what_ties()}, and the bases are {', '.join(bases or ())}")
     return tuple(
         dict.fromkeys(
-            replace(expansion, granularity=granularity, tied=tied and expansion.basis == "fourier")
+            replace(expansion, granularity=granularity, tied=tied and basis_named(expansion.basis).tieable)
             for expansion in chosen
         )
     )

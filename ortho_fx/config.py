@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ortho_fx.bases import BASES
+from ortho_fx.bases import BASES, basis_named
 from ortho_fx.errors import OrthoFxError
 
 INITS = ("stable", "paper", "calibrated", "fit")
@@ -21,8 +21,8 @@ class ExpansionConfig:
     """Which basis an activation is expanded in, and how it starts.
 
     Args:
-        basis: "hermite", "fourier", "tropical" or "tropical_rational".
-        degree: 1 to 32 for Hermite, 1 to 64 for the others; None takes the basis' default (3, 5, 5, 6).
+        basis: "hermite", "fourier", "tropical", "tropical_rational", or one that `register_basis` has added.
+        degree: 1 to 32 for Hermite, 1 to 64 for our others; None takes the basis' default (3, 5, 5, 6).
         init: "stable" (forward and backward gains 1 for inputs N(0, 1), and the signal's variance attracted to 1 as
             depth grows), "paper" (the initialisation of arXiv 2502.01247), "calibrated" (stable, for the mean and the
             standard deviation that each site's inputs are measured to have) or "fit" (the activation that is replaced,
@@ -48,9 +48,7 @@ class ExpansionConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.basis not in BASES:
-            raise OrthoFxError(f"basis must be one of {', '.join(BASES)}; got {self.basis!r}")
-        basis = BASES[self.basis]
+        basis = basis_named(self.basis)
         if self.degree is None:
             object.__setattr__(self, "degree", basis.default_degree)
         elif isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree not in basis.degrees:
@@ -60,6 +58,9 @@ class ExpansionConfig:
             )
         if self.init not in INITS:
             raise OrthoFxError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+        if self.init == "paper" and not basis.has_paper_start:
+            others = ", ".join(init for init in INITS if init != self.init)
+            raise OrthoFxError(f"init of {self.basis} must be one of {others}; the paper has no start for it")
         if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
             raise OrthoFxError(f'granularity must be "layer", "channel" or "group:N"; got {self.granularity!r}')
         if self.clamp is not None:
@@ -68,14 +69,14 @@ class ExpansionConfig:
             object.__setattr__(self, "clamp", float(self.clamp))
         if not isinstance(self.tied, bool):
             raise OrthoFxError(f"tied must be True or False; got {self.tied!r}")
-        if self.tied and not any(parameter.tieable for parameter in basis.parameters):
-            raise OrthoFxError(f"tied is for the frequencies of fourier; {self.basis} has none")
+        if self.tied and not basis.tieable:
+            raise OrthoFxError(f"tied is for the {what_ties()}; {self.basis} has none")
 
     @property
     def size(self) -> int:
         """How many numbers one expansion learns."""
         assert self.degree is not None
-        return sum(p.size(self.degree, self.tied) for p in BASES[self.basis].parameters if p.learnable)
+        return sum(p.size(self.degree, self.tied) for p in basis_named(self.basis).parameters if p.learnable)
 
     def groups(self, channels: int | None) -> int | None:
         """How many expansions a site with so many channels has; None for one that all share.
@@ -114,6 +115,11 @@ class ExpansionConfig:
         if self.clamp is not None:
             parts.append(f"clamp {self.clamp:g}")
         return " ".join(parts)
+
+
+def what_ties() -> str:
+    """What `tied` is for: the parameters that can be tied, and their bases."""
+    return ", ".join(f"{p.name} of {basis.name}" for basis in BASES.values() for p in basis.parameters if p.tieable)
 
 
 def check_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:

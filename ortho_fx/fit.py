@@ -4,7 +4,7 @@ The squared error is a weighted sum over nodes: Gauss-Legendre quadrature on pan
 activations have, or the bins of a histogram of measured inputs. Fourier and tropical functions are fitted in units
 of the weight's mean and standard deviation, and rescaled exactly.
 
-How each basis is fitted stands in `ortho_fx.fit_bases`.
+How a basis is fitted is its own method, in `ortho_fx.bases`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_fx.bases import BASES
+from ortho_fx.bases import basis_named
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.fit_bases import FITS, Problem, fit_tied_fourier
 from ortho_fx.histogram import Histogram
-from ortho_fx.initialisation import rescale
+from ortho_fx.least_squares import Problem
 from ortho_fx.moments import Array
 from ortho_fx.sampling import differentiated, name_of
 
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 WEIGHTS = ("gaussian", "uniform", "measured")
 # A panel has 8 nodes and is 1/4 wide, or that halved until it is narrower than a third of a standard deviation; the
 # kinks of common activations, at integers, are edges of panels. Beyond 16 deviations He_32^2 times the density
-# vanishes, and beyond 8 the density.
-_NODES, _PANEL, _REACH, _SHORT_REACH, _MOST_PANELS = 8, 0.25, 16.0, 8.0, 512
+# vanishes, and beyond 8 the density: the reach of a basis.
+_NODES, _PANEL, _MOST_PANELS = 8, 0.25, 512
 # Where errors are stated under the Gaussian weight without an interval, in standard deviations, and at how many points.
 _STATED, _POINTS = 5.0, 2000
 
@@ -138,20 +137,18 @@ def fit(
     if isinstance(seen, Histogram):
         mean, std = seen.mean, seen.std
     assert config.degree is not None
-    reach = _REACH if config.basis == "hermite" else _SHORT_REACH
-    piecewise = config.basis.startswith("tropical")
-    widest = _PANEL / 2 if piecewise and config.degree > 16 else _PANEL
-    points, weights, stated = _nodes(weight, interval, mean, std, seen, reach, widest)
+    basis = basis_named(config.basis)
+    widest = _PANEL / 2 if basis.piecewise and config.degree > 16 else _PANEL
+    points, weights, stated = _nodes(weight, interval, mean, std, seen, basis.reach, widest)
     value, slope = (part.numpy() for part in differentiated(function, torch.from_numpy(points)))
     if not (np.isfinite(value).all() and np.isfinite(slope).all()):
         lost = points[~(np.isfinite(value) & np.isfinite(slope))][0]
         raise OrthoFxError(f"{name_of(function)} or its derivative is not finite at x = {lost:g}")
     bounds = None if config.clamp is None else (mean - config.clamp * std, mean + config.clamp * std)
 
-    # In units of the weight's own mean and deviation, z, where g(z) = f(x) / scale. Polynomials are fitted in x: what
-    # rounding does to them is known only there.
+    # In units of the weight's own mean and deviation, z, where g(z) = f(x) / scale, or in x.
     centre, scale = 0.0, 1.0
-    if config.basis != "hermite":
+    if basis.fits_in_units:
         centre = float(weights @ points)
         scale = math.sqrt(float(weights @ (points - centre) ** 2))
     clamped = points if bounds is None else np.clip(points, *bounds)
@@ -166,12 +163,13 @@ def fit(
     )
     if config.size > (nodes := np.count_nonzero(weights)):
         raise OrthoFxError(f"a {config} fit has {config.size} coefficients for {nodes} nodes: fit fewer")
-    fit_basis = fit_tied_fourier if config.tied else FITS[config.basis]
-    parameters = rescale(config.basis, fit_basis(problem, config.degree), centre, scale)
+    parameters = basis.fit(problem, config.degree, config.tied)
+    if basis.fits_in_units:
+        parameters = basis.rescale(parameters, centre, scale)
 
     finer, finer_weights = points, weights
-    if piecewise:  # it can be closer at the nodes that it was fitted at than between
-        finer, finer_weights, _ = _nodes(weight, interval, mean, std, seen, reach, _PANEL / 4)
+    if basis.piecewise:  # it can be closer at the nodes that it was fitted at than between
+        finer, finer_weights, _ = _nodes(weight, interval, mean, std, seen, basis.reach, _PANEL / 4)
     # Chebyshev's points are dense at the ends, where errors are largest, and miss round numbers, where slopes jump.
     angles = (np.arange(_POINTS) + 0.5) * (math.pi / _POINTS)
     spread = (stated[0] + stated[1] - (stated[1] - stated[0]) * np.cos(angles)) / 2
@@ -268,6 +266,7 @@ def _nodes(
 def _evaluate(
     config: ExpansionConfig, parameters: Mapping[str, Array], bounds: tuple[float, float] | None, x: Tensor
 ) -> Tensor:
-    basis = BASES[config.basis]
-    values = (torch.from_numpy(np.asarray(parameters[parameter.name])) for parameter in basis.parameters)
-    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *basis.prepare(x.dtype, *values))
+    basis = basis_named(config.basis)
+    values = [torch.from_numpy(np.asarray(parameters[parameter.name])) for parameter in basis.parameters]
+    prepared = basis.prepare(x.dtype, *values)[: len(values)]
+    return basis.evaluate(x if bounds is None else x.clamp(*bounds), *prepared)

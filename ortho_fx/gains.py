@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ortho_fx.activations import ExpansionActivation, make_activation
+from ortho_fx.bases import Basis
+from ortho_fx.bases.numeric import sampled
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.initialisation import rescale
-from ortho_fx.moments import Array, Moments, moments
+from ortho_fx.moments import Array, Bounds, Moments, Values, adaptive_nodes, integrands
 from ortho_fx.sampling import differentiated
 
 # Second moments of the input between which the layer map is followed, and how closely its fixed point has to be met.
 _SMALLEST, _LARGEST, _PER_DECADE = 1e-4, 1e8, 50
 _LAYERS, _NEAR = 2000, 0.05
-# Nodes of a panel of the quadrature; how often a panel of 0.1 is halved around a kink: its width is 1e-10 then.
-_NODES, _HALVINGS = 9, 30
 
 LayerMap = Callable[[float], float]
 
@@ -75,37 +74,58 @@ def gains(
             raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
         activation = make_activation(replace(activation, granularity="layer"), dtype=torch.float64)
     if isinstance(activation, ExpansionActivation):
-        unit, layer_map = _closed_form(activation, mean, std)
+        unit, layer_map = _of_expansion(activation, mean, std)
     else:
         unit, layer_map = _quadrature(activation, mean, std)
     return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
 
 
-def _closed_form(activation: ExpansionActivation, mean: float, std: float) -> tuple[Moments, LayerMap]:
+def _of_expansion(activation: ExpansionActivation, mean: float, std: float) -> tuple[Moments, LayerMap]:
     """The moments of h(z) = f(mean + std z) / std, and q -> E[h(sqrt(q) z)^2]."""
-    basis, (groups, counts) = activation.basis.name, activation.distinct_values()
-    bounds = None if activation.bounds is None else activation.bounds.tolist()
+    basis, (groups, counts) = activation.basis, activation.distinct_values()
+    bounds: Bounds | None = None if activation.bounds is None else tuple(activation.bounds.tolist())
+    if not basis.closed_form:
+        return _of_formula(basis, groups, counts, bounds, mean, std)
 
     def at(q: float) -> Moments:
         scale = std * math.sqrt(q)
         cut = None if bounds is None else ((bounds[0] - mean) / scale, (bounds[1] - mean) / scale)
-        each = [astuple(moments(basis, rescale(basis, values, -mean / scale, 1 / scale), cut)) for values in groups]
+        each = [astuple(basis.moments(basis.rescale(values, -mean / scale, 1 / scale), cut)) for values in groups]
         return Moments(*np.average(each, axis=0, weights=counts).tolist())
 
     return at(1.0), lambda q: q * at(q).square
 
 
+def _of_formula(
+    basis: Basis, groups: list[Values], counts: list[int], bounds: Bounds | None, mean: float, std: float
+) -> tuple[Moments, LayerMap]:
+    """The same by quadrature, over all groups at once."""
+    columns = {name: np.stack([values[name] for values in groups], axis=1) for name in groups[0]}
+    share = np.array(counts) / sum(counts)
+
+    def at(z: Array) -> tuple[Array, Array]:
+        value, slope = sampled(basis, columns, mean + std * z, bounds)
+        return value / std, slope
+
+    def sizes(z: Array) -> tuple[Array, Array]:
+        value, slope = at(z)
+        return np.sqrt(value**2 @ share), np.sqrt(slope**2 @ share)
+
+    z, weight = adaptive_nodes(sizes)
+    value, slope = at(z)
+    unit = Moments(*(float(weight @ each @ share) for each in integrands(z[:, None], value, slope)))
+    return unit, lambda q: float(weight @ at(math.sqrt(q) * z)[0] ** 2 @ share)
+
+
 def _quadrature(function: Callable[[Tensor], Tensor], mean: float, std: float) -> tuple[Moments, LayerMap]:
-    """The same by adaptive Gauss-Lobatto quadrature over 12 standard deviations to either side."""
+    """The same for any function, by adaptive Gauss-Lobatto quadrature over 12 standard deviations to either side."""
 
     def at(z: Array) -> tuple[Array, Array]:
         value, slope = differentiated(function, mean + std * torch.from_numpy(z))
         return value.numpy() / std, slope.numpy()
 
-    z, weight = _adaptive_nodes(at)
-    h, slope = at(z)
-    growth = z**2 - 1
-    unit = Moments(*(float(weight @ v) for v in (h, h * h, slope * slope, growth * h, growth * h * h)))
+    z, weight = adaptive_nodes(at)
+    unit = Moments(*(float(weight @ each) for each in integrands(z, *at(z))))
     nodes, weights = torch.from_numpy(z), torch.from_numpy(weight)
 
     def layer_map(q: float) -> float:
@@ -113,42 +133,6 @@ def _quadrature(function: Callable[[Tensor], Tensor], mean: float, std: float) -
             return float(weights @ (function(mean + std * math.sqrt(q) * nodes) / std).square())
 
     return unit, layer_map
-
-
-def _adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Nodes and weights (times the normal density) for the squares of a function and its derivative.
-
-    Panels are halved wherever halving changes an integral, which closes in on kinks and jumps. Lobatto's rule has nodes
-    at the ends of a panel: Gauss' would miss a kink between an end and the first node.
-    """
-    legendre = np.polynomial.Legendre.basis(_NODES - 1)
-    nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
-    weights = 2 / (_NODES * (_NODES - 1) * legendre(nodes) ** 2)
-
-    def rule(left: Array, width: float) -> tuple[Array, Array, Array]:
-        z = left[:, None] + (nodes + 1) * (width / 2)
-        weight = weights * (width / 2) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-        value, slope = (part.reshape(z.shape) for part in at(z.ravel()))
-        return z, weight, np.stack([(weight * value**2).sum(1), (weight * slope**2).sum(1)])
-
-    width = 0.1
-    left: Array = np.arange(-120.0, 120.0) * width
-    done: list[tuple[Array, Array]] = []
-    for _ in range(_HALVINGS):
-        _, _, whole = rule(left, width)
-        halves = np.stack([left, left + width / 2], axis=1)
-        z, weight, parts = rule(halves.ravel(), width / 2)
-        parts = parts.reshape(2, -1, 2).sum(2)
-        coarse = (np.abs(parts - whole) > 1e-13 * (1 + np.abs(parts))).any(0)
-        fine = np.repeat(~coarse, 2)
-        done.append((z[fine].ravel(), weight[fine].ravel()))
-        left, width = halves[coarse].ravel(), width / 2
-        if not len(left):
-            break
-    else:
-        z, weight, _ = rule(left, width)
-        done.append((z.ravel(), weight.ravel()))
-    return np.concatenate([z for z, _ in done]), np.concatenate([weight for _, weight in done])
 
 
 def _basin(unit: Moments, layer_map: LayerMap) -> float:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.polynomial import Chebyshev, HermiteE
 from numpy.polynomial import Polynomial as Powers
@@ -35,6 +34,7 @@ from ortho_fx.polynomial_graph import (
     SCALINGS,
     NotPolynomial,
     described,
+    factorials,
     hermite_coefficients,
     trace,
 )
@@ -216,8 +216,7 @@ def _site(name: str, module: nn.Module, inputs: _Inputs) -> PolynomialSite:
     coefficients = hermite_coefficients(module)
     if not inputs.low < inputs.high:
         raise NotPolynomial(f"its inputs are constant ({inputs.low:g}): they have no range")
-    factorials = np.array([float(math.factorial(k)) for k in range(len(coefficients))])
-    series = [HermiteE(column / factorials) for column in coefficients.T]
+    series = [HermiteE(column / factorials(len(column))) for column in coefficients.T]
     domain = [inputs.low, inputs.high]
     return PolynomialSite(
         name=name,

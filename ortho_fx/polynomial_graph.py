@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import HermiteE
 from torch import Tensor, fx, nn
 
 from ortho_fx import trees
-from ortho_fx.activations import ExpansionActivation, HermiteActivation, channel_dim_of
+from ortho_fx.activations import ExpansionActivation, channel_dim_of
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.freeze import OURS
 from ortho_fx.moments import Array
@@ -66,30 +67,55 @@ def described(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 
 
 def hermite_coefficients(module: nn.Module) -> Array:
-    """a_0 .. a_n of a Hermite activation in float64, (size, groups), without leading coefficients that are zero.
+    """a_0 .. a_n of a polynomial activation in float64, (size, groups), without leading coefficients that are zero.
+
+    They are those of He_k(x) / k!.
 
     Raises:
         NotPolynomial: any other module, a clamp, or coefficients that have no value or are not finite.
     """
-    if not isinstance(module, HermiteActivation):
-        if isinstance(module, ExpansionActivation):
-            raise NotPolynomial(f"a {module.basis.title} expansion is not a polynomial")
-        raise NotPolynomial("it is frozen: take the polynomial before freeze_")
-    if type(module).forward is not HermiteActivation.forward:
-        raise NotPolynomial("its forward is not that of its expansion; an annealing has to be finished before")
-    if module.bounds is not None:
-        raise NotPolynomial("its input is clamped, and a clamp is not a polynomial: set its bounds to None")
-    stored: Tensor = module.get_parameter("coefficients")
-    if stored.is_meta:
-        raise NotPolynomial("its coefficients are on the meta device")
-    values = stored.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(values).all():
-        raise NotPolynomial("its coefficients are not finite")
-    values = values.reshape(len(values), -1)
+    columns = [np.asarray(series.coef, dtype=np.float64) for series in _series(module)]
+    values: Array = np.zeros((max(map(len, columns)), len(columns)))
+    for column, coefficients in zip(values.T, columns, strict=True):
+        column[: len(coefficients)] = coefficients * factorials(len(coefficients))
     return values[: int(np.flatnonzero(values.any(axis=1)).max(initial=0)) + 1]
 
 
-def _hermite(module: HermiteActivation, x: Dense) -> Dense:
+def _series(module: nn.Module) -> list[HermiteE]:
+    """The polynomial that an activation is, for each group.
+
+    Raises:
+        NotPolynomial: as `hermite_coefficients`.
+    """
+    if not isinstance(module, ExpansionActivation):
+        raise NotPolynomial("it is frozen: take the polynomial before freeze_")
+    basis = module.basis
+    if not basis.is_polynomial:
+        raise NotPolynomial(f"a {basis.title} expansion is not a polynomial")
+    if type(module).forward is not ExpansionActivation.forward:
+        raise NotPolynomial("its forward is not that of its expansion; an annealing has to be finished before")
+    if module.bounds is not None:
+        raise NotPolynomial("its input is clamped, and a clamp is not a polynomial: set its bounds to None")
+    stored = {parameter.name: getattr(module, parameter.name).detach() for parameter in basis.parameters}
+    for name, tensor in stored.items():
+        if tensor.is_meta:
+            raise NotPolynomial(f"its {name} are on the meta device")
+    values = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in stored.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise NotPolynomial(f"its {name} are not finite")
+    columns = {name: value.reshape(len(value), -1) for name, value in values.items()}
+    groups = next(iter(columns.values())).shape[1]
+    each = (basis.series({name: value[:, group] for name, value in columns.items()}) for group in range(groups))
+    return [series.convert(kind=HermiteE) for series in each if series is not None]
+
+
+def factorials(count: int) -> Array:
+    """0!, 1!, 2!, ..., so many of them."""
+    return np.array([float(math.factorial(k)) for k in range(count)])
+
+
+def _expansion(module: ExpansionActivation, x: Dense) -> Dense:
     """sum_k a_k P_k(x) with P_k = (x P_{k-1} - P_{k-2}) / k."""
     a = torch.from_numpy(hermite_coefficients(module))
     if module.channels is not None:
@@ -357,9 +383,9 @@ def apply_module(module: nn.Module, *arguments: Any) -> Any:
         NotPolynomial: a module that makes no polynomial of them.
     """
     if isinstance(module, OURS):
-        hermite_coefficients(module)
-        assert isinstance(module, HermiteActivation)
-        return _hermite(module, arguments[0])
+        _series(module)
+        assert isinstance(module, ExpansionActivation)
+        return _expansion(module, arguments[0])
     handler = {**AFFINE_MODULES, **PASSING_MODULES}.get(type(module))
     if handler is None:
         raise NotPolynomial("it is neither affine nor a Hermite activation")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from ortho_fx import ExpansionConfig
+from ortho_fx import ExpansionConfig, activations
 from ortho_fx.bases import BASES, Basis
 
 KINDS = (*BASES, "fourier tied")
@@ -16,3 +18,15 @@ def basis_of(kind: str) -> Basis:
 
 def config_of(kind: str, degree: int | None = None, init: str = "stable", **settings: Any) -> ExpansionConfig:
     return ExpansionConfig(basis_of(kind).name, degree, init, tied=kind.endswith("tied"), **settings)
+
+
+@contextlib.contextmanager
+def bases_from_outside() -> Iterator[None]:
+    """Forgets the bases that are registered inside: all but their operators, so that each name serves once."""
+    known = set(BASES)
+    try:
+        yield
+    finally:
+        for name in set(BASES) - known:
+            delattr(activations, activations.class_name(BASES.pop(name)))
+            del activations.CLASSES[name]

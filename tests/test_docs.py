@@ -1,13 +1,20 @@
 """README and guides run: their Python in order, as one reader would run it, and their commands, shortened, in a row."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+import ortho_fx
 from ortho_fx import cli
 from ortho_fx.models import gpt2
+from tests.kinds import bases_from_outside
 
 pytestmark = pytest.mark.slow
 
@@ -20,17 +27,27 @@ SHORT = "--no-compile --steps 2 --batch-size 8 --eval-every 1 --warmup 1".split(
 SMALL = gpt2.GPT2Config(vocabulary=256, context=16, layers=1, heads=2, width=32)
 
 
+# The file that a block of Python is, where its first line says so.
+FILE = re.compile(r"# ([\w/]+\.py)\n")
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(gpt2.PRESETS, "tiny", SMALL)
+    with bases_from_outside():
+        yield
 
 
 def read(page):
     """Does what a page says; returns what its Python leaves behind, and the commands."""
     namespace, commands = {"__name__": page.stem}, []
     for language, text in BLOCK.findall(page.read_text()):
-        if language == "python":
+        if language == "python" and (named := FILE.match(text)):
+            Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(named[1]).write_text(text)
+        elif language == "python":
             # Classes are rewritten by their source, which a file has.
             file = Path(f"block{len(namespace)}.py").absolute()
             file.write_text(text)
@@ -48,10 +65,51 @@ def read(page):
     return namespace, commands
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extend"], ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page):
     namespace, commands = read(page)
     assert len(namespace) > 2 or commands
+
+
+LOAD = """
+import sys, torch, chebyshev_basis
+import ortho_fx
+model, x, y = torch.load("saved.pt", weights_only=False)
+torch.testing.assert_close(model(x), y)
+torch.testing.assert_close(torch.export.load("chebyshev.pt2").module()(x), y)
+"""
+WITHOUT = """
+import torch, ortho_fx
+try:
+    torch.load("saved.pt", weights_only=False)
+except ortho_fx.OrthoFxError as error:
+    print(error)
+"""
+
+
+def test_the_basis_of_the_guide_is_like_ours(capsys):
+    page = read(ROOT / "docs" / "guides" / "extend.md")[0]
+    assert "forward=1.0" in capsys.readouterr().out
+    for degree in range(1, 17):
+        gains = ortho_fx.gains(ortho_fx.ExpansionConfig("chebyshev", degree))
+        assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
+    assert page["moved"].abs().max() > 0.01
+    assert page["gelu"].rmse == pytest.approx(ortho_fx.fit(F.gelu, ortho_fx.ExpansionConfig("hermite", 8)).rmse)
+    assert page["its"] == page["ours"]
+    model, loaded, x = page["model"], page["loaded"], page["x"]
+    assert model[1].form == "formula"
+    torch.testing.assert_close(model(x), loaded(x))
+    assert page["polynomial"].degree == 3
+    torch.testing.assert_close(torch.from_numpy(page["polynomial"](x.numpy())).float(), model(x))
+
+    torch.save((loaded, x, loaded(x)), "saved.pt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    for code in (LOAD, WITHOUT):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "basis must be one of hermite, fourier, tropical, tropical_rational; got 'chebyshev'\n"
 
 
 def test_the_readme_runs_from_top_to_bottom(capsys):

@@ -1,7 +1,8 @@
-"""The bases: each module holds one family of functions as formulas on tensors.
+"""The bases: each is a family of functions, with everything that depends on it.
 
-A basis knows its parameters (names and shapes), how to evaluate itself, and its exact first derivatives. It holds no
-state: operators, activation modules and initialisers all read the same formulas.
+A basis knows its parameters (names and shapes), how to evaluate itself, its exact first derivatives, its moments, its
+starts, its fit, and what it becomes when it is frozen. It holds no state. `BASES` are those that are known, by name;
+`ortho_fx.register_basis` adds to them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,20 @@ from ortho_fx.bases.fourier import FOURIER
 from ortho_fx.bases.hermite import HERMITE
 from ortho_fx.bases.tropical import TROPICAL
 from ortho_fx.bases.tropical_rational import TROPICAL_RATIONAL
+from ortho_fx.errors import OrthoFxError
 
-BASES: dict[str, Basis] = {basis.name: basis for basis in (HERMITE, FOURIER, TROPICAL, TROPICAL_RATIONAL)}
+OURS = (HERMITE, FOURIER, TROPICAL, TROPICAL_RATIONAL)
+BASES: dict[str, Basis] = {basis.name: basis for basis in OURS}
 
-__all__ = ["BASES", "FOURIER", "HERMITE", "TROPICAL", "TROPICAL_RATIONAL", "Basis"]
+__all__ = ["BASES", "FOURIER", "HERMITE", "OURS", "TROPICAL", "TROPICAL_RATIONAL", "Basis", "basis_named"]
+
+
+def basis_named(name: str) -> Basis:
+    """The basis of that name.
+
+    Raises:
+        OrthoFxError: one that is not known; the message lists those that are.
+    """
+    if not isinstance(name, str) or name not in BASES:
+        raise OrthoFxError(f"basis must be one of {', '.join(BASES)}; got {name!r}")
+    return BASES[name]

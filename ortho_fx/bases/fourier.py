@@ -3,18 +3,33 @@
 Tied frequencies, w_k = k w, are stored as the one number w. All waves then follow from cos(w x) and sin(w x) by angle
 addition: a_k cos(k w x - p_k) / k! is A_k cos(k w x) + B_k sin(k w x) with A_k = a_k cos(p_k) / k! and
 B_k = a_k sin(p_k) / k!, which are computed once for all x.
+
+Frozen, waves of equal frequency become one, those of frequency zero join the constant, and those below rounding are
+dropped: of 64 equal ones in float32 14 remain. With tied frequencies it is the sum of A_k cos(k w x) + B_k sin(k w x),
+which takes one cosine and one sine.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Term, Value, multiply_add
+from ortho_fx.bases.basis import Basis
+from ortho_fx.bases.folded import Folded, constant_polynomial, harmonics, packed
+from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, multiply_add, renamed
+from ortho_fx.bases.fourier_fit import fit_waves
+from ortho_fx.bases.hermite import factorial_weights
+from ortho_fx.bases.numeric import sampled
+from ortho_fx.bases.stable import stable
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.least_squares import Problem
+from ortho_fx.moments import Array, Bounds, Moments, Values, clamped
 
 
 def _inverse_factorial(k: int) -> float:
@@ -27,7 +42,39 @@ def _inverse_factorials(like: Tensor) -> Tensor:
     return torch.exp(-torch.lgamma(orders + 1)).to(like.dtype).reshape(-1, *(1 for _ in like.shape[1:]))
 
 
+def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
+    """FourierActivation: y(x) = fundamental + sum of coefficients_k cos(grid_k x - phases_k) / k!, from k = 1.
+
+    `normalization_term` is k!.
+
+    Raises:
+        OrthoFxError: frequencies that are no multiples of one number, for an expansion that ties them.
+    """
+    names = ("coefficients", "phases")
+    parameters = renamed(state, {"fundamental": "constant", "grid": "frequencies", **{name: name for name in names}})
+    if tied and "frequencies" in parameters:
+        parameters["frequencies"] = _fundamental(parameters["frequencies"])
+    return parameters
+
+
+def _fundamental(frequencies: Tensor) -> Tensor:
+    multiples = torch.arange(1, len(frequencies) + 1, device=frequencies.device) * frequencies[:1]
+    if not torch.allclose(frequencies, multiples.to(frequencies.dtype), rtol=1e-6, atol=0.0):
+        raise OrthoFxError("grid: the frequencies are no multiples of the first: load them with tied=False")
+    return frequencies[:1]
+
+
 class Fourier(Basis):
+    torchortho = TorchorthoState(
+        "FourierActivation",
+        "fundamental",
+        torchortho_parameters,
+        frozenset({"fundamental", "coefficients", "grid", "phases", "normalization_term", "act_init"}),
+    )
+    closed_form = True
+    reach = 8.0
+    fits_in_units = True
+
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         """For tied frequencies the constant, A, B and w."""
         constant, coefficients, frequencies, phases = parameters
@@ -78,7 +125,7 @@ class Fourier(Basis):
             *(lambda k=k: grad * sine(k) * x for k in range(degree)),
         ]
 
-    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
         _, coefficients, frequencies, phases = parameters
         degree = coefficients.shape[0]
         factors = _inverse_factorials(coefficients)
@@ -95,21 +142,37 @@ class Fourier(Basis):
         coefficients, phases, frequencies = (others * factors).unbind()
         return constant, coefficients, frequencies, phases
 
+    def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
+        if bounds is None:
+            return _moments(values)
+        return clamped(lambda x: sampled(self, values, x), bounds, float(np.abs(wave_frequencies(values)).max()))
 
-def harmonics(x: Value, constant: Value, cosines: Value, sines: Value, frequency: Value) -> Value:
-    """a_0 + sum of A_k cos(k w x) + B_k sin(k w x)."""
-    # Horner's rule for the real part of the sum of (A_k - i B_k) z^k, with z = exp(i w x).
-    angle = frequency[0] * x
-    c, s = angle.cos(), angle.sin()
-    minus_s = s * -1.0
-    degree = len(cosines)
-    u, v = cosines[degree - 1], sines[degree - 1]
-    for k in range(degree - 2, -1, -1):
-        u, v = (
-            multiply_add(u, c, multiply_add(v, s, cosines[k])),
-            multiply_add(v, c, multiply_add(u, minus_s, sines[k])),
-        )
-    return multiply_add(u, c, multiply_add(v, s, constant[0]))
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
+        """Sines (phases pi / 2) of frequencies 0.35 k, scaled and shifted to gains of 1."""
+        return stable(self, _waves(degree, 0.35, math.pi / 2, tied), _affine, bounds)
+
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
+        constant, scale = factorial_weights(degree, 2)
+        return {
+            **_waves(degree, 1.0, math.pi / 4, tied),
+            "constant": np.array([scale * constant]),
+            "coefficients": np.full(degree, scale),
+        }
+
+    def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
+        """Exact: frequencies and phases move."""
+        return {
+            "constant": std * values["constant"],
+            "coefficients": std * values["coefficients"],
+            "frequencies": values["frequencies"] / std,
+            "phases": values["phases"] + wave_frequencies(values) * (mean / std),
+        }
+
+    def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
+        return fit_waves(problem, degree, tied)
+
+    def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded:
+        return _fold(values, dtype)
 
 
 def _harmonic_derivatives(
@@ -145,6 +208,103 @@ def _harmonic_derivatives(
         *(lambda k=k: waves()[k][1] for k in range(degree)),
         lambda: slope() * x,
     ]
+
+
+def _waves(degree: int, fundamental: float, phase: float, tied: bool) -> dict[str, Array]:
+    return {
+        "constant": np.zeros(1),
+        "coefficients": np.ones(degree),
+        "frequencies": fundamental * np.arange(1.0, (1 if tied else degree) + 1),
+        "phases": np.full(degree, phase),
+    }
+
+
+def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
+    scaled = {name: scale * values[name] for name in ("constant", "coefficients")}
+    scaled["constant"][0] += shift
+    return {**values, **scaled}
+
+
+def _moments(values: Values) -> Moments:
+    # E cos(u X - v) = cos(v) exp(-u^2 / 2), and E[(X^2 - 1) cos(u X - v)] is -u^2 times that.
+    a0 = float(np.asarray(values["constant"])[0])
+    w = np.asarray(wave_frequencies(values), dtype=np.float64)
+    p = np.asarray(values["phases"], dtype=np.float64)
+    a = np.asarray(values["coefficients"]) * np.exp([-math.lgamma(k + 2) for k in range(len(w))])
+
+    def expected(u: Array, v: Array) -> Array:
+        return np.cos(v) * np.exp(-(u**2) / 2)
+
+    single = a * expected(w, p)
+    pairs = np.outer(a, a) / 2
+    minus, plus = np.subtract.outer(w, w), np.add.outer(w, w)
+    cos_minus = expected(minus, np.subtract.outer(p, p))
+    cos_plus = expected(plus, np.add.outer(p, p))
+    wave_square = float((pairs * (cos_minus + cos_plus)).sum())
+    wave_growth = -float((pairs * (minus**2 * cos_minus + plus**2 * cos_plus)).sum())
+    mean_growth = -float((w**2 * single).sum())
+    wave = float(single.sum())
+    return Moments(
+        mean=a0 + wave,
+        square=a0**2 + 2 * a0 * wave + wave_square,
+        derivative_square=float((pairs * np.outer(w, w) * (cos_minus - cos_plus)).sum()),
+        mean_growth=mean_growth,
+        square_growth=2 * a0 * mean_growth + wave_growth,
+    )
+
+
+def wave_frequencies(values: Values) -> Array:
+    """The frequency of each wave of a Fourier expansion, also where one number is stored for all of them."""
+    frequencies, degree = np.asarray(values["frequencies"]), len(values["coefficients"])
+    return frequencies if len(frequencies) == degree else np.multiply.outer(np.arange(1.0, degree + 1), frequencies[0])
+
+
+def _fold(values: Values, dtype: torch.dtype) -> Folded:
+    constant, w = values["constant"].copy(), wave_frequencies(values)
+    a = values["coefficients"] / np.array([float(math.factorial(k + 1)) for k in range(len(w))])[:, None]
+    if len(values["frequencies"]) < len(w):
+        return _fold_tied(constant, a, w, values["phases"], dtype)
+    # cos(w x - p) is even: of frequencies w and -w, the one with the sign changed is the same wave.
+    w, p = np.abs(w), np.where(w < 0, -values["phases"], values["phases"])
+    constant += np.where(w == 0, a * np.cos(p), 0.0).sum(axis=0)
+    a = np.where(w == 0, 0.0, a)
+    for k in range(1, len(w)):
+        for j in range(k):
+            equal = (w[j] == w[k]) & (a[j] != 0) & (a[k] != 0)
+            if equal.any():
+                phasor = a[j] * np.exp(1j * p[j]) + a[k] * np.exp(1j * p[k])
+                a[j], p[j] = np.where(equal, np.abs(phasor), a[j]), np.where(equal, np.angle(phasor), p[j])
+                a[k] = np.where(equal, 0.0, a[k])
+    needed = _above_rounding(constant, a, w, dtype)
+    if not needed.any():
+        return constant_polynomial(constant)
+    present, a, w, p = packed(needed, a, w, p)
+    return "waves", {"constant": constant, "amplitudes": np.where(present, a, 0.0), "frequencies": w, "phases": p}
+
+
+def _fold_tied(constant: Array, a: Array, w: Array, p: Array, dtype: torch.dtype) -> Folded:
+    cosines, sines = a * np.cos(p), a * np.sin(p)
+    constant += np.where(w == 0, cosines, 0.0).sum(axis=0)
+    needed = _above_rounding(constant, np.where(w == 0, 0.0, a), np.abs(w), dtype)
+    if not needed.any():
+        return constant_polynomial(constant)
+    kept = slice(np.flatnonzero(needed.any(axis=1)).max() + 1)
+    return "harmonics", {
+        "constant": constant,
+        "cosine_amplitudes": np.where(needed, cosines, 0.0)[kept],
+        "sine_amplitudes": np.where(needed, sines, 0.0)[kept],
+        "frequencies": w[:1],
+    }
+
+
+def _above_rounding(constant: Array, a: Array, w: Array, dtype: torch.dtype) -> NDArray[np.bool_]:
+    """Which waves count beside the others in value, slope or second derivative."""
+    needed = np.zeros(w.shape, dtype=bool)
+    for order in range(3):
+        sizes = np.abs(a) * w**order
+        total = sizes.sum(axis=0) + (np.abs(constant) if order == 0 else 0.0)
+        needed |= sizes * len(w) > total * (torch.finfo(dtype).eps / 8)
+    return needed
 
 
 FOURIER = Fourier(

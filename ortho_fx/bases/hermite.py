@@ -2,16 +2,34 @@
 
 P_k = (x P_{k-1} - P_{k-2}) / k and P_k' = P_{k-1}: the value, the derivative and the gradient of every coefficient
 come out of one recurrence.
+
+Frozen, it is the same polynomial in powers of x by Horner's rule, one multiply-add a degree, where that rounds about as
+little as the recurrence does; else Clenshaw's recurrence, with the factorials in its coefficients: two a degree.
+Leading coefficients that are zero are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.polynomial import HermiteE
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Term, Value, multiply_add
+from ortho_fx.bases.basis import Basis
+from ortho_fx.bases.folded import STEP, Folded
+from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, multiply_add, renamed
+from ortho_fx.bases.numeric import sampled
+from ortho_fx.bases.stable import stable
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.least_squares import ROUNDING, Problem, damped
+from ortho_fx.moments import Array, Bounds, Moments, Values, clamped
+
+# Horner's rule replaces the recurrence where its rounding error is at most so many times that of the recurrence.
+_HORNER_ERROR = 4.0
 
 
 class Polynomials:
@@ -37,7 +55,32 @@ def _next(k: int, x: Value, last: Value, before: Value) -> Value:
     return torch.addcmul(summand, x, last, value=1.0 / k)
 
 
+def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
+    """HermiteActivation: y(x) = sum of coefficients_k He_k(x) / k!, which is our formula, from k = 0.
+
+    `coeffs` and `grid`, the coefficients and the powers of the monomials of each He_k / k!, are constants, and so is
+    `normalization_term`. Made with clamp=True, it takes z = L tanh(x / 2) in the place of x, with L = `clamp.lim_val`.
+
+    Raises:
+        OrthoFxError: a state with such a clamp, which no expansion of ours equals.
+    """
+    if "clamp.lim_val" in state:
+        limit = state["clamp.lim_val"].item()
+        raise OrthoFxError(
+            f"clamp.lim_val: no expansion equals one of {limit:.4g} tanh(x / 2), so this state cannot be converted"
+        )
+    return renamed(state, {"coefficients": "coefficients"})
+
+
 class Hermite(Basis):
+    torchortho = TorchorthoState(
+        "HermiteActivation",
+        "coeffs",
+        torchortho_parameters,
+        frozenset({"coefficients", "coeffs", "grid", "normalization_term", "act_init"}),
+    )
+    closed_form = True
+
     def evaluate(self, x: Value, *parameters: Value) -> Value:
         (coefficients,) = parameters
         polynomials = Polynomials(x)
@@ -60,8 +103,166 @@ class Hermite(Basis):
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * polynomials[k] for k in range(1, len(coefficients)))]
 
-    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (sums,)
+    def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
+        a = np.asarray(values["coefficients"], dtype=np.float64)
+        if bounds is None:
+            return _moments(a)
+        return clamped(lambda x: sampled(self, values, x), bounds, len(a))
+
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
+        """Coefficients a_k = +-0.7^(k-1) (+-1 at degree 2), signs + + - -, scaled and shifted to gains of 1."""
+        # Smaller coefficients at higher orders widen the basin from which a signal comes back: `gains(...).basin` is
+        # 3.6 where equal ones have 2.5 at degree 3, with a slope still below 1/2. A parabola gains nothing.
+        ratio = 0.7 if degree > 2 else 1.0
+        order = np.arange(degree + 1)
+        coefficients = np.array([1.0, 1.0, -1.0, -1.0])[order % 4] * ratio ** np.maximum(order - 1, 0)
+        coefficients[0] = 0.0
+        return stable(self, {"coefficients": coefficients}, _affine, bounds)
+
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
+        constant, scale = factorial_weights(degree, 1)
+        return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
+
+    def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
+        """Exact: polynomials change variable by their generating function exp(x t - t^2 / 2).
+
+        P_n(u x + v) = sum_k u^k h_{n-k} P_k(x), where m h_m = v h_{m-1} + (u^2 - 1) h_{m-2} and h_0 = 1.
+        """
+        a = np.asarray(values["coefficients"], dtype=np.float64)
+        u, v = 1 / std, -mean / std
+        h = np.zeros(len(a))
+        h[0] = 1.0
+        for m in range(1, len(a)):
+            h[m] = (v * h[m - 1] + (u**2 - 1) * (h[m - 2] if m > 1 else 0.0)) / m
+        return {"coefficients": np.array([std * u**k * (a[k:] @ h[: len(a) - k]) for k in range(len(a))])}
+
+    def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
+        """Linear in the coefficients; under the density of N(0, 1) the projection a_k = E[g(X) He_k(X)].
+
+        Polynomials are fitted in x itself: what rounding does to them is known only there.
+        """
+        return _fit(problem, degree)
+
+    def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded:
+        return _fold(values["coefficients"], interval, dtype)
+
+    def series(self, values: Values) -> Any:
+        a = values["coefficients"]
+        return HermiteE(a / np.array([float(math.factorial(k)) for k in range(len(a))]))
+
+    def remedies(self, clamp: float | None) -> tuple[str, ...]:
+        # Polynomials alone grow faster than their input.
+        return ("clamp=4",) if clamp is None else ()
+
+
+def factorial_weights(degree: int, power: int) -> tuple[float, float]:
+    """sqrt(1 - 1 / n!^power), and 1 / sqrt(sum_{k<n} 1 / k!^power)."""
+    total = math.fsum(1.0 / math.factorial(k) ** power for k in range(degree))
+    return math.sqrt(1.0 - 1.0 / math.factorial(degree) ** power), 1.0 / math.sqrt(total)
+
+
+def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
+    coefficients = scale * values["coefficients"]
+    coefficients[0] += shift
+    return {"coefficients": coefficients}
+
+
+def _moments(a: Array) -> Moments:
+    # In the orthonormal basis He_k / sqrt(k!) the coefficients are c_k = a_k / sqrt(k!); (X^2 - 1) acts on products of
+    # neighbours: E[(X^2 - 1) g^2] = E[(g^2)''] = 2 E[g'^2] + 2 E[g g''].
+    root = np.exp([-0.5 * math.lgamma(k + 1) for k in range(len(a))])
+    c = a * root
+    first = c[1:] * np.sqrt(np.arange(1, len(a)))
+    second = first[1:] * np.sqrt(np.arange(1, len(a) - 1))
+    derivative_square = float(first @ first)
+    return Moments(
+        mean=float(c[0]),
+        square=float(c @ c),
+        derivative_square=derivative_square,
+        mean_growth=float(second[0]) if len(second) else 0.0,
+        square_growth=2.0 * (derivative_square + float(c[: len(second)] @ second)),
+    )
+
+
+def _fit(problem: Problem, degree: int) -> dict[str, Array]:
+    z = problem.z
+    columns = [np.ones_like(z), z]
+    for k in range(2, degree + 1):
+        columns.append((z * columns[-1] - columns[-2]) / k)
+    basis = np.stack(columns[: degree + 1], axis=1)
+    if problem.standard:
+        factorials = np.array([math.factorial(k) for k in range(degree + 1)], dtype=float)
+        return {"coefficients": factorials * (basis.T @ (problem.weight * problem.value))}
+    slopes = np.concatenate([np.zeros((len(z), 1)), basis[:, :-1]], axis=1) * problem.inside[:, None]
+    matrix = problem.weighted(basis, slopes)
+    length = np.linalg.norm(matrix, axis=0)
+    return {"coefficients": damped(matrix / length, problem.target, np.full(degree + 1, ROUNDING)) / length}
+
+
+def _fold(a: Array, interval: Bounds | None, dtype: torch.dtype) -> Folded:
+    degree = max(int(np.flatnonzero(a.any(axis=1)).max(initial=1)), 1)
+    a = a[: degree + 1]
+    monomials = _monomials(degree)
+    c = monomials @ a
+    if interval is None:
+        sizes = np.logspace(-3, 3, 241)
+        x = np.concatenate([-sizes, [0.0], sizes])
+    else:
+        x = np.linspace(*interval, 401)
+    # c is off by its summation in float64, and by being stored, where what is too small for the dtype is lost.
+    limits = torch.finfo(dtype)
+    stored = np.where(np.abs(c) < limits.tiny, 0.0, torch.from_numpy(c).to(dtype).double().numpy())
+    off = (np.abs(monomials) @ np.abs(a) * np.finfo(np.float64).eps + np.abs(c - stored)) / (limits.eps / 2)
+    if (_horner_error(c, x) + _sum_of_powers(off, x) <= _HORNER_ERROR * recurrence_error(a, x)).all():
+        return "polynomial", {"monomial_coefficients": c}
+    weights = [1.0 / (math.factorial(k) * STEP**k) for k in range(degree + 1)]
+    return "recurrence", {"hermite_coefficients": a * np.array(weights)[:, None]}
+
+
+def _monomials(degree: int) -> Array:
+    """The coefficients of x^j in He_k / k!, in row j and column k: (-1)^m / (m! j! 2^m) with m = (k - j) / 2."""
+    table = np.zeros((degree + 1, degree + 1))
+    for k in range(degree + 1):
+        for m in range(k // 2 + 1):
+            table[k - 2 * m, k] = (-1) ** m / (math.factorial(m) * math.factorial(k - 2 * m) * 2**m)
+    return table
+
+
+def _sum_of_powers(sizes: Array, x: Array) -> Array:
+    """sum_j sizes_j |x|^j, of shape (points, groups)."""
+    return np.abs(x)[:, None] ** np.arange(len(sizes)) @ sizes
+
+
+def _horner_error(c: Array, x: Array) -> Array:
+    """What Horner's rule is off by at most, to first order and in units of half an eps, of shape (points, groups)."""
+    error = np.zeros((len(x), c.shape[1]))
+    partial = np.broadcast_to(c[-1], error.shape)
+    for j in range(len(c) - 2, -1, -1):
+        product = x[:, None] * partial
+        partial = product + c[j]
+        # To add zero is exact.
+        error += (np.abs(product) + np.where(c[j] == 0, 0.0, np.abs(partial))) * np.abs(x)[:, None] ** j
+    return error
+
+
+def recurrence_error(a: Array, x: Array) -> Array:
+    """The same of the three-term recurrence, for P_k = He_k / k!."""
+    x = x[:, None]
+    p = [np.ones_like(x), x]
+    for k in range(2, len(a)):
+        p.append((x * p[-1] - p[-2]) / k)
+    error = np.zeros((len(x), a.shape[1]))
+    total = np.zeros_like(error)
+    for k in range(len(a)):
+        term = a[k] * p[k]
+        total += term
+        error += np.abs(term) + np.abs(total)
+    # A rounding error in P_k changes the result by Clenshaw's sum b_k = a_k + x b_{k+1} / (k + 1) - b_{k+2} / (k + 2).
+    after, later = np.zeros_like(error), np.zeros_like(error)
+    for k in range(len(a) - 1, 1, -1):
+        after, later = a[k] + x * after / (k + 1) - later / (k + 2), after
+        error += np.abs(after) * (np.abs(x * p[k - 1]) / k + 2 * np.abs(p[k]))
+    return error
 
 
 HERMITE = Hermite(

@@ -6,17 +6,43 @@ A maximum of lines is the line that is the largest at the far left, and a bend a
 y(x) = s x + b + sum of d_j max(x - t_j, 0). The knots t_j and bends d_j are computed once for all x; every x then costs
 a comparison a knot, not the lines. A line that is the largest nowhere has no knot. At a knot itself the derivatives are
 those to its left, and of equal lines the first counts.
+
+Frozen, the lines that are the largest nowhere, or nowhere within the clamp, are dropped.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Term, Value, after, masked, multiply_add
+from ortho_fx.bases.basis import Basis
+from ortho_fx.bases.folded import Folded
+from ortho_fx.bases.formula import (
+    Parameter,
+    Term,
+    TorchorthoState,
+    Value,
+    after,
+    masked,
+    multiply_add,
+    renamed,
+)
+from ortho_fx.bases.knots import fit_knots, maximum_of
+from ortho_fx.bases.piecewise import (
+    lines_between_quantiles,
+    maximum_or_line,
+    maximum_pieces,
+    moments_of,
+    needed_lines,
+)
+from ortho_fx.bases.stable import stable
+from ortho_fx.least_squares import Problem
+from ortho_fx.moments import Array, Bounds, Moments, Values
 
 
 def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +65,7 @@ def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """max_k (s_k x + b_k) as a line and bends: [s, d_1, ..., d_n] and [b, t_1, ..., t_n]; and the order of the lines.
 
-    Knots that there are fewer of lie at inf, without a bend.
+    Unused knots are placed at inf, without a bend.
     """
     start, order = starts(slopes, offsets)
     ordered = slopes.gather(0, order)
@@ -89,7 +115,44 @@ class Bends:
         return [lambda: grad, *(lambda k=k: masked(self._after[k], grad) for k in range(len(self._offsets) - 1))]
 
 
-class Tropical(Basis):
+def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
+    """TropicalActivation of degree n: y(x) = sqrt(2) / n * max over k of (powers_k x + coefficients_k), from k = 0."""
+    lines = renamed(state, {"powers": "slopes", "coefficients": "offsets"})
+    if "offsets" not in lines:
+        return lines
+    dtype, scale = lines["offsets"].dtype, math.sqrt(2) / max(len(lines["offsets"]) - 1, 1)
+    return {name: line.to(dtype) * scale for name, line in lines.items()}
+
+
+class PiecewiseLinear(Basis):
+    """What the tropical bases have in common: maxima of lines, in parameters that are slopes and offsets."""
+
+    closed_form = True
+    reach = 8.0
+    piecewise = True
+    fits_in_units = True
+
+    def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
+        """Exact: lines move."""
+        moved = dict(values)
+        for slopes, offsets in (("slopes", "offsets"), ("denominator_slopes", "denominator_offsets")):
+            if offsets in values:
+                moved[offsets] = std * values[offsets] - mean * values[slopes]
+        return moved
+
+
+def affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
+    """The parameters of scale * f + shift: a maximum of shifted lines is shifted by as much."""
+    scaled = {name: scale * value for name, value in values.items()}
+    scaled["offsets"] = scaled["offsets"] + shift
+    return scaled
+
+
+class Tropical(PiecewiseLinear):
+    torchortho = TorchorthoState(
+        "TropicalActivation", "powers", torchortho_parameters, frozenset({"powers", "coefficients"})
+    )
+
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         slopes, offsets = parameters
         return bends(slopes.to(dtype), offsets.to(dtype))
@@ -101,8 +164,36 @@ class Tropical(Basis):
         maximum = Bends(x, *parameters[:2])
         return lambda: grad * maximum.slope(), maximum.terms(grad)
 
-    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def collect_prepared(
+        self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         return (shares(sums, prepared[2]),)
+
+    def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
+        return moments_of(maximum_pieces(values["slopes"], values["offsets"]), bounds)
+
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
+        """Slopes equally spaced from two fifths of the largest, and knots that part the Gaussian into equal masses."""
+        # Flatter first slopes bend it more: from a quarter on, a plain network of 128 layers does not train to 95 %.
+        slopes, offsets = lines_between_quantiles(degree, 0.4, 1.0, 0.0)
+        return stable(self, {"slopes": slopes, "offsets": offsets}, affine, bounds)
+
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
+        return paper_lines(degree)
+
+    def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
+        line, knots, turns = fit_knots(problem, degree, 0)
+        slopes, offsets = maximum_of(line, knots, turns, degree)
+        return {"slopes": slopes, "offsets": offsets}
+
+    def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded:
+        return maximum_or_line(*needed_lines(values["slopes"], values["offsets"], interval))
+
+
+def paper_lines(degree: int) -> dict[str, Array]:
+    """The paper's scale * max_k (k x + 1), with the scale sqrt(2) / n."""
+    scale = math.sqrt(2) / degree
+    return {"slopes": scale * np.arange(degree + 1.0), "offsets": np.full(degree + 1, scale)}
 
 
 TROPICAL = Tropical(

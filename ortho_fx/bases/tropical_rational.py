@@ -1,20 +1,56 @@
 """Tropical rationals, y(x) = max_k (s_k x + b_k) - max_k (t_k x + c_k), k = 0..n, whose slopes and offsets all learn.
 
 A difference of two convex functions: every continuous piecewise linear function with enough pieces is one.
+
+Frozen, each maximum keeps the lines that it needs, and a denominator of one line is subtracted from the numerator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.basis import Basis, Parameter, Term, Value
-from ortho_fx.bases.tropical import Bends, bends, shares
+from ortho_fx.bases.folded import Folded
+from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, renamed
+from ortho_fx.bases.knots import fit_knots, maximum_of
+from ortho_fx.bases.piecewise import (
+    less,
+    lines_between_quantiles,
+    maximum_or_line,
+    maximum_pieces,
+    moments_of,
+    needed_lines,
+)
+from ortho_fx.bases.stable import stable
+from ortho_fx.bases.tropical import Bends, PiecewiseLinear, affine, bends, paper_lines, shares
+from ortho_fx.least_squares import Problem
+from ortho_fx.moments import Array, Bounds, Moments, Values
 
 
-class TropicalRational(Basis):
+def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
+    """TropicalRationalActivation: max_k (powers_num_k x + coefficients_num_k) less the same of `_denom`, from k = 0."""
+    return renamed(
+        state,
+        {
+            "powers_num": "slopes",
+            "coefficients_num": "offsets",
+            "powers_denom": "denominator_slopes",
+            "coefficients_denom": "denominator_offsets",
+        },
+    )
+
+
+class TropicalRational(PiecewiseLinear):
+    torchortho = TorchorthoState(
+        "TropicalRationalActivation",
+        "powers_num",
+        torchortho_parameters,
+        frozenset({"powers_num", "coefficients_num", "powers_denom", "coefficients_denom", "act_init"}),
+    )
+
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         slopes, offsets, order = bends(*_pairs(dtype, parameters))
         return slopes[:, 0], offsets[:, 0], slopes[:, 1], offsets[:, 1], order
@@ -28,12 +64,58 @@ class TropicalRational(Basis):
         terms = [term for part in (above, below) for factor in (moment, grad) for term in part.terms(factor)]
         return lambda: grad * (above.slope() - below.slope()), terms
 
-    def collect(self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def collect_prepared(
+        self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         # [k, above or below, of slopes or offsets, ...], and what is below counts negative.
         after_knots = sums.unflatten(0, (2, 2, -1)).movedim(2, 0)
         sign = (1 - 2 * torch.arange(2, device=sums.device)).reshape(2, *(1 for _ in sums.shape))
         gradients = shares(after_knots, prepared[4].unsqueeze(2)) * sign
         return gradients[:, 0, 0], gradients[:, 0, 1], gradients[:, 1, 0], gradients[:, 1, 1]
+
+    def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
+        up = maximum_pieces(values["slopes"], values["offsets"])
+        down = maximum_pieces(values["denominator_slopes"], values["denominator_offsets"])
+        return moments_of(less(up, down), bounds)
+
+    def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
+        """As the tropical start with slopes from a quarter of the largest, over a denominator half as steep."""
+        # With knots between the numerator's: no piece of the one mirrors the gradient of the other.
+        slopes, offsets = lines_between_quantiles(degree, 0.25, 1.0, 0.0)
+        denominator_slopes, denominator_offsets = lines_between_quantiles(degree, 0.125, 0.5, -0.5)
+        values = {
+            "slopes": slopes,
+            "offsets": offsets,
+            "denominator_slopes": denominator_slopes,
+            "denominator_offsets": denominator_offsets,
+        }
+        return stable(self, values, affine, bounds)
+
+    def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
+        """The tropical start over a denominator of zeros: the paper starts its rational from fits only."""
+        zeros = np.zeros(degree + 1)
+        return {**paper_lines(degree), "denominator_slopes": zeros, "denominator_offsets": zeros.copy()}
+
+    def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
+        """Knots that turn up belong to the numerator, those that turn down to the denominator."""
+        line, knots, turns = fit_knots(problem, degree, degree)
+        up = turns > 0
+        slopes, offsets = maximum_of(line, knots[up], turns[up], degree)
+        denominator_slopes, denominator_offsets = maximum_of(np.zeros(2), knots[~up], -turns[~up], degree)
+        return {
+            "slopes": slopes,
+            "offsets": offsets,
+            "denominator_slopes": denominator_slopes,
+            "denominator_offsets": denominator_offsets,
+        }
+
+    def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded:
+        slopes, offsets = needed_lines(values["slopes"], values["offsets"], interval)
+        down, below = needed_lines(values["denominator_slopes"], values["denominator_offsets"], interval)
+        if len(down) == 1:
+            return maximum_or_line(slopes - down, offsets - below)
+        constants = {"slopes": slopes, "offsets": offsets, "denominator_slopes": down, "denominator_offsets": below}
+        return "difference", constants
 
 
 def _pairs(dtype: torch.dtype, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

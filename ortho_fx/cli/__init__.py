@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
     parsed = None
     try:
+        _load_plugins()
         parser = make_parser()
         _complete(parser)
         parsed = parser.parse_args(arguments)
@@ -31,6 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = getattr(parsed, "to_go_on", None)
         print("ortho-fx: interrupted" + (f"; {how}" if how else ""), file=sys.stderr)
         return 130
+
+
+def _load_plugins() -> None:
+    """Imports the modules that installed packages name in the entry points `ortho_fx.bases`: they register bases."""
+    for entry in importlib.metadata.entry_points(group="ortho_fx.bases"):
+        try:
+            entry.load()
+        except Exception as error:
+            raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of ortho_fx.bases: {error}") from error
 
 
 def _complete(parser: Parser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ortho_fx.bases import BASES
-from ortho_fx.cli.parser import TIED, Commands, Parser
+from ortho_fx.cli.parser import Commands, Parser, tied_help
 from ortho_fx.errors import OrthoFxError
 
 
@@ -30,7 +30,7 @@ def add(commands: Commands[Parser]) -> None:
         "--degrees", nargs="+", type=int, metavar="DEGREE", help="degrees of each basis (default: a selection)"
     )
     command.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
-    command.add_argument("--tied", action="store_true", help=TIED)
+    command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     command.add_argument(

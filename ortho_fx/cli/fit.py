@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ortho_fx.bases import BASES
-from ortho_fx.cli.parser import TIED, Commands, Parser
+from ortho_fx.cli.parser import Commands, Parser, tied_help
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.fit import fit
 from ortho_fx.passes.targets import BY_NAME, choose_targets
@@ -25,7 +25,7 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)} (default hermite)")
     command.add_argument("--degree", type=int, help="degree of the expansion (default: that of the basis)")
     command.add_argument("--clamp", type=float, help="cut inputs off so many standard deviations from the mean")
-    command.add_argument("--tied", action="store_true", help=TIED)
+    command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--weight", default="gaussian", help="gaussian (default), or uniform on the interval")
     command.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of x")
     command.add_argument("--mean", type=float, default=0.0, help="mean of the gaussian weight (default 0)")

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from ortho_fx.config import what_ties
 from ortho_fx.errors import OrthoFxError
 
 Commands = argparse._SubParsersAction
-TIED = "make the frequencies of fourier multiples of one that learns"
+
+
+def tied_help() -> str:
+    """What `--help` says of --tied: which bases can."""
+    return f"make the {what_ties()} multiples of one that learns"
 
 
 class Parser(argparse.ArgumentParser):

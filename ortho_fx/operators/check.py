@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx import generated_code
-from ortho_fx.bases import BASES, Basis
+from ortho_fx.bases import Basis, basis_named
 from ortho_fx.operators import formulas, support
 from ortho_fx.operators.registration import operator
 
@@ -90,4 +90,4 @@ def _exact(basis: Basis, cases: list[list[Tensor]]) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"wrong": wrong(BASES[sys.argv[1]], sys.argv[2])}))
+    print(json.dumps({"wrong": wrong(basis_named(sys.argv[1]), sys.argv[2])}))

@@ -16,7 +16,7 @@ def forward_formula(basis: Basis) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, *parameters: Tensor, channel_dim: int) -> Tensor:
         dtype, order = parts.compute_dtype(x.dtype), parts.memory_order(x)
-        values = [p.to(dtype) for p in basis.prepare(dtype, *parameters)]
+        values = [p.to(dtype) for p in basis.prepare(dtype, *parameters)[: len(parameters)]]
         groups = parts.groups_of(parameters)
         if groups is None:
             return parts.rounded(basis.evaluate(x.to(dtype), *values), x.dtype)
@@ -30,7 +30,7 @@ def forward_formula(basis: Basis) -> Callable[..., Tensor]:
 def backward_of_parts(basis: Basis, grad: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and the terms summed over each group.
 
-    Tensors are as `parts.split` returns them, and parameters as `Basis.prepare` does.
+    Tensors are as `parts.split` returns them, and parameters what formulas take of `Basis.prepare`.
     """
     dtype = parts.compute_dtype(x.dtype)
     values = [p.to(dtype) if p.dim() == 1 else p.to(dtype).unsqueeze(-1) for p in parameters]
@@ -45,7 +45,7 @@ def backward_formula(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
         order, groups = parts.memory_order(x), parts.groups_of(parameters)
         split = [parts.split(tensor, order, groups, channel_dim) for tensor in (grad, x)]
         prepared = basis.prepare(parts.compute_dtype(x.dtype), *parameters)
-        grad_x, sums = backward_of_parts(basis, *split, *prepared)
+        grad_x, sums = backward_of_parts(basis, *split, *prepared[: len(parameters)])
         return parts.join(grad_x, x, order), *parts.collect(basis, sums, parameters, prepared)
 
     return backward

@@ -232,7 +232,8 @@ def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:
     return sum(int(parameter.get_size()[0]) for parameter in learned)
 
 
-def _register(basis: Basis) -> None:
+def register(basis: Basis) -> None:
+    """Defines the twins of a basis' operators, and how Inductor lowers them."""
     name = f"{basis.name}_backward"
     parameters = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
     _LIBRARY.define(f"{basis.name}(Tensor x, {parameters}, int channel_dim) -> Tensor")
@@ -401,11 +402,11 @@ def _table(tracing: Any) -> Any:
 
 
 for _basis in BASES.values():
-    _register(_basis)
+    register(_basis)
 _guard()
 
 # An entry that decomposes nothing, for a trace to be known as one for Inductor. A copy of the table that was made
 # before would lack it.
-_MARK = torch.ops.ortho_fx_inductor.hermite.default
+_MARK = next(iter(PLAIN_TWINS))
 _inductor.decompositions[_MARK] = lambda *_: NotImplemented
 _inductor.fast_random_decomps.cache_clear()

@@ -77,7 +77,7 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
 def collect(basis: Basis, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the learnable parameters, in their dtypes, from the terms summed over each group."""
     sums = sums.reshape(sums.shape[0], *parameters[0].shape[1:])
-    gradients = basis.collect(sums, [parameter.to(sums.dtype) for parameter in parameters], prepared)
+    gradients = basis.collect_prepared(sums, [parameter.to(sums.dtype) for parameter in parameters], prepared)
     learned = [p for p, described in zip(parameters, basis.parameters, strict=True) if described.learnable]
     if {p.dtype for p in learned} == {learned[0].dtype} != {sums.dtype}:
         # One cast, not one for each.

@@ -37,6 +37,11 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def is_defined(name: str) -> bool:
+    """Whether there is an operator of this name."""
+    return hasattr(getattr(torch.ops, NAMESPACE), name)
+
+
 def schemas(basis: Basis) -> tuple[str, str]:
     """The arguments and results of a basis' forward and backward operators.
 

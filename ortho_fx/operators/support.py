@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx import torch_private
-from ortho_fx.bases import BASES, Basis
+from ortho_fx.bases import BASES, OURS, Basis
 from ortho_fx.operators import decomposition as plain
 from ortho_fx.operators import parts
 
@@ -41,6 +41,10 @@ _CHECK_SECONDS = 300
 _reasons: dict[str, str] = {}
 # What stands for each operator in a graph for Inductor, by the operator's name: the lowering fills it.
 LOWERED: dict[str, Callable[..., Any]] = {}
+# What stands for each operator in any other graph.
+_PLAIN: dict[str, Callable[..., Any]] = {}
+# Digests of the formulas of bases from outside, by the basis' name.
+_digests: dict[str, str] = {}
 # Bases and kinds of device for which the decision has been made.
 _met: set[tuple[str, str]] = set()
 # The module `lowering`, when it has been imported, and whether that was tried.
@@ -51,6 +55,31 @@ _tried = False
 def reason(basis: Basis) -> str | None:
     """Why operators of a basis are not lowered by our own kernels in this process; None where they are."""
     return _reasons.get(basis.name)
+
+
+def add(basis: Basis) -> None:
+    """Takes a basis in: how its operators are decomposed."""
+    names = basis.name, f"{basis.name}_backward"
+    functions = plain.decompositions(basis, partial(plain.forward, basis), partial(plain.backward, basis))
+    _PLAIN.update(zip(names, functions, strict=True))
+
+
+def add_from_outside(basis: Basis, digest: str) -> None:
+    """The same for a basis that is not ours; its lowering too, if ours have been registered already.
+
+    Args:
+        basis: its operators have been registered.
+        digest: of all that decides what code they are compiled to.
+    """
+    add(basis)
+    _digests[basis.name] = digest
+    if _lowering is not None:
+        try:
+            in_a_thread(lambda: _lowering.register(basis))
+        except Exception as error:
+            fall_back(basis, _failed(error))
+    elif _tried:  # and it failed: a warning has said so
+        _use_plain(basis, next(iter(_reasons.values())))
 
 
 def meet_inductor(basis: Basis, device_type: str) -> None:
@@ -134,7 +163,8 @@ def _tag_caches() -> None:
     version of these formulas would be answered with code compiled from the old ones. The setting belongs to a thread,
     so that each trace looks whether it is there.
     """
-    tag = f"[ortho_fx {formulas_digest()} {' '.join(sorted(_reasons))}]"
+    outside = "".join(f" {name}={digest}" for name, digest in sorted(_digests.items()))
+    tag = f"[ortho_fx {formulas_digest()} {' '.join(sorted(_reasons))}{outside}]"
     others = re.sub(r"\[ortho_fx .*?\]", "", torch.compiler.config.cache_key_tag)
     if torch.compiler.config.cache_key_tag != others + tag:
         torch.compiler.config.cache_key_tag = others + tag
@@ -143,7 +173,7 @@ def _tag_caches() -> None:
 def lose(basis: Basis, error: Exception) -> None:
     """As `fall_back`, for a lowering that failed; on a release that it was not tested on, for processes to come too."""
     fall_back(basis, _failed(error))
-    if not torch_private.is_tested() and not isinstance(error, OSError | MemoryError):
+    if basis in OURS and not torch_private.is_tested() and not isinstance(error, OSError | MemoryError):
         for name, device_type in _met:
             if name == basis.name:
                 _keep_verdict(basis, device_type, _reasons[basis.name])
@@ -153,8 +183,10 @@ def _verdict(basis: Basis, device_type: str, check: bool) -> str | None:
     """What is known to be wrong with the lowering of a basis; None where it works.
 
     Where nothing is known, `check` has it found out once for an installation, by `ortho_fx.operators.check` in a
-    process of its own: it may hang or crash.
+    process of its own: it may hang or crash. That process does not know a basis from outside, whose kernels are made as
+    ours are: what is known of the first of ours holds for it.
     """
+    basis = basis if basis in OURS else OURS[0]
     kept = _kept_verdicts(device_type)
     if basis.name in kept or not check:
         return kept.get(basis.name)
@@ -251,12 +283,5 @@ def formulas_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-_PLAIN = {
-    name: decompose
-    for basis in BASES.values()
-    for name, decompose in zip(
-        (basis.name, f"{basis.name}_backward"),
-        plain.decompositions(basis, partial(plain.forward, basis), partial(plain.backward, basis)),
-        strict=True,
-    )
-}
+for _basis in BASES.values():
+    add(_basis)

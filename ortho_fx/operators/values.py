@@ -36,6 +36,12 @@ class Value:
     def __sub__(self, other: Value | float) -> Value:
         return self._of(self._operations.sub(self.value, self._raw(other)))
 
+    def __rsub__(self, other: float) -> Value:
+        return self._of(self._operations.sub(self._raw(other), self.value))
+
+    def __neg__(self) -> Value:
+        return self * -1.0
+
     def __mul__(self, other: Value | float) -> Value:
         return self._of(self._operations.mul(self.value, self._raw(other)))
 

@@ -23,7 +23,7 @@ def gradients(basis: Basis, grad: torch.Tensor, x: torch.Tensor, *parameters: to
     """The gradient of x and of each learnable parameter."""
     prepared = basis.prepare(x.dtype, *parameters)
     grad_x, terms = basis.derivatives(grad, x, *prepared)
-    return [grad_x(), *basis.collect(torch.stack([term().sum() for term in terms]), parameters, prepared)]
+    return [grad_x(), *basis.collect_prepared(torch.stack([term().sum() for term in terms]), parameters, prepared)]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 32])

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ortho_fx import HermiteActivation, OrthoFxError, calibrate_, gains, rewrite_
-from ortho_fx.initialisation import initial_parameters, rescale
+from ortho_fx.initialisation import initial_parameters
 from tests.kinds import KINDS, basis_of, config_of
 
 
@@ -21,7 +21,7 @@ def test_rescaling_is_the_change_of_variable(name, degree, mean, std):
     start = initial_parameters(config_of(name, degree))
     z = torch.linspace(-4, 4, 101, dtype=torch.float64)
     expected = std * evaluate(name, start, z)
-    torch.testing.assert_close(evaluate(name, rescale(basis_of(name).name, start, mean, std), mean + std * z), expected)
+    torch.testing.assert_close(evaluate(name, basis_of(name).rescale(start, mean, std), mean + std * z), expected)
 
 
 @pytest.mark.parametrize("name", KINDS)

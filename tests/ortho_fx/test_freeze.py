@@ -26,8 +26,9 @@ from ortho_fx import (
 )
 from ortho_fx.activations import make_activation
 from ortho_fx.bases import BASES
-from ortho_fx.freeze import FrozenExpansion, _recurrence_error, freeze_
-from ortho_fx.moments import wave_frequencies
+from ortho_fx.bases.fourier import wave_frequencies
+from ortho_fx.bases.hermite import recurrence_error
+from ortho_fx.freeze import FrozenExpansion, freeze_
 from tests.kinds import KINDS, basis_of, config_of
 
 CHANNELS = 4
@@ -69,7 +70,7 @@ def rounding(activation, x):
         for name, value in values.items()
     }
     if activation.basis.name == "hermite":
-        size = 2.5 * _recurrence_error(values["coefficients"], x[:, 0])
+        size = 2.5 * recurrence_error(values["coefficients"], x[:, 0])
     elif activation.basis.name == "fourier":
         factorials = np.array([float(math.factorial(k + 1)) for k in range(activation.config.degree)])
         frequencies = wave_frequencies(values)
