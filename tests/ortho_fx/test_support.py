@@ -1,6 +1,7 @@
 """Releases of PyTorch that nobody has seen yet: without a private name, with one that behaves otherwise."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -201,3 +202,10 @@ def test_a_missing_cpp_compiler_is_named(tmp_path):
     command = [sys.executable, "-m", "ortho_fx.cli", "doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert f"C++ compiler: {said}" in done.stdout
+
+
+def test_the_factor_that_the_warning_names_was_measured():
+    file = SERVER.parents[1] / "benchmarks" / "results" / "lowering_cpu.json"
+    rows = [row for record in json.loads(file.read_text()).values() for row in record["rows"].values()]
+    largest = math.ceil(10 * max(row["plain / own"] for row in rows)) / 10
+    assert f"up to {largest} times slower" in torch_private.INDUCTOR.without
