@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ortho_fx import torch_private
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.graph import find_matches
+from ortho_fx.passes.graph.matches import find_matches
 from ortho_fx.passes.targets import choose_targets
 
 

@@ -29,6 +29,7 @@ from ortho_fx.activations import ExpansionActivation, channel_dim_of, refuse_scr
 from ortho_fx.bases.fourier import harmonics
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.moments import Array, Values, wave_frequencies
+from ortho_fx.passes.expansions import Expansion
 
 # A form by name and its constants by name, each of shape (terms, groups).
 Folded = tuple[str, dict[str, Array]]
@@ -84,7 +85,7 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-class FrozenExpansion(nn.Module):
+class FrozenExpansion(Expansion):
     """The function of an expansion, in the cheapest form that equals it. Made by `freeze_`.
 
     Form and constants, of shape (terms,), or (terms, channels) with one expansion a channel or group:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ortho_fx.freeze import OURS
 from ortho_fx.passes import substitute
-from ortho_fx.passes.graph import find_matches
+from ortho_fx.passes.expansions import Expansion
+from ortho_fx.passes.graph.matches import find_matches
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.source import find_calls, may_activate, source_of
@@ -57,7 +57,7 @@ def _find(model: nn.Module, table: TargetTable, share: bool) -> Iterator[Occurre
         yield Occurrence(site, model, substitute.module_in(()))
         return
     for prefix, owner in list(model.named_modules()):
-        if isinstance(owner, OURS) or (owner is not model and _function_of(owner) is not None):
+        if isinstance(owner, Expansion) or (owner is not model and _function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             yield from _scripted(prefix, owner)
@@ -87,7 +87,7 @@ def _function_of(module: nn.Module) -> str | None:
 
 def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
-        if child is None or isinstance(child, OURS):
+        if child is None or isinstance(child, Expansion):
             continue
         name, function, places = _join(prefix, key), _function_of(child), ((owner, key),)
         if function is not None:

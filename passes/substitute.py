@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ortho_fx.passes.graph import Match, piece
+from ortho_fx.passes.graph.matches import Match, piece
 from ortho_fx.passes.source import rewrite_class, set_class, source_of
 
 Substitute = Callable[[nn.Module], None]
