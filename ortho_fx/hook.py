@@ -37,9 +37,10 @@ from ortho_fx.frames import Frame
 from ortho_fx.freeze import OURS
 from ortho_fx.operators.support import in_a_thread
 from ortho_fx.passes import substitute
+from ortho_fx.passes.graph.choose import check_needs_no_example
 from ortho_fx.passes.graph.matches import Match, find_matches
 from ortho_fx.passes.targets import TargetTable, choose_targets
-from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
+from ortho_fx.rewrite import find_sites, rewrite_
 from ortho_fx.toolchain import NoCompiler, cpp_compiler
 
 _dynamo = torch_private.load(torch_private.HOOK)

@@ -7,10 +7,11 @@ activation derives from `Expansion`; whoever runs the passes hands them a `Facto
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from ortho_fx.bases import Basis
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.histogram import Histogram
 
@@ -23,6 +24,7 @@ class LearnableExpansion(Expansion):
     """An expansion with parameters, which the passes start and lower."""
 
     config: ExpansionConfig
+    basis: ClassVar[Basis]
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Any, Any]:
         """The values that `config.init` asks for, by name, and the fit that they come from or None."""

@@ -86,7 +86,7 @@ def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
     frontier = {node}
     while len(inside) < _MOST_NODES and frontier:
         latest = max(frontier, key=order.__getitem__)
-        if _name(latest) is None or (may_change_input(latest) and latest is not node):
+        if elementwise_name(latest) is None or (may_change_input(latest) and latest is not node):
             return None
         inside.add(latest)
         frontier = (frontier - {latest}) | set(latest.all_input_nodes)
@@ -117,7 +117,7 @@ def _is_activation(node: fx.Node) -> bool:
     return target is not None and not target.gate
 
 
-def _name(node: fx.Node) -> str | None:
+def elementwise_name(node: fx.Node) -> str | None:
     """What an elementwise node is called in an expression, methods with a dot before; None for any other."""
     if node.op == "call_method" and str(node.target) in METHODS:
         return f".{str(node.target).removesuffix('_')}"
@@ -130,7 +130,7 @@ def _name(node: fx.Node) -> str | None:
 
 
 def _base(node: fx.Node) -> str:
-    return (_name(node) or "").rpartition(".")[2]
+    return (elementwise_name(node) or "").rpartition(".")[2]
 
 
 def _text(value: object, argument: fx.Node) -> str | None:
@@ -139,7 +139,7 @@ def _text(value: object, argument: fx.Node) -> str | None:
         return "x"
     if isinstance(value, bool | int | float | str | None):
         return repr(value)
-    name = _name(value) if isinstance(value, fx.Node) else None
+    name = elementwise_name(value) if isinstance(value, fx.Node) else None
     if not isinstance(value, fx.Node) or name is None:
         return None
     arguments = [_text(part, argument) for part in value.args]
