@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -51,8 +52,8 @@ class Entry:
             node.meta[NOTE] = self.site
         return changed
 
-    def describe(self, **changes: object) -> None:
-        self.site = replace(self.site, **changes)  # type: ignore[arg-type]
+    def describe(self, **changes: Any) -> None:
+        self.site = Site(**{**vars(self.site), **changes})
 
 
 @dataclass(eq=False)
@@ -65,6 +66,7 @@ class Context:
         share: whether an activation that several places share stays one.
         example_inputs: what to run a copy of the model with; None where no config asks for it.
         factory, calibrate: how expansions are made, and started for measured inputs.
+        graphs: the graph modules in the model: itself, and those of regions such as checkpointed ones.
         entries: the sites, in the order of the model's modules and of the nodes of a graph.
         earlier: how many expansions the model held before.
         unchanged: a copy of the model from before the first edit, where inputs have to be measured.
@@ -76,13 +78,7 @@ class Context:
     example_inputs: Batch | None
     factory: Factory
     calibrate: Calibrate
+    graphs: tuple[fx.GraphModule, ...] = ()
     entries: list[Entry] = field(default_factory=list)
     earlier: int = 0
     unchanged: nn.Module | None = None
-
-
-def graph_modules(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graph modules in a model, by name: the model itself, and those of regions such as checkpointed ones."""
-    for name, module in model.named_modules():
-        if isinstance(module, fx.GraphModule):
-            yield name, module

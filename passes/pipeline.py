@@ -28,7 +28,7 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import expansions
-from ortho_fx.passes.context import NOTE, ConfigMap, Context, Entry, graph_modules
+from ortho_fx.passes.context import NOTE, ConfigMap, Context, Entry
 from ortho_fx.passes.graph.choose import choose
 from ortho_fx.passes.graph.find import find
 from ortho_fx.passes.graph.initialise import initialise
@@ -124,6 +124,7 @@ def run(
     disabled = disabled_passes(disable)
     if sharing not in ("instance", "site"):
         raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
+    modules = list(model.modules())
     context = Context(
         config=config,
         table=choose_targets(targets),
@@ -131,17 +132,18 @@ def run(
         example_inputs=example_inputs,
         factory=factory or expansions.provided_factory(),
         calibrate=calibrate or expansions.provided_calibration(),
-        earlier=sum(isinstance(module, expansions.Expansion) for module in model.modules()),
+        graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
+        earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )
     folder = _folder(graphs)
     _write(folder, "0_before", model)
-    notes = {(owner, node.name): node.meta.get(NOTE) for _, owner in graph_modules(model) for node in owner.graph.nodes}
+    notes = {(owner, node.name): node.meta.get(NOTE) for owner in context.graphs for node in owner.graph.nodes}
     backups: dict[fx.GraphModule, fx.Graph] = {}
     edits = {}
     try:
         for number, (name, run_pass) in enumerate(PASSES.items(), 1):
             if name == "substitute" and name not in disabled:
-                backups = {owner: copy.deepcopy(owner.graph) for _, owner in graph_modules(model)}
+                backups = {owner: copy.deepcopy(owner.graph) for owner in context.graphs}
             if name not in disabled:
                 edits[name] = run_pass(model, context)
             else:
@@ -207,7 +209,7 @@ def _undo(
             delattr(entry.occurrence.owner, key)
     chosen = {id(entry.expansion) for entry in ours}
     revert_expansions(model, lambda expansion: id(expansion) in chosen)
-    for _, owner in graph_modules(model):
+    for owner in context.graphs:
         for node in owner.graph.nodes:
             note = notes.get((owner, node.name))
             node.meta.pop(NOTE, None)

@@ -27,7 +27,9 @@ def choose(model: nn.Module, context: Context) -> int:
     if context.entries and not pending:
         return 0
     for entry in pending:
-        entry.describe(reason=entry.site.reason or reason_not_chosen(entry.site, context.table))
+        reason = entry.site.reason or reason_not_chosen(entry.site, context.table)
+        if reason != entry.site.reason:
+            entry.describe(reason=reason)
     configs = _configs([entry.site for entry in context.entries], context.config, strict=not context.earlier)
     chosen = {id(entry): config for entry, config in zip(context.entries, configs, strict=True)}
     wanted = [chosen[id(entry)] for entry in pending if not entry.site.reason]
@@ -38,10 +40,11 @@ def choose(model: nn.Module, context: Context) -> int:
         observed = observe(model, context.table, context.example_inputs, share=context.share)
         for entry, seen in zip(context.entries, observed, strict=True):
             entry.seen = seen
+    told = {config: str(config) for config in chosen.values()}
     for entry in pending:
         config = chosen[id(entry)]
         reason = entry.site.reason or _obstacle(config, entry)
-        entry.describe(reason=reason, expansion=None if reason else str(config))
+        entry.describe(reason=reason, expansion=None if reason else told[config])
         entry.config, entry.decided = None if reason else config, True
     decided = [entry.config for entry in context.entries if entry.config is not None]
     if not decided and not context.earlier:

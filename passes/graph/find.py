@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx, nn
 
-from ortho_fx.passes.context import NOTE, Context, Entry, graph_modules
+from ortho_fx.passes.context import NOTE, Context, Entry
 from ortho_fx.passes.find import Occurrence, list_occurrences
 
 
 def find(model: nn.Module, context: Context) -> int:
     """Records every activation, gates included, and notes its `Site` on its nodes; the number of notes that are new."""
     known = {entry.site.name for entry in context.entries}
-    calls = _calls_of_modules(model)
+    calls = _calls_of_modules(context.graphs)
     edits = 0
     for occurrence in list_occurrences(model, share=context.share):
         if occurrence.site.name not in known:
@@ -27,10 +29,10 @@ def _is_unknown(node: fx.Node, entry: Entry) -> bool:
     return note is None or (note.name, note.function) != (entry.site.name, entry.site.function)
 
 
-def _calls_of_modules(model: nn.Module) -> dict[int, list[fx.Node]]:
+def _calls_of_modules(graphs: Iterable[fx.GraphModule]) -> dict[int, list[fx.Node]]:
     """The nodes that call a child, by the identity of that child."""
     calls: dict[int, list[fx.Node]] = {}
-    for _, owner in graph_modules(model):
+    for owner in graphs:
         for node in owner.graph.nodes:
             if node.op == "call_module":
                 calls.setdefault(id(owner.get_submodule(str(node.target))), []).append(node)

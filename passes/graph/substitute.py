@@ -26,7 +26,8 @@ def substitute(model: nn.Module, context: Context) -> int:
         OrthoFxError: a device that is gone.
     """
     pending = [entry for entry in context.entries if entry.config is not None and entry.expansion is None]
-    made = [_make(model, context, entry, entry.config) for entry in pending if entry.config is not None]
+    starts = {entry.config: replace(entry.config, init="stable") for entry in pending if entry.config is not None}
+    made = [_make(model, context, entry, starts[entry.config]) for entry in pending if entry.config is not None]
     for entry, expansion in zip(pending, made, strict=True):
         entry.expansion = expansion
         entry.occurrence.substitute(expansion)
@@ -38,7 +39,7 @@ def _make(model: nn.Module, context: Context, entry: Entry, config: ExpansionCon
     device, dtype = _placement(model, entry)
     try:
         expansion = context.factory(
-            replace(config, init="stable"),
+            config,
             channels=entry.seen and entry.seen.channels,
             channel_dim=entry.seen and entry.seen.channel_dim,
             reference=entry.occurrence.reference,

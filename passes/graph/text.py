@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.passes.context import NOTE, graph_modules
+from ortho_fx.passes.context import NOTE
 from ortho_fx.passes.expansions import LearnableExpansion
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.targets import OPERATOR
@@ -18,7 +18,9 @@ _MOST_NUMBERS = 8
 def graph_text(model: nn.Module) -> str:
     """Every graph of a model, with what the passes have noted on the nodes, and the expansions' parameters."""
     parts = []
-    for name, owner in graph_modules(model):
+    for name, owner in model.named_modules():
+        if not isinstance(owner, fx.GraphModule):
+            continue
         lines = [f"graph {name or 'of the model'}:", *(f"  {_line(node)}" for node in owner.graph.nodes)]
         parts.append("\n".join(lines))
     numbers = [
