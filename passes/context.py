@@ -66,6 +66,7 @@ class Context:
         share: whether an activation that several places share stays one.
         example_inputs: what to run a copy of the model with; None where no config asks for it.
         factory, calibrate: how expansions are made, and started for measured inputs.
+        replaces: whether the run comes to `substitute`; if so, a model with nothing to replace is an error.
         graphs: the graph modules in the model: itself, and those of regions such as checkpointed ones.
         entries: the sites, in the order of the model's modules and of the nodes of a graph.
         earlier: how many expansions the model held before.
@@ -78,6 +79,7 @@ class Context:
     example_inputs: Batch | None
     factory: Factory
     calibrate: Calibrate
+    replaces: bool = True
     graphs: tuple[fx.GraphModule, ...] = ()
     entries: list[Entry] = field(default_factory=list)
     earlier: int = 0

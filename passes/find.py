@@ -19,8 +19,8 @@ from torch import fx, nn
 
 from ortho_fx.passes import substitute
 from ortho_fx.passes.expansions import Expansion
-from ortho_fx.passes.graph.matches import Match, find_matches
-from ortho_fx.passes.graph.pairs import Derivative, derivatives
+from ortho_fx.passes.graph.matches import Match
+from ortho_fx.passes.graph.pairs import with_derivatives
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.source import find_calls, may_activate, source_of
@@ -220,11 +220,8 @@ def _holds(owner: nn.Module, name: str) -> bool:
 
 
 def _nodes(prefix: str, owner: fx.GraphModule) -> Iterator[Occurrence]:
-    matches = find_matches(owner.graph)
-    known = derivatives(owner.graph, matches)
-    for match in matches:
+    for match, derivative in with_derivatives(owner.graph):
         name = f"{match.node.name}_expansion"
-        derivative = known.get(match.node, Derivative())
         reason = derivative.reason if match.argument is not None else "its input is no tensor of the graph"
         site = Site(_join(prefix, name), match.kind, match.function, f"node {match.node.name}", reason=reason)
         put = substitute.node_in(owner, match, name)

@@ -88,7 +88,9 @@ class Record:
     def __str__(self) -> str:
         width = max(map(len, PASSES))
         lines = [f"{'pass':<{width}}  edits"]
-        lines += [f"{name:<{width}}  {self.edits.get(name, 'disabled')}" for name in PASSES]
+        for name in PASSES:
+            fate = "disabled" if name in self.disabled else "not run"
+            lines.append(f"{name:<{width}}  {self.edits.get(name, fate)}")
         if self.sites:
             lines += ["", format_sites(self.sites)]
         if self.gradients:
@@ -104,6 +106,7 @@ def run(
     sharing: str = "instance",
     example_inputs: Batch | None = None,
     disable: Iterable[str] = (),
+    until: str | None = None,
     graphs: str | os.PathLike[str] | None = None,
     factory: expansions.Factory | None = None,
     calibrate: expansions.Calibrate | None = None,
@@ -114,6 +117,7 @@ def run(
         model: a graph module, from `symbolic_trace`, `torch.export`, `make_fx` or Dynamo, or any other module.
         config, targets, sharing, example_inputs: as in `ortho_fx.rewrite_`.
         disable: names of passes to leave out.
+        until: the last pass to run; all of them when omitted. One that comes before substitute only looks.
         graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
         factory, calibrate: what makes and calibrates expansions, if not ortho_fx's own.
 
@@ -122,6 +126,7 @@ def run(
             passes raise. The model is then as it was.
     """
     disabled = disabled_passes(disable)
+    _check_name(until, "until=")
     if sharing not in ("instance", "site"):
         raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
     modules = list(model.modules())
@@ -132,6 +137,7 @@ def run(
         example_inputs=example_inputs,
         factory=factory or expansions.provided_factory(),
         calibrate=calibrate or expansions.provided_calibration(),
+        replaces=until not in ("find", "choose") and "substitute" not in disabled,
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )
@@ -149,6 +155,8 @@ def run(
             else:
                 _leave_undone(name, context)
             _write(folder, f"{number}_{name}", model)
+            if name == until:
+                break
     except BaseException:
         _undo(model, context, backups, notes)
         raise
@@ -171,9 +179,13 @@ def disabled_passes(names: Iterable[str]) -> list[str]:
     asked = [(name, "disable=") for name in ((names,) if isinstance(names, str) else names)]
     asked += [(name.strip(), DISABLE_VARIABLE) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")]
     for name, where in asked:
-        if name and name not in PASSES:
-            raise OrthoFxError(f"unknown pass {name!r} in {where}; passes are {', '.join(PASSES)}")
+        _check_name(name, where)
     return [name for name in PASSES if any(name == other for other, _ in asked)]
+
+
+def _check_name(name: str | None, where: str) -> None:
+    if name and name not in PASSES:
+        raise OrthoFxError(f"unknown pass {name!r} in {where}; passes are {', '.join(PASSES)}")
 
 
 def _leave_undone(name: str, context: Context) -> None:

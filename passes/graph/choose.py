@@ -47,7 +47,7 @@ def choose(model: nn.Module, context: Context) -> int:
         entry.describe(reason=reason, expansion=None if reason else told[config])
         entry.config, entry.decided = None if reason else config, True
     decided = [entry.config for entry in context.entries if entry.config is not None]
-    if not decided and not context.earlier:
+    if context.replaces and not decided and not context.earlier:
         raise OrthoFxError(_nothing_to_replace(model, [entry.site for entry in context.entries]))
     if context.example_inputs is not None and any(config.init == "calibrated" for config in decided):
         context.unchanged = copied(model)

@@ -8,7 +8,7 @@ the next begins, so the smallest cone that is a known function counts.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -43,22 +43,26 @@ class Match:
     in_place: bool = False
 
 
-def find_matches(graph: fx.Graph) -> list[Match]:
-    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own."""
+def find_matches(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> list[Match]:
+    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own.
+
+    With `among`, those whose result is one of these nodes.
+    """
     found: list[Match] = []
     covered: set[fx.Node] = set()
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in reversed(graph.nodes):
-        if node in covered:
+        if node in covered or (among is not None and node not in among):
             continue
-        match = _formula(node, order) or _single(node)
+        match = _formula(node, order) or single_match(node)
         if match is not None:
             found.append(match)
             covered.update(match.nodes)
     return found[::-1]
 
 
-def _single(node: fx.Node) -> Match | None:
+def single_match(node: fx.Node) -> Match | None:
+    """The activation that a node computes by itself; None where it computes none."""
     target = EVERY_TARGET.of_node(node)
     if target is None:
         return None

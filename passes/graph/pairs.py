@@ -4,25 +4,27 @@
 not the other would give gradients of a function that the graph does not compute. So an activation of such a graph is
 replaced together with its backward, or left with a reason:
 
+- the graph starts its backward from one loss, `ones_like(loss)`: a product with a vector that is given could be a
+  forward derivative, of which the new parameters have no gradient, and two losses may be two derivatives;
 - its backward is one node that reads its input, or its result where autograd keeps that (ReLU, tanh, sigmoid);
-- it has one such node: several mean that the graph is differentiated more than once;
-- no other activation could own that node, and the node is no backward of a value that checkpointing computed again.
+- no other activation could own that node, and the activation is not computed again for it, as checkpointing does.
 
 A graph of ATen operators may also hold a backward that a decomposition took apart. Where no node tells of a backward,
 an activation is replaced only if nothing reads its input or its result as such a backward would.
 
-What cannot be seen: a product of a Hessian with a given vector, in which the second derivative of a ReLU is no node.
+What cannot be seen is a product of a Hessian with a given vector where the second derivative of a ReLU, which is zero,
+left no node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
-from ortho_fx.passes.graph.matches import Match, elementwise_name
+from ortho_fx.passes.graph.matches import Match, elementwise_name, find_matches, single_match
 from ortho_fx.passes.targets import BY_NAME, OPERATOR
 
 # The backward operator of each function that has one.
@@ -44,6 +46,7 @@ _SAVED_AT = {"elu_backward": 5}
 _KEEPS_RESULT = ("threshold_backward", "tanh_backward", "sigmoid_backward")
 _ALIASES = ("alias", "detach")
 _COMPARISONS = ("le", "lt", "ge", "gt", "eq", "ne", "sign", "sgn")
+_SPREAD = "the graph holds its backward as several nodes"
 # A residual connection reads the input of an activation in a forward; a product may be part of a backward.
 _SUMS = ("add", "sub")
 
@@ -68,26 +71,33 @@ def is_operator_graph(graph: fx.Graph) -> bool:
     )
 
 
-def derivatives(graph: fx.Graph, matches: Sequence[Match]) -> dict[fx.Node, Derivative]:
-    """What is known of the backward of each activation of a `make_fx` graph; nothing for any other graph."""
+def with_derivatives(graph: fx.Graph) -> list[tuple[Match, Derivative]]:
+    """The activations of a graph, each with what is known of its backward in a graph of `make_fx`.
+
+    Where the graph holds a backward, those of its forward count, and a node that has a backward node of its own is an
+    activation even inside a formula: ReLU in `relu(x) ** 2`.
+    """
     if not is_operator_graph(graph):
-        return {}
+        return [(match, Derivative()) for match in find_matches(graph)]
     seeds = [node for node in graph.nodes if _is_seed(node)]
+    matches = find_matches(graph, _ancestors(seeds) if seeds else None)
     if not seeds and not any(_tells_of_backward(node) for node in graph.nodes):
         names = {match.node for match in matches if match.kind == "node" and not BY_NAME[match.function].gate}
-        return {match.node: Derivative(reason=_hidden_backward(match, names)) for match in matches}
+        return [(match, Derivative(reason=_hidden_backward(match, names))) for match in matches]
     (output,) = (node for node in graph.nodes if node.op == "output")
     common = ""
-    if len(seeds) > 1:
+    if not seeds:
+        common = "the graph holds a backward that starts from no loss of the graph: which way it goes is not known"
+    elif len(seeds) > 1:
         common = "the graph is differentiated more than once"
     elif not isinstance(output.args[0], tuple | list):
         common = "the graph holds its backward, and returns no tuple that the new gradients could join"
     if common:
-        return {match.node: Derivative(reason=common) for match in matches}
-    return _paired(graph, matches, seeds)
+        return [(match, Derivative(reason=common)) for match in matches]
+    return _paired(graph, matches, seeds[0])
 
 
-def _paired(graph: fx.Graph, matches: Sequence[Match], seeds: Sequence[fx.Node]) -> dict[fx.Node, Derivative]:
+def _paired(graph: fx.Graph, matches: Sequence[Match], seed: fx.Node) -> list[tuple[Match, Derivative]]:
     backwards: dict[tuple[str, fx.Node], list[fx.Node]] = {}
     for node in graph.nodes:
         name = _operator(node)
@@ -95,33 +105,37 @@ def _paired(graph: fx.Graph, matches: Sequence[Match], seeds: Sequence[fx.Node])
             saved = node.args[_SAVED_AT.get(name, 1)]
             if isinstance(saved, fx.Node):
                 backwards.setdefault((name, _origin(saved)), []).append(node)
-    single = [match for match in matches if match.kind == "node"]
-    own = {match.node: _backwards_of(match, backwards) for match in single}
-    forward = _ancestors(seeds)
-    found = {}
-    for match in matches:
-        nodes = own.get(match.node, [])
-        rivals = [other.node for other in single if other is not match and set(own[other.node]) & set(nodes)]
-        again = [
-            other.node
-            for other in single
-            if not seeds and not own[other.node] and other.function == match.function and other is not match
-        ]
+    forward = _ancestors([seed])
+    singles = [match for match in map(single_match, graph.nodes) if match is not None]
+    own = {match.node: _backwards_of(match, backwards) for match in singles}
+    plain = {match.node for match in singles if own[match.node] and not BY_NAME[match.function].gate}
+    formulas = [match for match in matches if match.kind == "formula" and plain.isdisjoint(match.nodes)]
+    covered = {node for match in formulas for node in match.nodes}
+    found = [(match, Derivative(reason=_SPREAD)) for match in formulas]
+    for match in singles:
+        nodes = own[match.node]
+        # A gate that only the backward computes, as for a mish, is a part of a derivative.
+        if match.node in covered or (match.node not in forward and not (nodes and match.node in plain)):
+            continue
+        rivals = [other.node for other in singles if other is not match and set(own[other.node]) & set(nodes)]
         reason = ""
         if match.in_place:
             reason = "it changes its input in place, in a graph that holds its backward"
-        elif match.kind == "formula" or match.function not in _BACKWARD_OF:
-            reason = "the graph holds its backward as several nodes"
+        elif match.function not in _BACKWARD_OF:
+            reason = _SPREAD
         elif not nodes:
             reason = "the graph holds a backward, but no node of it is that of this activation"
+        elif rivals:
+            reason = f"{_names(nodes)} may be the backward of {_names(rivals)} as well"
         elif len(nodes) > 1:
             reason = f"it has {len(nodes)} backward nodes ({_names(nodes)}): it is differentiated more than once"
-        elif rivals:
-            reason = f"{nodes[0].name} may be the backward of {_names(rivals)} as well"
-        elif again or (seeds and match.node not in forward):
-            reason = "it may compute another activation again for the backward, as checkpointing does"
-        found[match.node] = Derivative(None if reason else nodes[0], reason)
-    return found
+        elif match.node not in forward:
+            reason = "it is computed again for the backward, as checkpointing does"
+        elif seed not in _ancestors(nodes):
+            reason = f"{nodes[0].name} does not come from the loss of the graph"
+        found.append((match, Derivative(None if reason else nodes[0], reason)))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda pair: order[pair[0].node])
 
 
 def _names(nodes: Sequence[fx.Node]) -> str:
@@ -158,7 +172,7 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = list(nodes)
     while waiting:
