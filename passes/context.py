@@ -13,12 +13,10 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.passes.expansions import Calibrate, Factory, LearnableExpansion
 from ortho_fx.passes.find import Occurrence
 from ortho_fx.passes.observe import Observation
-from ortho_fx.passes.sites import Site
+from ortho_fx.passes.sites import NOTE, Site
 from ortho_fx.passes.targets import TargetTable
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
-# Under this key a node's `meta` holds the `Site` that it belongs to.
-NOTE = "ortho_fx"
 
 
 @dataclass(eq=False)

@@ -28,14 +28,14 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import expansions
-from ortho_fx.passes.context import NOTE, ConfigMap, Context, Entry
+from ortho_fx.passes.context import ConfigMap, Context, Entry
 from ortho_fx.passes.graph.choose import choose
 from ortho_fx.passes.graph.find import find
 from ortho_fx.passes.graph.initialise import initialise
 from ortho_fx.passes.graph.lower import lower
 from ortho_fx.passes.graph.substitute import substitute
 from ortho_fx.passes.graph.text import graph_text
-from ortho_fx.passes.sites import Site, format_sites
+from ortho_fx.passes.sites import NOTE, Site, format_sites
 from ortho_fx.passes.substitute import revert_expansions
 from ortho_fx.passes.targets import choose_targets
 
@@ -137,7 +137,7 @@ def run(
         example_inputs=example_inputs,
         factory=factory or expansions.provided_factory(),
         calibrate=calibrate or expansions.provided_calibration(),
-        replaces=until not in ("find", "choose") and "substitute" not in disabled,
+        replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )

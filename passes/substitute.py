@@ -133,7 +133,8 @@ def pair_in(owner: fx.GraphModule, match: Match, backward: fx.Node, name: str) -
         returned = output.args[0]
         output.args = (type(returned)((*returned, *of_parameters)),)
         graph.erase_node(backward)
-        _erase_unread(graph, node)
+        graph.erase_node(node)
+        _erase_unread_aliases(graph, value)
         graph.lint()
         owner.recompile()
 
@@ -144,13 +145,20 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.ortho_fx, name).default
 
 
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases a node that nobody reads, with the aliases of it that nobody reads."""
+def _erase_unread_aliases(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases the aliases of a node that autograd made to save it, and that nobody reads now."""
     for user in list(node.users):
         if isinstance(user.target, OPERATOR) and user.target._schema.name in ("aten::alias", "aten::detach"):
-            _erase_unread(graph, user)
-    if not node.users:
-        graph.erase_node(node)
+            _erase_unread_aliases(graph, user)
+            if not user.users:
+                graph.erase_node(user)
+
+
+def put_in_copy(put: Substitute, expansion: nn.Module) -> None:
+    """Puts an expansion of a model into a copy of it as well; `restore` goes by the model itself all the same."""
+    replaced = expansion._replaced
+    put(expansion)
+    expansion._replaced = replaced
 
 
 def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
@@ -166,7 +174,7 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
             raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
-            raise_calls(owner, chosen)
+            raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
     return tuple(name for name, _, _ in places)

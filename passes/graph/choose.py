@@ -17,7 +17,7 @@ from ortho_fx.passes.sites import Site
 
 
 def choose(model: nn.Module, context: Context) -> int:
-    """Gives each site its config or the reason why it stays, and notes that; the number of notes that changed.
+    """Gives each site its config, or the reason why it is left; the number of notes that changed.
 
     Raises:
         OrthoFxError: nothing to replace, a pattern that matches no site, patterns that disagree on a shared site, a

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ortho_fx.passes.context import NOTE, Context, Entry
+from ortho_fx.passes.context import Context, Entry
 from ortho_fx.passes.find import Occurrence, list_occurrences
+from ortho_fx.passes.sites import NOTE
 
 
 def find(model: nn.Module, context: Context) -> int:
-    """Records every activation, gates included, and notes its `Site` on its nodes; the number of notes that are new."""
+    """Lists every activation, gates included, and notes its `Site` on its nodes; the number of notes that are new."""
     known = {entry.site.name for entry in context.entries}
     calls = _calls_of_modules(context.graphs)
     edits = 0

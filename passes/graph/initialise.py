@@ -7,10 +7,11 @@ from torch import nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import Context, Entry
 from ortho_fx.passes.find import find_occurrences
+from ortho_fx.passes.substitute import put_in_copy
 
 
 def initialise(model: nn.Module, context: Context) -> int:
-    """Starts each new expansion as its config says; how many. Without this pass they stay "stable".
+    """Gives each new expansion the start that its config asks for; how many. Without this pass they stay "stable".
 
     Raises:
         OrthoFxError: a fit or a calibration that cannot be made, as of inputs that are constant or not finite.
@@ -50,7 +51,7 @@ def _calibrate(context: Context) -> None:
     for occurrence, entry in zip(occurrences, context.entries, strict=True):
         if entry.expansion is not None:
             # The expansions themselves, not copies: those to calibrate are set in the course of it.
-            occurrence.substitute(entry.expansion)
+            put_in_copy(occurrence.substitute, entry.expansion)
             if entry.config is not None and entry.config.init == "calibrated":
                 pending[entry.site.name] = entry.expansion
     context.calibrate(trial, pending, [context.example_inputs])

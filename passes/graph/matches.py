@@ -15,6 +15,7 @@ from torch import fx
 
 from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.formulas import Formula
+from ortho_fx.passes.sites import NOTE
 from ortho_fx.passes.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
 # A formula that somebody wrote is shorter, in nodes and in characters.
@@ -166,5 +167,6 @@ def piece(nodes: Sequence[fx.Node], source: fx.Node) -> fx.Graph:
     values = {source: graph.placeholder("x")}
     for node in reversed(nodes):
         values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta.pop(NOTE, None)
     graph.output(values[nodes[0]])
     return graph

@@ -15,8 +15,6 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.expansions import LearnableExpansion
 from ortho_fx.passes.targets import OPERATOR
 
-_AROUND = ("clamp", "getitem")
-
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
@@ -44,42 +42,34 @@ def raise_calls(owner: fx.GraphModule, chosen: Callable[[nn.Module], bool]) -> i
     edits = 0
     for node in list(owner.graph.nodes):
         name = expansion_of(node)
-        if not name or not chosen(owner.get_submodule(name)):
-            continue
-        source: Any = node.args[0]
-        parts = [node]
-        if source.op != "placeholder" and f"{name}.bounds" in _reads(source):
-            parts.append(source)
-            source = source.args[0]
-        with owner.graph.inserting_before(node):
-            call = owner.graph.call_module(name, (source,))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        for part in parts:
-            _erase_with_inputs(owner.graph, part)
-        edits += 1
+        expansion = owner.get_submodule(name) if name else None
+        if name and isinstance(expansion, LearnableExpansion) and chosen(expansion):
+            with owner.graph.inserting_before(node):
+                call = owner.graph.call_module(name, (node.args[0],))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            parameters = [other for other in node.all_input_nodes if other.op == "get_attr"]
+            for part in (node, *parameters):
+                if not part.users:
+                    owner.graph.erase_node(part)
+            edits += 1
     if edits:
         owner.graph.lint()
         owner.recompile()
     return edits
 
 
-def expansion_of(node: fx.Node) -> str:
-    """The name of the child whose operator a node is; empty for any other node."""
+def expansion_of(node: fx.Node) -> str | None:
+    """The name of the child whose operator a node is, empty for the graph's owner; None for any other node."""
     if not isinstance(node.target, OPERATOR) or node.target.namespace != "ortho_fx":
-        return ""
+        return None
     attributes = [str(argument.target) for argument in node.all_input_nodes if argument.op == "get_attr"]
     is_backward = node.target._schema.name.endswith("_backward")
-    return attributes[0].rpartition(".")[0] if attributes and not is_backward else ""
-
-
-def _reads(node: fx.Node) -> set[str]:
-    """The attributes that a node reads by itself or by items of them."""
-    return {str(other.target) for given in node.all_input_nodes for other in (given, *given.all_input_nodes)}
+    return attributes[-1].rpartition(".")[0] if attributes and not is_backward else None
 
 
 def _as_operator(expansion: LearnableExpansion) -> fx.Graph | None:
-    """What an expansion computes as a graph with one operator of a basis; None where it is not that alone."""
+    """What an expansion computes as a graph of one operator of a basis; None where it is more, such as a clamp."""
     if expansion._forward_hooks or expansion._forward_pre_hooks or expansion._backward_hooks:
         return None
     try:
@@ -87,9 +77,7 @@ def _as_operator(expansion: LearnableExpansion) -> fx.Graph | None:
     except (OrthoFxError, AttributeError, TypeError, fx.proxy.TraceError):  # it asks for a shape or a dtype
         return None
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    ours = [node for node in calls if isinstance(node.target, OPERATOR) and node.target.namespace == "ortho_fx"]
-    around = all(getattr(node.target, "__name__", node.target) in _AROUND for node in calls if node not in ours)
-    return graph if len(ours) == 1 and around else None
+    return graph if len(calls) == 1 and expansion_of(calls[0]) is not None else None
 
 
 def _inline(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
@@ -108,13 +96,3 @@ def _inline(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
     result.meta = dict(call.meta)
     call.replace_all_uses_with(result)
     graph.erase_node(call)
-
-
-def _erase_with_inputs(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases a node that nobody reads, and the attributes that were read for it."""
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for other in inputs:
-        is_item = getattr(other.target, "__name__", "") == "getitem"
-        if not other.users and (other.op == "get_attr" or is_item):
-            _erase_with_inputs(graph, other)

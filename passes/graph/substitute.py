@@ -20,7 +20,7 @@ from ortho_fx.passes.graph.pairs import is_operator_graph
 
 
 def substitute(model: nn.Module, context: Context) -> int:
-    """Makes the expansions, with init "stable", and then puts each in its place; how many sites were replaced.
+    """Puts an expansion, with init "stable", in the place of each chosen site; how many sites were replaced.
 
     Raises:
         OrthoFxError: a device that is gone.

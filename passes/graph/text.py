@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.passes.context import NOTE
 from ortho_fx.passes.expansions import LearnableExpansion
-from ortho_fx.passes.sites import Site
+from ortho_fx.passes.sites import NOTE, Site
 from ortho_fx.passes.targets import OPERATOR
 
 _MOST_NUMBERS = 8
@@ -60,7 +59,7 @@ def _note(site: Site) -> str:
 
 def _function(target: Any) -> str:
     if isinstance(target, OPERATOR):
-        return f"torch.ops.{target}"
+        return str(target)
     module = (getattr(target, "__module__", None) or "torch").replace("_operator", "operator")
     return f"{module}.{getattr(target, '__name__', type(target).__name__)}"
 
