@@ -10,7 +10,8 @@ from ortho_fx import cli
 from ortho_fx.models import gpt2
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = [ROOT / "docs" / "index.md", *GUIDES, ROOT / "passes" / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 # What a page tells a reader to wait for, a test need not.
