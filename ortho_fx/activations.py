@@ -21,9 +21,10 @@ from ortho_fx.histogram import Histogram
 from ortho_fx.initialisation import initial_parameters
 from ortho_fx.moments import Values
 from ortho_fx.operators import expand
+from ortho_fx.passes.expansions import LearnableExpansion
 
 
-class ExpansionActivation(nn.Module):
+class ExpansionActivation(LearnableExpansion):
     """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
 
     Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters have the basis' names and

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ortho_fx import torch_private
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.graph import find_matches
+from ortho_fx.passes.graph.matches import find_matches
 from ortho_fx.passes.targets import choose_targets
 
 
@@ -26,7 +26,8 @@ def ortho_fx(
         gm: Dynamo's graph.
         example_inputs: its inputs.
         mode: Inductor's mode ("reduce-overhead", "max-autotune" ...).
-        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), and Inductor's own options beside them.
+        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), "disable" with names of passes to leave
+            out, and Inductor's own options beside them.
 
     Raises:
         OrthoFxError: an option that neither knows, a wrong value, an optimizer, DDP or FSDP wrapper that was made

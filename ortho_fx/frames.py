@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ortho_fx import torch_private
 from ortho_fx.activations import ExpansionActivation
-from ortho_fx.passes.graph import Match
+from ortho_fx.passes.graph.matches import Match
 from ortho_fx.passes.source import Call, find_calls, source_of
 
 _dynamo = torch_private.load(torch_private.HOOK)

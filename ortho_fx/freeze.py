@@ -17,6 +17,7 @@ from ortho_fx.bases import basis_named
 from ortho_fx.bases.folded import FORMS
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.moments import Array, Bounds
+from ortho_fx.passes.expansions import Expansion
 
 # The form of a basis that folds into no other: its own formula, with constant parameters.
 _FORMULA = "formula"
@@ -66,7 +67,7 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-class FrozenExpansion(nn.Module):
+class FrozenExpansion(Expansion):
     """The function of an expansion, in the cheapest form that equals it. Made by `freeze_`.
 
     Form and constants, of shape (terms,), or (terms, channels) with one expansion a channel or group:

@@ -20,7 +20,7 @@ import gc
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -36,10 +36,11 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.frames import Frame
 from ortho_fx.freeze import OURS
 from ortho_fx.operators.support import in_a_thread
-from ortho_fx.passes import substitute
-from ortho_fx.passes.graph import Match, find_matches
-from ortho_fx.passes.targets import TargetTable, choose_targets
-from ortho_fx.rewrite import check_needs_no_example, find_sites, rewrite_
+from ortho_fx.passes import pipeline, substitute
+from ortho_fx.passes.graph.choose import check_needs_no_example
+from ortho_fx.passes.graph.matches import Match
+from ortho_fx.passes.targets import choose_targets
+from ortho_fx.rewrite import find_sites, rewrite_
 from ortho_fx.toolchain import NoCompiler, cpp_compiler
 
 _dynamo = torch_private.load(torch_private.HOOK)
@@ -47,6 +48,9 @@ _ShortenTraceback: Any = _dynamo.ShortenTraceback
 _RestartAnalysis: Any = _dynamo.TensorifyScalarRestartAnalysis
 # Classes that average parameters: PyTorch's AveragedModel, timm's ModelEma, diffusers' EMAModel and their like.
 _AVERAGE = re.compile("[Aa]verag|Ema|EMA|^ema")
+_TARGETS = choose_targets(None).names
+# Without one of these nothing is replaced.
+_NEEDED = ("find", "choose", "substitute")
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
 
 
@@ -73,19 +77,22 @@ def compile_graph(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """What `ortho_fx.backend.ortho_fx` does where Dynamo's frames can be read."""
-    config, inductor = _read_options(mode, options)
+    config, disable, inductor = _read_options(mode, options)
     frame = frames.current_frame()
     roots = frames.roots(frame, gm.graph.nodes)
-    if _rewrite(roots, config):
+    # The passes find the activations in this graph; the edits are made to the modules that own them.
+    record = pipeline.run(gm, config, disable=disable, until="choose")
+    replaces = disable.isdisjoint(_NEEDED)
+    if replaces and _rewrite(roots, config, disable):
         _restart(frame)
-    activations = list(_activations(gm, choose_targets(None)))
+    activations = list(_activations(record)) if replaces else []
     own = dict(frames.own_calls(frame, activations))
     left = [_describe(match.node) for match in activations if match.node not in own]
     if left:
         warnings.warn(f"ortho_fx left {', '.join(left)}: no module's own code calls it", stacklevel=2)
     if own:
         return _run_once(frame, gm, activations, own)
-    if not activations:
+    if replaces and not activations:
         _warn_of_nothing(roots)
     try:
         return inductor(gm, example_inputs)
@@ -100,30 +107,32 @@ def compile_graph(
 
 def _read_options(
     mode: str | None, options: Mapping[str, Any] | None
-) -> tuple[ExpansionConfig, Callable[..., Callable[..., Any]]]:
-    """The expansion, and Inductor with its own mode and options."""
-    mine = {key: value for key, value in (options or {}).items() if key in _CONFIG_FIELDS}
-    rest = {key: value for key, value in (options or {}).items() if key not in _CONFIG_FIELDS}
+) -> tuple[ExpansionConfig, frozenset[str], Callable[..., Callable[..., Any]]]:
+    """The expansion, the passes to leave out, and Inductor with its own mode and options."""
+    rest = dict(options or {})
+    mine = {key: rest.pop(key) for key in _CONFIG_FIELDS if key in rest}
+    disable = rest.pop("disable", ())
     known = _dynamo.config.get_config_copy()
     unknown = [key for key in rest if key.replace("-", "_") not in known]
     if unknown:
         raise CompileError(
             f"unknown option {', '.join(map(repr, unknown))}; options are {', '.join(_CONFIG_FIELDS)} "
-            "and those of torch._inductor.config"
+            "and those of torch._inductor.config, and disable"
         )
     try:
         config = ExpansionConfig(**mine)
         check_needs_no_example(config)
-        return config, _dynamo._TorchCompileInductorWrapper(mode, rest, None)
+        disabled = frozenset(pipeline.disabled_passes(disable))
+        return config, disabled, _dynamo._TorchCompileInductorWrapper(mode, rest, None)
     except (OrthoFxError, RuntimeError) as error:
         raise CompileError(str(error)) from None
 
 
-def _activations(gm: fx.GraphModule, table: TargetTable) -> Iterator[Match]:
-    """The activations of the graph and of the graphs inside it, such as checkpointed regions."""
-    for graph_module in gm.modules():
-        if isinstance(graph_module, fx.GraphModule):
-            yield from (match for match in find_matches(graph_module.graph) if match.function in table.names)
+def _activations(record: pipeline.Record) -> Iterator[Match]:
+    """The activations that are nodes of the graph, or of graphs inside it such as checkpointed regions."""
+    for entry in record.entries:
+        if entry.occurrence.match is not None and entry.occurrence.match.function in _TARGETS:
+            yield entry.occurrence.match
 
 
 def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
@@ -139,14 +148,14 @@ def _restart(frame: Frame) -> NoReturn:
     raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
 
 
-def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig) -> bool:
+def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig, disable: Iterable[str]) -> bool:
     """Replaces what can be replaced in these models; whether anything was."""
     pending = [root for root in roots if any(not site.reason for site in find_sites(root))]
     for root in pending:
         _refuse_late_parameters(root)
     # The parameters outlive this trace, whatever mode the first call is made in: a thread has no mode.
     for root in pending:
-        in_a_thread(partial(rewrite_, root, config))
+        in_a_thread(partial(rewrite_, root, config, disable=disable))
     return bool(pending)
 
 

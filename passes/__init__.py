@@ -1,1 +1,1 @@
-"""Passes: what an activation is (`targets`), where they are (`find`), and how each is replaced (`substitute`)."""
+"""The passes that replace activations: `pipeline` has them in order, and README.md beside this file is their design."""

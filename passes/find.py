@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ortho_fx.freeze import OURS
 from ortho_fx.passes import substitute
-from ortho_fx.passes.graph import find_matches
+from ortho_fx.passes.expansions import Expansion
+from ortho_fx.passes.graph.matches import Match
+from ortho_fx.passes.graph.pairs import with_derivatives
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.source import find_calls, may_activate, source_of
@@ -30,7 +31,8 @@ from ortho_fx.passes.targets import BY_NAME, EVERY_TARGET, Reference, TargetTabl
 class Occurrence:
     """A site, the module that its expansion is placed beside, and what puts an expansion there.
 
-    `reference` is the scalar function that is computed there, None where that is known only when it runs.
+    `reference` is the scalar function that is computed there, None where that is known only when it runs. `match` is
+    what a graph holds of it, and `backward` its backward in the same graph, which is replaced with it.
     """
 
     site: Site
@@ -38,6 +40,8 @@ class Occurrence:
     substitute: substitute.Substitute
     reference: Reference | None = None
     places: tuple[tuple[nn.Module, str], ...] = ()
+    match: Match | None = None
+    backward: fx.Node | None = None
 
 
 def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
@@ -46,34 +50,46 @@ def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True
     With `share`, a module that stands in several places or is called several times is one occurrence; without, each
     place and each call is.
     """
-    found = list(_find(model, table, share))
+    found = list_occurrences(model, share=share)
+    reasons = [occurrence.site.reason or reason_not_chosen(occurrence.site, table) for occurrence in found]
+    return [
+        replace(occurrence, site=replace(occurrence.site, reason=reason)) if reason else occurrence
+        for occurrence, reason in zip(found, reasons, strict=True)
+    ]
+
+
+def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence]:
+    """Every activation of the model, whether or not it is a target."""
+    found = list(_find(model, share))
     return _merge_shared(found) if share else found
 
 
-def _find(model: nn.Module, table: TargetTable, share: bool) -> Iterator[Occurrence]:
+_NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
+
+
+def reason_not_chosen(site: Site, table: TargetTable) -> str:
+    """Why the targets leave a site out; empty where they do not."""
+    if site.function in table.names:
+        return ""
+    if not BY_NAME[site.function].gate:
+        return "it is not among the targets"
+    return _NOT_CHOSEN.get(site.function, "it is a gate unless it is named as a target")
+
+
+def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
     target = EVERY_TARGET.modules.get(type(model))
     if target is not None:
         site = Site("", "module", target.name, reason="the model itself is the activation, and nothing holds it")
         yield Occurrence(site, model, substitute.module_in(()))
         return
     for prefix, owner in list(model.named_modules()):
-        if isinstance(owner, OURS) or (owner is not model and _function_of(owner) is not None):
+        if isinstance(owner, Expansion) or (owner is not model and _function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             yield from _scripted(prefix, owner)
             continue
         calls = _nodes(prefix, owner) if isinstance(owner, fx.GraphModule) else _calls(prefix, owner)
-        for occurrence in (*_attributes(prefix, owner), *calls, *_children(prefix, owner, share)):
-            function, reason = occurrence.site.function, occurrence.site.reason
-            if not reason and function not in table.names:
-                reason = _NOT_CHOSEN.get(function, "it is a gate unless it is named as a target")
-                if not BY_NAME[function].gate:
-                    reason = "it is not among the targets"
-                occurrence = replace(occurrence, site=replace(occurrence.site, reason=reason))
-            yield occurrence
-
-
-_NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
+        yield from (*_attributes(prefix, owner), *calls, *_children(prefix, owner, share))
 
 
 def _function_of(module: nn.Module) -> str | None:
@@ -87,7 +103,7 @@ def _function_of(module: nn.Module) -> str | None:
 
 def _children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
-        if child is None or isinstance(child, OURS):
+        if child is None or isinstance(child, Expansion):
             continue
         name, function, places = _join(prefix, key), _function_of(child), ((owner, key),)
         if function is not None:
@@ -204,11 +220,14 @@ def _holds(owner: nn.Module, name: str) -> bool:
 
 
 def _nodes(prefix: str, owner: fx.GraphModule) -> Iterator[Occurrence]:
-    for match in find_matches(owner.graph):
+    for match, derivative in with_derivatives(owner.graph):
         name = f"{match.node.name}_expansion"
-        reason = "" if match.argument is not None else "its input is no tensor of the graph"
+        reason = derivative.reason if match.argument is not None else "its input is no tensor of the graph"
         site = Site(_join(prefix, name), match.kind, match.function, f"node {match.node.name}", reason=reason)
-        yield Occurrence(site, owner, substitute.node_in(owner, match, name), match.reference)
+        put = substitute.node_in(owner, match, name)
+        if derivative.node is not None:
+            put = substitute.pair_in(owner, match, derivative.node, name)
+        yield Occurrence(site, owner, put, match.reference, match=match, backward=derivative.node)
 
 
 def _scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:

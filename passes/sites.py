@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Under this key the `meta` of a graph's node holds the `Site` that the passes found there.
+NOTE = "ortho_fx"
+
 
 @dataclass(frozen=True)
 class Site:

@@ -6,22 +6,31 @@ keeps what stood there in `_replaced`, by which `restore` undoes it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ortho_fx.passes.graph import Match, piece
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.expansions import LearnableExpansion
+from ortho_fx.passes.graph.matches import Match, piece
+from ortho_fx.passes.graph.operators import raise_calls
 from ortho_fx.passes.source import rewrite_class, set_class, source_of
+from ortho_fx.passes.targets import OPERATOR
 
 Substitute = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What an expansion took the place of: "module" and "attribute" keep it, "call" needs nothing, "node" a graph."""
+    """What an expansion took the place of: "module" and "attribute" keep it, "call" needs nothing, "node" a graph.
+
+    "pair" is a node and its backward, which are not put back.
+    """
 
     kind: str
     value: Any = None
@@ -91,6 +100,67 @@ def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
     return put
 
 
+def pair_in(owner: fx.GraphModule, match: Match, backward: fx.Node, name: str) -> Substitute:
+    """Replaces a node and its backward by the two operators of an expansion.
+
+    The parameters are a child module's of that name, read by `get_attr`: the inputs of the graph stay those that its
+    caller passes. Their gradients become the last outputs of the graph, in the order of the basis' learnable ones.
+    """
+
+    def put(expansion: nn.Module) -> None:
+        if not isinstance(expansion, LearnableExpansion):  # a probe, which computes the function itself
+            node_in(owner, match, name)(expansion)
+            return
+        _remember(expansion, Replaced("pair"))
+        owner.add_module(name, expansion)
+        graph, node, basis = owner.graph, match.node, expansion.basis
+        source = match.argument
+        assert source is not None
+        with graph.inserting_before(node):
+            parameters = [graph.get_attr(f"{name}.{parameter.name}") for parameter in basis.parameters]
+            value = graph.call_function(_operator(basis.name), (source, *parameters))
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        with graph.inserting_before(backward):
+            arguments = (backward.args[0], source, *parameters)
+            gradients = graph.call_function(_operator(f"{basis.name}_backward"), arguments)
+            of_input, *of_parameters = (
+                graph.call_function(operator.getitem, (gradients, index)) for index in range(1 + len(basis.learnable))
+            )
+        of_input.meta = dict(backward.meta)
+        backward.replace_all_uses_with(of_input)
+        (output,) = (other for other in graph.nodes if other.op == "output")
+        returned = output.args[0]
+        output.args = (type(returned)((*returned, *of_parameters)),)
+        graph.erase_node(backward)
+        graph.erase_node(node)
+        _erase_unread_aliases(graph, value)
+        graph.lint()
+        owner.recompile()
+
+    return put
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.ortho_fx, name).default
+
+
+def _erase_unread_aliases(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases the aliases of a node that autograd made to save it, and that nobody reads now."""
+    for user in list(node.users):
+        if isinstance(user.target, OPERATOR) and user.target._schema.name in ("aten::alias", "aten::detach"):
+            _erase_unread_aliases(graph, user)
+            if not user.users:
+                graph.erase_node(user)
+
+
+def put_in_copy(put: Substitute, expansion: nn.Module) -> None:
+    """Puts an expansion of a model into a copy of it as well; `restore` goes by the model itself all the same."""
+    replaced = expansion._replaced
+    put(expansion)
+    expansion._replaced = replaced
+
+
 def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
     """Puts back what the chosen expansions replaced; their names."""
     places = [
@@ -99,6 +169,12 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
         for key, child in owner._modules.items()
         if child is not None and hasattr(child, "_replaced") and chosen(child)
     ]
+    for name, owner, key in places:
+        if vars(owner._modules[key])["_replaced"][0].kind == "pair":
+            raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
+    for owner in model.modules():
+        if isinstance(owner, fx.GraphModule):
+            raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
     return tuple(name for name, _, _ in places)

@@ -54,6 +54,8 @@ def forward_kernel(basis: Basis) -> Callable[..., Tensor]:
 def backward_kernel(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
     """The backward operator of a basis."""
 
+    # A graph that holds forward and backward calls it in any mode; autograd differentiates the formula in its place.
+    @torch.no_grad()
     def backward(grad: Tensor, x: Tensor, *parameters: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
         dtype, groups = parts.compute_dtype(x.dtype), parts.groups_of(parameters)
         output, prepared = torch.empty_like(x), basis.prepare(dtype, *parameters)

@@ -120,3 +120,11 @@ def test_a_list_of_registered_children_is_kept_in_step():
     assert model.layers[1] is model._modules["1"]
     revert_(model)
     assert torch.equal(model(x), expected)
+
+
+def test_a_calibrated_model_gets_its_own_modules_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    act = model[1]
+    rewrite_(model, ExpansionConfig(init="calibrated"), example_inputs=torch.randn(32, 4))
+    assert revert_(model) == ("1",)
+    assert model[1] is act

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import fx, nn
 
-from ortho_fx import ExpansionConfig, FourierActivation, HermiteActivation, OrthoFxError, find_sites, rewrite, rewrite_
+from ortho_fx import ExpansionConfig, FourierActivation, HermiteActivation, OrthoFxError, find_sites, rewrite_
+from ortho_fx.passes.graph import substitute
 
 
 class Block(nn.Module):
@@ -196,7 +197,7 @@ def test_scripted_models_are_refused_and_scripted_children_reported():
 
 
 def test_a_device_that_is_gone_is_named(monkeypatch):
-    monkeypatch.setattr(rewrite, "_placement", lambda model, name: (torch.device("cuda:99"), None))
+    monkeypatch.setattr(substitute, "_placement", lambda model, entry: (torch.device("cuda:99"), None))
     network = model()
     with pytest.raises(OrthoFxError, match=r"^1 cannot be placed on cuda:99: "):
         rewrite_(network)

@@ -8,13 +8,14 @@ the next begins, so the smallest cone that is a known function counts.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.formulas import Formula
+from ortho_fx.passes.sites import NOTE
 from ortho_fx.passes.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
 # A formula that somebody wrote is shorter, in nodes and in characters.
@@ -43,22 +44,26 @@ class Match:
     in_place: bool = False
 
 
-def find_matches(graph: fx.Graph) -> list[Match]:
-    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own."""
+def find_matches(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> list[Match]:
+    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own.
+
+    With `among`, those whose result is one of these nodes.
+    """
     found: list[Match] = []
     covered: set[fx.Node] = set()
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in reversed(graph.nodes):
-        if node in covered:
+        if node in covered or (among is not None and node not in among):
             continue
-        match = _formula(node, order) or _single(node)
+        match = _formula(node, order) or single_match(node)
         if match is not None:
             found.append(match)
             covered.update(match.nodes)
     return found[::-1]
 
 
-def _single(node: fx.Node) -> Match | None:
+def single_match(node: fx.Node) -> Match | None:
+    """The activation that a node computes by itself; None where it computes none."""
     target = EVERY_TARGET.of_node(node)
     if target is None:
         return None
@@ -86,7 +91,7 @@ def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
     frontier = {node}
     while len(inside) < _MOST_NODES and frontier:
         latest = max(frontier, key=order.__getitem__)
-        if _name(latest) is None or (may_change_input(latest) and latest is not node):
+        if elementwise_name(latest) is None or (may_change_input(latest) and latest is not node):
             return None
         inside.add(latest)
         frontier = (frontier - {latest}) | set(latest.all_input_nodes)
@@ -117,7 +122,7 @@ def _is_activation(node: fx.Node) -> bool:
     return target is not None and not target.gate
 
 
-def _name(node: fx.Node) -> str | None:
+def elementwise_name(node: fx.Node) -> str | None:
     """What an elementwise node is called in an expression, methods with a dot before; None for any other."""
     if node.op == "call_method" and str(node.target) in METHODS:
         return f".{str(node.target).removesuffix('_')}"
@@ -130,7 +135,7 @@ def _name(node: fx.Node) -> str | None:
 
 
 def _base(node: fx.Node) -> str:
-    return (_name(node) or "").rpartition(".")[2]
+    return (elementwise_name(node) or "").rpartition(".")[2]
 
 
 def _text(value: object, argument: fx.Node) -> str | None:
@@ -139,7 +144,7 @@ def _text(value: object, argument: fx.Node) -> str | None:
         return "x"
     if isinstance(value, bool | int | float | str | None):
         return repr(value)
-    name = _name(value) if isinstance(value, fx.Node) else None
+    name = elementwise_name(value) if isinstance(value, fx.Node) else None
     if not isinstance(value, fx.Node) or name is None:
         return None
     arguments = [_text(part, argument) for part in value.args]
@@ -162,5 +167,6 @@ def piece(nodes: Sequence[fx.Node], source: fx.Node) -> fx.Graph:
     values = {source: graph.placeholder("x")}
     for node in reversed(nodes):
         values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta.pop(NOTE, None)
     graph.output(values[nodes[0]])
     return graph

@@ -1,0 +1,138 @@
+"""choose: which sites are replaced and by what, and for each of the others the reason why it is left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.context import ConfigMap, Context, Entry
+from ortho_fx.passes.find import reason_not_chosen
+from ortho_fx.passes.observe import copied, observe
+from ortho_fx.passes.sites import Site
+
+
+def choose(model: nn.Module, context: Context) -> int:
+    """Gives each site its config, or the reason why it is left; the number of notes that changed.
+
+    Raises:
+        OrthoFxError: nothing to replace, a pattern that matches no site, patterns that disagree on a shared site, a
+            config that needs example_inputs, or example_inputs that the model cannot be run with.
+    """
+    pending = [entry for entry in context.entries if not entry.decided]
+    if context.entries and not pending:
+        return 0
+    for entry in pending:
+        reason = entry.site.reason or reason_not_chosen(entry.site, context.table)
+        if reason != entry.site.reason:
+            entry.describe(reason=reason)
+    configs = _configs([entry.site for entry in context.entries], context.config, strict=not context.earlier)
+    chosen = {id(entry): config for entry, config in zip(context.entries, configs, strict=True)}
+    wanted = [chosen[id(entry)] for entry in pending if not entry.site.reason]
+    if context.example_inputs is None:
+        for config in wanted:
+            check_needs_no_example(config)
+    elif any(config is not None and _looks_at_inputs(config) for config in wanted):
+        observed = observe(model, context.table, context.example_inputs, share=context.share)
+        for entry, seen in zip(context.entries, observed, strict=True):
+            entry.seen = seen
+    told = {config: str(config) for config in chosen.values()}
+    for entry in pending:
+        config = chosen[id(entry)]
+        reason = entry.site.reason or _obstacle(config, entry)
+        entry.describe(reason=reason, expansion=None if reason else told[config])
+        entry.config, entry.decided = None if reason else config, True
+    decided = [entry.config for entry in context.entries if entry.config is not None]
+    if context.replaces and not decided and not context.earlier:
+        raise OrthoFxError(_nothing_to_replace(model, [entry.site for entry in context.entries]))
+    if context.example_inputs is not None and any(config.init == "calibrated" for config in decided):
+        context.unchanged = copied(model)
+    return sum(entry.note() for entry in pending)
+
+
+def check_needs_no_example(config: ExpansionConfig | None) -> None:
+    """Raises an `OrthoFxError` where a config can be met only by running the model."""
+    if config is None:
+        return
+    for setting, value in (("granularity", config.granularity), ("init", config.init)):
+        if value not in ("layer", "stable", "paper", "fit"):
+            raise OrthoFxError(
+                f"{setting} {value!r} needs a batch to run: call rewrite_(model, config, example_inputs=...)"
+            )
+
+
+def _looks_at_inputs(config: ExpansionConfig) -> bool:
+    return config.granularity != "layer" or config.init == "fit"
+
+
+def _obstacle(config: ExpansionConfig | None, entry: Entry) -> str:
+    """Why a site that could be replaced is not; empty where it is."""
+    if config is None:
+        return "excluded by its name"
+    if config.init == "fit" and entry.occurrence.reference is None:
+        return "its arguments are known only when it runs, and init 'fit' needs them before"
+    if entry.occurrence.backward is not None:
+        plain = {"granularity": config.granularity == "layer", "clamp": config.clamp is None}
+        settings = [name for name, is_plain in plain.items() if not is_plain]
+        if config.init == "calibrated":
+            settings.append("init 'calibrated'")
+        if settings:
+            return f"{' and '.join(settings)} cannot be had in a graph that holds its backward"
+    if config.granularity != "layer" and entry.seen is not None:
+        if entry.seen.problem:
+            return entry.seen.problem
+        try:
+            config.groups(entry.seen.channels)
+        except OrthoFxError as error:
+            return str(error)
+    return ""
+
+
+def _configs(
+    sites: Sequence[Site], config: ExpansionConfig | ConfigMap | None, *, strict: bool
+) -> list[ExpansionConfig | None]:
+    if config is None or isinstance(config, ExpansionConfig):
+        return [config or ExpansionConfig()] * len(sites)
+    if not isinstance(config, Mapping):
+        raise OrthoFxError(f"config must be an ExpansionConfig or a map of names to them; got {type(config).__name__}")
+    names = [name for site in sites for name in (site.name, *site.aliases)]
+    for pattern, value in config.items():
+        if value is not None and not isinstance(value, ExpansionConfig):
+            raise OrthoFxError(f"the config of {pattern!r} must be an ExpansionConfig or None; got {value!r}")
+        if strict and not any(_matches(pattern, name) for name in names):
+            raise OrthoFxError(f"pattern {pattern!r} matches no site; sites are {', '.join(names) or 'none'}")
+    return [_config_of(site, config) for site in sites]
+
+
+def _config_of(site: Site, config: ConfigMap) -> ExpansionConfig | None:
+    """The config of the first pattern that matches a site; all names of a shared one have to agree."""
+    first: dict[str, str] = {}
+    for name in (site.name, *site.aliases):
+        pattern = next((pattern for pattern in config if _matches(pattern, name)), None)
+        if pattern is not None:
+            first[name] = pattern
+    chosen = {name: config[pattern] for name, pattern in first.items()}
+    if len(set(chosen.values())) > 1:
+        told = ", ".join(f"{name} by {pattern!r}" for name, pattern in first.items())
+        raise OrthoFxError(f"patterns disagree on one shared activation: {told}; share by site, or let them agree")
+    return next(iter(chosen.values()), None)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise OrthoFxError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    return pattern == name or fnmatchcase(name, pattern)
+
+
+def _nothing_to_replace(model: nn.Module, sites: Sequence[Site]) -> str:
+    if not sites:
+        return f"{type(model).__name__} has no activation to replace"
+    reasons = "; ".join(f"{site.name or 'the model'}: {site.reason}" for site in sites)
+    return f"no activation of {type(model).__name__} can be replaced: {reasons}"

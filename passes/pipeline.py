@@ -1,0 +1,251 @@
+"""The passes in their order, and `run`, which takes a model through them.
+
+    find        lists the activations of every graph and module, and notes each on its nodes
+    choose      gives each site its config, by targets and name patterns, or the reason why it is left
+    substitute  puts an expansion there: a call of a child module; with its backward in the graph, two operators
+    initialise  gives the new parameters the values that the config's init asks for
+    lower       turns the calls into operators, one node each, for a backend that takes the graph as it is
+
+A pass is a function `(model, context) -> number of edits`. The model is a graph module, or holds some, or none; the
+context carries the record of each site from one pass to the next. A second run edits nothing. A pass is switched off by
+its name, with `disable=` or the environment variable ORTHO_FX_DISABLE_PASSES (names with commas between them).
+`graphs=FOLDER` or ORTHO_FX_GRAPHS=FOLDER writes the graphs before and after every pass into files that can be compared.
+README.md beside this file is the design, and says how to add a pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx, nn
+
+from ortho_fx.batches import Batch
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes import expansions
+from ortho_fx.passes.context import ConfigMap, Context, Entry
+from ortho_fx.passes.graph.choose import choose
+from ortho_fx.passes.graph.find import find
+from ortho_fx.passes.graph.initialise import initialise
+from ortho_fx.passes.graph.lower import lower
+from ortho_fx.passes.graph.substitute import substitute
+from ortho_fx.passes.graph.text import graph_text
+from ortho_fx.passes.sites import NOTE, Site, format_sites
+from ortho_fx.passes.substitute import revert_expansions
+from ortho_fx.passes.targets import choose_targets
+
+Pass = Callable[[nn.Module, Context], int]
+
+
+class Passes(dict[str, Pass]):
+    """The passes by name, in their order; its text is a list of them."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self))
+        told = (re.split("[;.]", one.__doc__ or "")[0] for one in self.values())
+        lines = (f"{name:<{width}}  {text}" for name, text in zip(self, told, strict=True))
+        return "\n".join(f"{number} {line}" for number, line in enumerate(lines, 1))
+
+
+PASSES = Passes(find=find, choose=choose, substitute=substitute, initialise=initialise, lower=lower)
+
+DISABLE_VARIABLE, GRAPHS_VARIABLE = "ORTHO_FX_DISABLE_PASSES", "ORTHO_FX_GRAPHS"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run of the passes did; `print(record)` is two tables.
+
+    Attributes:
+        edits: the edits of each pass that ran, by its name.
+        sites: every site, those that were left with the reason.
+        disabled: the passes that were switched off.
+        earlier: how many expansions the model held before.
+        gradients: the parameters whose gradients a graph with its backward returns after its other outputs, in order.
+        entries: what the passes know of each site.
+    """
+
+    edits: Mapping[str, int]
+    sites: tuple[Site, ...]
+    disabled: tuple[str, ...] = ()
+    earlier: int = 0
+    gradients: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def replaced(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if not site.reason)
+
+    @property
+    def left(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.reason)
+
+    def __str__(self) -> str:
+        width = max(map(len, PASSES))
+        lines = [f"{'pass':<{width}}  edits"]
+        for name in PASSES:
+            fate = "disabled" if name in self.disabled else "not run"
+            lines.append(f"{name:<{width}}  {self.edits.get(name, fate)}")
+        if self.sites:
+            lines += ["", format_sites(self.sites)]
+        if self.gradients:
+            lines += ["", f"gradients after the other outputs: {', '.join(self.gradients)}"]
+        return "\n".join(lines)
+
+
+def run(
+    model: nn.Module,
+    config: ExpansionConfig | ConfigMap | None = None,
+    *,
+    targets: Iterable[str] | None = None,
+    sharing: str = "instance",
+    example_inputs: Batch | None = None,
+    disable: Iterable[str] = (),
+    until: str | None = None,
+    graphs: str | os.PathLike[str] | None = None,
+    factory: expansions.Factory | None = None,
+    calibrate: expansions.Calibrate | None = None,
+) -> Record:
+    """Takes a model through `PASSES`, in place.
+
+    Args:
+        model: a graph module, from `symbolic_trace`, `torch.export`, `make_fx` or Dynamo, or any other module.
+        config, targets, sharing, example_inputs: as in `ortho_fx.rewrite_`.
+        disable: names of passes to leave out.
+        until: the last pass to run; all of them when omitted. One that comes before substitute only looks.
+        graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
+        factory, calibrate: what makes and calibrates expansions, if not ortho_fx's own.
+
+    Raises:
+        OrthoFxError: a pass, a target or a sharing that is not known, a model with nothing to replace, and what the
+            passes raise. The model is then as it was.
+    """
+    disabled = disabled_passes(disable)
+    _check_name(until, "until=")
+    if sharing not in ("instance", "site"):
+        raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
+    modules = list(model.modules())
+    context = Context(
+        config=config,
+        table=choose_targets(targets),
+        share=sharing == "instance",
+        example_inputs=example_inputs,
+        factory=factory or expansions.provided_factory(),
+        calibrate=calibrate or expansions.provided_calibration(),
+        replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
+        graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
+        earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
+    )
+    folder = _folder(graphs)
+    _write(folder, "0_before", model)
+    notes = {(owner, node.name): node.meta.get(NOTE) for owner in context.graphs for node in owner.graph.nodes}
+    backups: dict[fx.GraphModule, fx.Graph] = {}
+    edits = {}
+    try:
+        for number, (name, run_pass) in enumerate(PASSES.items(), 1):
+            if name == "substitute" and name not in disabled:
+                backups = {owner: copy.deepcopy(owner.graph) for owner in context.graphs}
+            if name not in disabled:
+                edits[name] = run_pass(model, context)
+            else:
+                _leave_undone(name, context)
+            _write(folder, f"{number}_{name}", model)
+            if name == until:
+                break
+    except BaseException:
+        _undo(model, context, backups, notes)
+        raise
+    return Record(
+        edits,
+        tuple(entry.site for entry in context.entries),
+        tuple(disabled),
+        context.earlier,
+        tuple(_gradients(context)),
+        tuple(context.entries),
+    )
+
+
+def disabled_passes(names: Iterable[str]) -> list[str]:
+    """The passes that these names and the environment switch off, in order.
+
+    Raises:
+        OrthoFxError: a name of no pass.
+    """
+    asked = [(name, "disable=") for name in ((names,) if isinstance(names, str) else names)]
+    asked += [(name.strip(), DISABLE_VARIABLE) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")]
+    for name, where in asked:
+        _check_name(name, where)
+    return [name for name in PASSES if any(name == other for other, _ in asked)]
+
+
+def _check_name(name: str | None, where: str) -> None:
+    if name and name not in PASSES:
+        raise OrthoFxError(f"unknown pass {name!r} in {where}; passes are {', '.join(PASSES)}")
+
+
+def _leave_undone(name: str, context: Context) -> None:
+    """Notes on the sites that a pass did not run which had to, for them to be replaced."""
+    for entry in context.entries:
+        undecided = name == "choose" or (name == "substitute" and entry.config is not None)
+        if undecided and not entry.site.reason:
+            entry.config = None
+            entry.describe(reason=f"the pass {name} is disabled", expansion=None)
+            entry.note()
+
+
+def _gradients(context: Context) -> Iterable[str]:
+    for entry in context.entries:
+        if entry.expansion is not None and entry.occurrence.backward is not None:
+            yield from (f"{entry.site.name}.{name}" for name in entry.expansion.basis.learnable)
+
+
+def _undo(
+    model: nn.Module,
+    context: Context,
+    backups: Mapping[fx.GraphModule, fx.Graph],
+    notes: Mapping[tuple[fx.GraphModule, str], Site | None],
+) -> None:
+    """The model as it was before the run."""
+    ours = [entry for entry in context.entries if entry.expansion is not None]
+    if ours:
+        for owner, graph in backups.items():
+            owner.graph = graph
+    for entry in ours:
+        key = entry.site.name.rpartition(".")[2]
+        if entry.occurrence.match is not None and key in entry.occurrence.owner._modules:
+            delattr(entry.occurrence.owner, key)
+    chosen = {id(entry.expansion) for entry in ours}
+    revert_expansions(model, lambda expansion: id(expansion) in chosen)
+    for owner in context.graphs:
+        for node in owner.graph.nodes:
+            note = notes.get((owner, node.name))
+            node.meta.pop(NOTE, None)
+            if note is not None:
+                node.meta[NOTE] = note
+
+
+# The folders that this process has written graphs into, and how many runs went into each.
+_WRITTEN: dict[Path, int] = {}
+
+
+def _folder(graphs: str | os.PathLike[str] | None) -> Path | None:
+    """Where the graphs of this run go; the runs after the first have folders of their own inside."""
+    if graphs is not None:
+        return Path(graphs)
+    asked = os.environ.get(GRAPHS_VARIABLE)
+    if not asked:
+        return None
+    folder = Path(asked)
+    number = _WRITTEN[folder] = _WRITTEN.get(folder, 0) + 1
+    return folder if number == 1 else folder / f"run_{number}"
+
+
+def _write(folder: Path | None, name: str, model: nn.Module) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(graph_text(model), encoding="utf-8")
