@@ -67,7 +67,7 @@ def is_operator_graph(graph: fx.Graph) -> bool:
     return (
         bool(operators)
         and all(getattr(node.target, "__name__", "") == "getitem" for node in others)
-        and not isinstance(graph._codegen, fx.graph._PyTreeCodeGen)
+        and "fx_pytree." not in graph.python_code("self").src
     )
 
 

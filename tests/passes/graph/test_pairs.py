@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from ortho_fx import ExpansionConfig, OrthoFxError, revert_
+from ortho_fx import ExpansionConfig, OrthoFxError, revert_, torch_private
 from ortho_fx.passes.graph.text import graph_text
 from ortho_fx.passes.pipeline import run
 from ortho_fx.passes.targets import TARGETS
@@ -253,7 +252,7 @@ def test_a_backward_in_pieces_is_never_taken_for_a_forward(activation, vector):
         y = activation(x @ w)
         return (y, *grad_of(y, w, grad_outputs=x)) if vector else grad_of(y.exp().mean(), w)
 
-    graph = make_fx(step, decomposition_table=core_aten_decompositions())(*weights())
+    graph = make_fx(step, decomposition_table=torch_private.load(torch_private.TESTS).core_aten_decompositions())(*weights())
     code = graph.code
     with pytest.raises(OrthoFxError, match=r"may be a part of its backward|but no node|as several nodes"):
         run(graph)
