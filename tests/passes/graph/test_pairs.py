@@ -252,7 +252,8 @@ def test_a_backward_in_pieces_is_never_taken_for_a_forward(activation, vector):
         y = activation(x @ w)
         return (y, *grad_of(y, w, grad_outputs=x)) if vector else grad_of(y.exp().mean(), w)
 
-    graph = make_fx(step, decomposition_table=torch_private.load(torch_private.TESTS).core_aten_decompositions())(*weights())
+    decompositions = torch_private.load(torch_private.TESTS).core_aten_decompositions()
+    graph = make_fx(step, decomposition_table=decompositions)(*weights())
     code = graph.code
     with pytest.raises(OrthoFxError, match=r"may be a part of its backward|but no node|as several nodes"):
         run(graph)
