@@ -26,8 +26,8 @@ def ortho_fx(
         gm: Dynamo's graph.
         example_inputs: its inputs.
         mode: Inductor's mode ("reduce-overhead", "max-autotune" ...).
-        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), "disable" with names of passes to leave out,
-            and Inductor's own options beside them.
+        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), "disable" with names of passes, and
+            Inductor's own options beside them.
 
     Raises:
         OrthoFxError: an option that neither knows, a wrong value, an optimizer, DDP or FSDP wrapper that was made
