@@ -301,7 +301,7 @@ def test_symbolic_shapes_change_nothing():
 
 
 def test_a_forward_whose_backward_is_another_graph_is_left():
-    graph = make_fx(lambda primals_1, primals_2: F.gelu(primals_1 @ primals_2))(*weights())
+    graph = make_fx(lambda primals_1, primals_2: F.gelu(primals_2 @ primals_1))(*weights())
     for node, name in zip(graph.graph.find_nodes(op="placeholder"), ("primals_1", "primals_2"), strict=True):
         node.target = name
     with pytest.raises(OrthoFxError, match="its backward starts from no loss of the graph"):
