@@ -263,7 +263,6 @@ TESTS = PrivateNames(
     "the tests of compiled models, and the benchmark of activations that architectures call",
     without="these tests and this benchmark do not run",
     names=(
-        PrivateName("torch._decomp.core_aten_decompositions", "takes backwards apart, as a backend may"),
         PrivateName("torch._dynamo.config", "compiled autograd, sizes that depend on data", alias="dynamo"),
         PrivateName("torch._dynamo.lookup_backend", "Inductor, with its graphs counted"),
         PrivateName("torch._dynamo.mark_dynamic", "a size that a user declares to be symbolic; documented"),

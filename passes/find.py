@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 from ortho_fx.passes import substitute
 from ortho_fx.passes.expansions import Expansion
 from ortho_fx.passes.graph.matches import Match
-from ortho_fx.passes.graph.pairs import with_derivatives
+from ortho_fx.passes.graph.pairs import holds_backward, with_derivatives
 from ortho_fx.passes.recognise import OWN_ATTRIBUTES, computes_unknown_function, recognise, recognise_module
 from ortho_fx.passes.sites import Site
 from ortho_fx.passes.source import find_calls, may_activate, source_of
@@ -82,13 +82,15 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
         site = Site("", "module", target.name, reason="the model itself is the activation, and nothing holds it")
         yield Occurrence(site, model, substitute.module_in(()))
         return
-    for prefix, owner in list(model.named_modules()):
+    modules = list(model.named_modules())
+    backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
+    for prefix, owner in modules:
         if isinstance(owner, Expansion) or (owner is not model and _function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             yield from _scripted(prefix, owner)
             continue
-        calls = _nodes(prefix, owner) if isinstance(owner, fx.GraphModule) else _calls(prefix, owner)
+        calls = _nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else _calls(prefix, owner)
         yield from (*_attributes(prefix, owner), *calls, *_children(prefix, owner, share))
 
 
@@ -219,8 +221,9 @@ def _holds(owner: nn.Module, name: str) -> bool:
     return any(name in names for names in own) or hasattr(type(owner), name)
 
 
-def _nodes(prefix: str, owner: fx.GraphModule) -> Iterator[Occurrence]:
-    for match, derivative in with_derivatives(owner.graph):
+def _nodes(prefix: str, owner: fx.GraphModule, backwards: Sequence[fx.GraphModule]) -> Iterator[Occurrence]:
+    beside_backward = any(other is not owner for other in backwards)
+    for match, derivative in with_derivatives(owner.graph, beside_backward=beside_backward):
         name = f"{match.node.name}_expansion"
         reason = derivative.reason if match.argument is not None else "its input is no tensor of the graph"
         site = Site(_join(prefix, name), match.kind, match.function, f"node {match.node.name}", reason=reason)

@@ -60,34 +60,36 @@ class Derivative:
 
 
 def is_operator_graph(graph: fx.Graph) -> bool:
-    """Whether a graph is one of `make_fx`: calls of operators alone, and no signature of an exported program."""
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    operators = [node for node in calls if isinstance(node.target, OPERATOR)]
-    others = (node for node in calls if not isinstance(node.target, OPERATOR))
-    return (
-        bool(operators)
-        and all(getattr(node.target, "__name__", "") == "getitem" for node in others)
-        and "fx_pytree." not in graph.python_code("self").src
-    )
+    """Whether a graph may be one of `make_fx`: it calls operators, and has no signature of an exported program."""
+    calls_operators = any(isinstance(node.target, OPERATOR) for node in graph.nodes)
+    return calls_operators and type(graph._codegen) is fx.graph.CodeGen
 
 
-def with_derivatives(graph: fx.Graph) -> list[tuple[Match, Derivative]]:
+def holds_backward(graph: fx.Graph) -> bool:
+    """Whether some node of a graph of operators tells that it holds a backward."""
+    return is_operator_graph(graph) and any(_is_seed(node) or _tells_of_backward(node) for node in graph.nodes)
+
+
+def with_derivatives(graph: fx.Graph, *, beside_backward: bool = False) -> list[tuple[Match, Derivative]]:
     """The activations of a graph, each with what is known of its backward in a graph of `make_fx`.
 
     Where the graph holds a backward, those of its forward count, and a node that has a backward node of its own is an
-    activation even inside a formula: ReLU in `relu(x) ** 2`.
+    activation even inside a formula: ReLU in `relu(x) ** 2`. `beside_backward` says that another graph of the model
+    holds one, as around the branches of a condition.
     """
     if not is_operator_graph(graph):
         return [(match, Derivative()) for match in find_matches(graph)]
     seeds = [node for node in graph.nodes if _is_seed(node)]
     matches = find_matches(graph, _ancestors(seeds) if seeds else None)
-    if not seeds and not any(_tells_of_backward(node) for node in graph.nodes):
+    if not holds_backward(graph):
+        if beside_backward:
+            return [(match, Derivative(reason="a graph around it holds a backward")) for match in matches]
         names = {match.node for match in matches if match.kind == "node" and not BY_NAME[match.function].gate}
         return [(match, Derivative(reason=_hidden_backward(match, names))) for match in matches]
     (output,) = (node for node in graph.nodes if node.op == "output")
     common = ""
     if not seeds:
-        common = "the graph holds a backward that starts from no loss of the graph: which way it goes is not known"
+        common = "its backward starts from no loss of the graph: which way it goes is not known"
     elif len(seeds) > 1:
         common = "the graph is differentiated more than once"
     elif not isinstance(output.args[0], tuple | list):
@@ -195,7 +197,8 @@ def _is_seed(node: fx.Node) -> bool:
 def _tells_of_backward(node: fx.Node) -> bool:
     return (
         "_backward" in _operator(node)
-        or (node.op == "placeholder" and str(node.target).startswith("tangents"))
+        # AOTAutograd names the inputs so of a forward whose backward is a graph of its own, or in the same one.
+        or (node.op == "placeholder" and str(node.target).startswith(("primals_", "tangents_")))
         or bool(node.meta.get("autograd_backward"))
         or node.meta.get("partitioner_tag") == "is_backward"
     )
