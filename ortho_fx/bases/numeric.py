@@ -18,12 +18,12 @@ from torch import Tensor
 from ortho_fx.bases.formula import Parameter
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.least_squares import ROUNDING, Problem, damped
-from ortho_fx.moments import Array, Bounds, Moments, Values, adaptive_nodes, density, integrated
+from ortho_fx.moments import Array, Bounds, Moments, Sampled, Values, adaptive_nodes, density, integrated
 
 # Starts of the steps where a formula is not linear, and how many steps the best two of them take after that.
 _STARTS, _SCANNED_STEPS, _STEPS = 8, 15, 80
-# Newton's method for the gains: rounds of new nodes, steps in each, and how close it comes.
-_ROUNDS, _NEWTON_STEPS, _CLOSE = 8, 80, 1e-12
+# Newton's method for the gains: rounds of new nodes, steps in each, how close it tries to come, and what is enough.
+_ROUNDS, _NEWTON_STEPS, _CLOSE, _ACCEPTED = 4, 60, 1e-12, 1e-10
 # Every so many nodes count while starts are compared.
 _COARSE = 4
 
@@ -217,45 +217,69 @@ def _with_gains(
     """The parameters next to these with E[y^2] = gains[0] std^2 and E[y'^2] = gains[1] for x ~ N(mean, std^2).
 
     By Newton's method with steps of least length, in units of how much each parameter changes the function; None where
-    it does not converge. The nodes move with the function's kinks.
+    it does not converge.
     """
     unknowns = _Unknowns(formula, [len(values[parameter.name]) for parameter in formula.parameters])
-    vector, wanted = unknowns.pack(values), np.array(gains)
+    wanted = np.array(gains)
 
-    def at(vector: Array) -> Callable[[Array], tuple[Array, Array]]:
+    def sampled_at(vector: Array) -> Sampled:
         def standard(z: Array) -> tuple[Array, Array]:
             value, slope = unknowns.at(vector, mean + std * z, bounds)
             return value / std, slope
 
         return standard
 
-    for _ in range(_ROUNDS):
-        z, weight = adaptive_nodes(at(vector))
+    def squares(vector: Array, z: Array, weight: Array) -> Array:
+        value, slope = sampled_at(vector)(z)
+        return np.array([weight @ value**2, weight @ slope**2])
 
-        def off(vector: Array, z: Array = z, weight: Array = weight) -> tuple[Array, Array, Array]:
-            value, slope = at(vector)(z)
-            return np.array([weight @ value**2, weight @ slope**2]) - wanted, value, slope
-
-        residual, value, slope = off(vector)
-        if np.abs(residual).max() < 10 * _CLOSE:
-            return unknowns.unpack(vector)
+    def newton(vector: Array, found: Callable[[Array], Array], gradient: Callable[[Array], Array]) -> Array:
+        """After steps, as long as they come closer."""
+        off = found(vector) - wanted
         for _ in range(_NEWTON_STEPS):
-            values_of, slopes_of = unknowns.columns(vector, mean + std * z, bounds)
-            length = _lengths(np.sqrt(weight)[:, None] * np.concatenate([values_of / std, slopes_of], axis=1))
-            length = np.hypot(length[: unknowns.size], length[unknowns.size :])
-            gradient = 2 * np.stack([(weight * value) @ values_of / std, (weight * slope) @ slopes_of]) / length
-            step = np.linalg.lstsq(gradient, -residual, rcond=1e-12)[0] / length
+            if np.abs(off).max() < _CLOSE:
+                break
+            step = np.linalg.lstsq(gradient(vector) / length, -off, rcond=1e-12)[0] / length
             for share in (1.0, 0.5, 0.25, 0.1, 0.01):
-                trial = vector + share * step
-                trial_residual, value, slope = off(trial)
-                if np.abs(trial_residual).max() < np.abs(residual).max():
+                trial_off = found(vector + share * step) - wanted
+                if np.abs(trial_off).max() < np.abs(off).max():
+                    vector, off = vector + share * step, trial_off
                     break
             else:
-                return None
-            vector, residual = trial, trial_residual
-            if np.abs(residual).max() < _CLOSE:
                 break
-    return None
+        return vector
+
+    def integrals(vector: Array) -> Array:
+        return squares(vector, *adaptive_nodes(sampled_at(vector)))
+
+    def differences(vector: Array) -> Array:
+        columns = []
+        for k in range(unknowns.size):
+            step = np.zeros(unknowns.size)
+            step[k] = 1e-4 * max(1.0, abs(vector[k]))
+            columns.append((integrals(vector + step) - integrals(vector - step)) / (2 * step[k]))
+        return np.stack(columns, axis=1)
+
+    start = vector = unknowns.pack(values)
+    for _ in range(_ROUNDS):
+        z, weight = adaptive_nodes(sampled_at(vector))
+        if np.abs(squares(vector, z, weight) - wanted).max() < _ACCEPTED:
+            return unknowns.unpack(vector)
+
+        def found(vector: Array, z: Array = z, weight: Array = weight) -> Array:
+            return squares(vector, z, weight)
+
+        def gradient(vector: Array, z: Array = z, weight: Array = weight) -> Array:
+            value, slope = sampled_at(vector)(z)
+            values_of, slopes_of = unknowns.columns(vector, mean + std * z, bounds)
+            return 2 * np.stack([(weight * value) @ values_of / std, (weight * slope) @ slopes_of])
+
+        columns = unknowns.columns(vector, mean + std * z, bounds)
+        length = np.hypot(*(_lengths(np.sqrt(weight)[:, None] * each) for each in columns))
+        vector = newton(vector, found, gradient)
+    # Kinks that move: between nodes that stand still, E[y'^2] jumps.
+    vector = newton(start, integrals, differences)
+    return unknowns.unpack(vector) if np.abs(integrals(vector) - wanted).max() < _ACCEPTED else None
 
 
 def _lengths(matrix: Array) -> Array:
