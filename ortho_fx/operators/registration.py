@@ -203,10 +203,14 @@ def _register_public_autograd(
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:tensor_count])
-        (ctx.channel_dim,) = inputs[tensor_count:] or (CHANNEL_DIM,)
+        ctx.channel_dim, *ctx.further = inputs[tensor_count:] or (CHANNEL_DIM,)
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(basis, backward, grad, *ctx.saved_tensors, ctx.channel_dim), None
+        return (
+            *_gradients(basis, backward, grad, *ctx.saved_tensors, ctx.channel_dim),
+            None,
+            *(None for _ in ctx.further),
+        )
 
     torch.library.register_autograd(f"{NAMESPACE}::{basis.name}", differentiate, setup_context=save, lib=_LIBRARY)
 
