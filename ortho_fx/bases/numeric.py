@@ -44,9 +44,9 @@ class Formula(Protocol):
 
 def sampled(formula: Formula, values: Values, x: Array, bounds: Bounds | None = None) -> tuple[Array, Array]:
     """y and y' at points, the input clamped to the bounds; with parameters of shape (size, groups) a column a group."""
-    parameters = [torch.from_numpy(np.array(values[p.name], dtype=np.float64)) for p in formula.parameters]
-    prepared = formula.prepare(torch.float64, *parameters)[: len(parameters)]
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the model is built in
+        parameters = [torch.from_numpy(np.array(values[p.name], dtype=np.float64)) for p in formula.parameters]
+        prepared = formula.prepare(torch.float64, *parameters)[: len(parameters)]
         points = torch.tensor(x, dtype=torch.float64)
         groups = parameters[0].shape[1:]
         points = points.reshape(-1, *(1 for _ in groups)).expand(-1, *groups).clone().requires_grad_()
