@@ -190,7 +190,7 @@ TABLE_OF_TRACE = PrivateName(
 INDUCTOR = PrivateNames(
     "the fused lowering",
     without="expansions compile through plain tensor operations: right, as fast for one expansion a layer of usual "
-    "degree, and up to PLAIN_FACTOR times slower for one a channel or a high degree",
+    "degree, and up to 2.3 times slower for one a channel or a high degree",
     names=(
         PrivateName(
             "torch._functorch.partitioners.pointwise_ops", "operators that the backward pass may compute again"
