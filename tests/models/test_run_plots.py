@@ -15,6 +15,8 @@ from ortho_fx.models.monitor import SiteMonitor
 from ortho_fx.models.run_files import read_run
 from ortho_fx.models.run_plots import plot_runs
 
+pytestmark = pytest.mark.slow
+
 
 class MLP(nn.Module):
     def __init__(self, layers):

@@ -20,6 +20,8 @@ from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.models.weights import load_model, load_weights, read_weights, save_weights
 from tests.kinds import KINDS, config_of
 
+pytestmark = pytest.mark.slow
+
 SMALL_GPT2 = GPT2Config(vocabulary=32, context=8, layers=2, heads=2, width=16)
 SMALL_CONVNEXT = ConvNeXtConfig(1, 5, 2, (1, 2), (8, 16), layer_scale=1.0)
 TOKENS = torch.arange(16).reshape(2, 8)

@@ -13,6 +13,8 @@ from ortho_fx.bases import BASES, HERMITE, numeric
 from ortho_fx.initialisation import initial_parameters
 from tests.kinds import KINDS, bases_from_outside, basis_of, config_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("bounds", [None, (-1.2, 0.7), (-0.3, 40.0)])
 @pytest.mark.parametrize("degree", [1, 8])

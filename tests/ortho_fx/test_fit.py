@@ -14,6 +14,8 @@ from ortho_fx import ExpansionConfig, OrthoFxError, fit
 from ortho_fx.bases import BASES
 from ortho_fx.histogram import Histogram
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = [
     ExpansionConfig("hermite", 3),
     ExpansionConfig("hermite", 8),

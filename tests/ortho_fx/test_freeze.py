@@ -31,6 +31,8 @@ from ortho_fx.bases.hermite import recurrence_error
 from ortho_fx.freeze import FrozenExpansion, freeze_
 from tests.kinds import KINDS, basis_of, config_of
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = 4
 CLASSES = [HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation]
 

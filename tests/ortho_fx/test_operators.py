@@ -19,6 +19,8 @@ from ortho_fx.operators.support import formulas_digest
 from tests.h100 import triton_code
 from tests.kinds import KINDS, basis_of, config_of
 
+pytestmark = pytest.mark.slow
+
 
 def arguments(kind, degree, dtype=torch.float64, shape=(4, 5)):
     activation = make_activation(config_of(kind, degree), dtype=dtype)

@@ -25,6 +25,8 @@ from ortho_fx.moments import clamped
 from ortho_fx.operators import expand, support
 from tests.kinds import bases_from_outside
 
+pytestmark = pytest.mark.slow
+
 
 class Powers(Basis):
     """y(x) = sum of a_k x^k: linear in its parameters, and closed under a change of variable."""
