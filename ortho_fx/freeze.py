@@ -50,7 +50,7 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
     modules = dict(model.named_modules())
     if isinstance(model, ExpansionActivation):
         raise OrthoFxError(f"the model itself is the {type(model).__name__}, and nothing holds it: freeze what does")
-    if not any(isinstance(module, OURS) for module in modules.values()):
+    if not any(isinstance(module, Expansion) for module in modules.values()):
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to freeze: call rewrite_ first")
     names, frozen = [], {}
     for name, module in modules.items():
@@ -168,8 +168,6 @@ class FrozenExpansion(Expansion):
 
 # Of a form's constants, those whose length is its number of terms, beside coefficients and offsets.
 _COUNTED = ("amplitudes", "cosine_amplitudes")
-# What stands in the place of an activation already.
-OURS = (ExpansionActivation, FrozenExpansion)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -34,9 +34,9 @@ from ortho_fx.activations import ExpansionActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.frames import Frame
-from ortho_fx.freeze import OURS
 from ortho_fx.operators.support import in_a_thread
 from ortho_fx.passes import pipeline, substitute
+from ortho_fx.passes.expansions import Expansion
 from ortho_fx.passes.graph.choose import check_needs_no_example
 from ortho_fx.passes.graph.matches import Match
 from ortho_fx.passes.targets import choose_targets
@@ -137,7 +137,7 @@ def _activations(record: pipeline.Record) -> Iterator[Match]:
 
 def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
     """Warns of compiled models that neither have an activation nor ever had one replaced."""
-    if roots and not any(isinstance(module, OURS) for root in roots for module in root.modules()):
+    if roots and not any(isinstance(module, Expansion) for root in roots for module in root.modules()):
         names = ", ".join(dict.fromkeys(type(root).__name__ for root in roots))
         warnings.warn(f"ortho_fx found no activation to replace in {names}", stacklevel=3)
 

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.freeze import OURS
 from ortho_fx.histogram import Histogram
+from ortho_fx.passes.expansions import Expansion
 from ortho_fx.passes.find import find_occurrences
 from ortho_fx.passes.targets import choose_targets
 from ortho_fx.polynomial_evaluation import Evaluation, evaluation, log2_up
@@ -141,7 +141,7 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
 
     Source: Paterson and Stockmeyer, SIAM Journal on Computing 2(1), 1973.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, OURS)}
+    expansions = {name: module for name, module in model.named_modules() if isinstance(module, Expansion)}
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
     seen = _observe(model, expansions, batches)
@@ -295,7 +295,7 @@ def _walk(model: nn.Module, sites: Mapping[nn.Module, PolynomialSite]) -> _Walk 
                 products += power.bit_length() - 1 + power.bit_count() - 1
                 path = path.after(power, log2_up(power), log2_up(power))
         elif not (node.op == "output" or type(module) in PASSING_MODULES or node.target in OPERATIONS):
-            if not isinstance(module, OURS):
+            if not isinstance(module, Expansion):
                 name, what = (node.target, type(module).__name__) if module else (described(node, modules), "it")
                 left[str(name)] = f"{what} is neither affine, nor a sum, a product or a Hermite activation"
         paths[node] = path

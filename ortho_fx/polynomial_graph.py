@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from ortho_fx import trees
 from ortho_fx.activations import ExpansionActivation, channel_dim_of
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.freeze import OURS
 from ortho_fx.moments import Array
 from ortho_fx.monomials import Dense
+from ortho_fx.passes.expansions import Expansion
 
 # Stands for the number of samples in the shape of a value.
 BATCH = object()
@@ -36,7 +36,7 @@ class NotPolynomial(Exception):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, OURS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Expansion) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
@@ -382,7 +382,7 @@ def apply_module(module: nn.Module, *arguments: Any) -> Any:
     Raises:
         NotPolynomial: a module that makes no polynomial of them.
     """
-    if isinstance(module, OURS):
+    if isinstance(module, Expansion):
         _series(module)
         assert isinstance(module, ExpansionActivation)
         return _expansion(module, arguments[0])

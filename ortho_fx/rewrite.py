@@ -16,7 +16,7 @@ from ortho_fx.check import Check, check_model
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import expansions, pipeline
-from ortho_fx.passes.context import ConfigMap
+from ortho_fx.passes.context import ConfigMap, shares
 from ortho_fx.passes.find import find_occurrences
 from ortho_fx.passes.observe import observe
 from ortho_fx.passes.sites import Site, format_sites
@@ -88,7 +88,7 @@ def find_sites(
     Raises:
         OrthoFxError: a target or a sharing that is not known, or a scripted model.
     """
-    table, share = choose_targets(targets), _shares(sharing)
+    table, share = choose_targets(targets), shares(sharing)
     sites = [occurrence.site for occurrence in find_occurrences(_checked(model), table, share=share)]
     if example_inputs is None:
         return sites
@@ -167,12 +167,6 @@ def revert_(model: nn.Module) -> tuple[str, ...]:
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")
     return names
-
-
-def _shares(sharing: str) -> bool:
-    if sharing not in ("instance", "site"):
-        raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
-    return sharing == "instance"
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.expansions import Calibrate, Factory, LearnableExpansion
 from ortho_fx.passes.find import Occurrence
 from ortho_fx.passes.observe import Observation
@@ -17,6 +18,17 @@ from ortho_fx.passes.sites import NOTE, Site
 from ortho_fx.passes.targets import TargetTable
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
+
+
+def shares(sharing: str) -> bool:
+    """Whether an activation that several places share stays one.
+
+    Raises:
+        OrthoFxError: a word that says neither.
+    """
+    if sharing not in ("instance", "site"):
+        raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
+    return sharing == "instance"
 
 
 @dataclass(eq=False)

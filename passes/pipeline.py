@@ -28,7 +28,7 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import expansions
-from ortho_fx.passes.context import ConfigMap, Context, Entry
+from ortho_fx.passes.context import ConfigMap, Context, Entry, shares
 from ortho_fx.passes.graph.choose import choose
 from ortho_fx.passes.graph.find import find
 from ortho_fx.passes.graph.initialise import initialise
@@ -127,13 +127,11 @@ def run(
     """
     disabled = disabled_passes(disable)
     _check_name(until, "until=")
-    if sharing not in ("instance", "site"):
-        raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
     modules = list(model.modules())
     context = Context(
         config=config,
         table=choose_targets(targets),
-        share=sharing == "instance",
+        share=shares(sharing),
         example_inputs=example_inputs,
         factory=factory or expansions.provided_factory(),
         calibrate=calibrate or expansions.provided_calibration(),
