@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from ortho_fx import ExpansionConfig
-from ortho_fx.activations import make_activation
-from ortho_fx.initialisation import initial_parameters
+from ortho_fx.activations.expansion import make_activation
+from ortho_fx.numerics.initialisation import initial_parameters
 
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
 NETWORKS = [

@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups, rewrite_
-from ortho_fx.anneal import Annealing
+from ortho_fx.rewriting.anneal import Annealing
 
 RESULT = Path(__file__).parent / "results" / "anneal.json"
 WIDTH, HELD_OUT, BATCH, MEASURED = 64, 797, 64, 500

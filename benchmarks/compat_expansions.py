@@ -11,10 +11,10 @@ import torch
 from compat_case import SINGLE, Case, Wrong, off
 from torch import Tensor
 
-from ortho_fx import ExpansionConfig, generated_code
-from ortho_fx.activations import make_activation
+from ortho_fx import ExpansionConfig
+from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES, Basis
-from ortho_fx.operators import operator, support
+from ortho_fx.operators import generated_code, operator, support
 
 # The shape of an input for each, and the dimension of its channels: large enough for sums in two stages.
 SHAPES = {"layer": ((4, 32, 14, 14), 1), "channel": ((256, 96), 1)}

@@ -17,7 +17,7 @@ from compat_case import DOUBLE, SINGLE, Case, Wrong, inputs, off
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, rewrite_
-from ortho_fx.activations import ExpansionActivation
+from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.bases import BASES
 
 

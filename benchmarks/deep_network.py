@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ortho_fx import ExpansionConfig
-from ortho_fx.activations import make_activation
+from ortho_fx.activations.expansion import make_activation
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = [

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups, rewrite_
+from ortho_fx.models.data.loader import load_validation
+from ortho_fx.models.data.text import StandardLibrary
 from ortho_fx.models.gpt2 import PRESETS
-from ortho_fx.models.loader import load_validation
-from ortho_fx.models.optimization import learning_rate_scale
 from ortho_fx.models.recipe import TrainConfig
-from ortho_fx.models.text import StandardLibrary
-from ortho_fx.models.training import train
-from ortho_fx.models.weights import load_model
+from ortho_fx.models.training.loop import train
+from ortho_fx.models.training.optimization import learning_rate_scale
+from ortho_fx.models.weights.bundle import load_model
 
 RESULT = Path(__file__).parent / "results" / "fine_tuning.json"
 CONFIGS = {

@@ -40,7 +40,7 @@ import triton
 from torch import Tensor
 
 from ortho_fx import ExpansionConfig, torch_private
-from ortho_fx.activations import make_activation
+from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.operators import expand
 

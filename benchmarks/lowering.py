@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from ortho_fx import ExpansionConfig
-from ortho_fx.bench import BenchConfig, Report, bench
-from ortho_fx.bench_candidates import ROW
-from ortho_fx.bench_report import table
+from ortho_fx.bench.config import ROW, BenchConfig
+from ortho_fx.bench.measure import bench
+from ortho_fx.bench.report import Report
 from ortho_fx.operators import support
+from ortho_fx.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 EXPANSIONS = tuple(
@@ -63,7 +64,8 @@ def main() -> None:
     result = measure(device, options.quick)
     columns = ("own", "plain", "plain / own")
     print(f"forward and backward beside compiled gelu, PyTorch {torch.__version__}, {result['hardware']}")
-    print(table(["", *columns], [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in result["rows"].items()]))
+    rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in result["rows"].items()]
+    print(table([["", *columns], *rows], "lr"))
     if not options.quick:
         name = re.sub(r"[^a-z0-9]+", "_", result["hardware"].lower()) if device == "cuda" else "cpu"
         path = RESULTS / f"lowering_{name}.json"

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, rewrite_
-from ortho_fx.models.layouts import load_pretrained
+from ortho_fx.models.weights.layouts import load_pretrained
 
 RESULT = Path(__file__).parent / "results" / "pretrained_layouts.json"
 TOLERANCE = 1e-10  # of the largest logit, in float64

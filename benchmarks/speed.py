@@ -4,8 +4,8 @@
 
 Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, and with an
 expansion a channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks. How each is
-measured is written in ortho_fx/bench.py; `ortho-fx bench` measures any of them under other settings. Runs on a GPU
-where there is one (`--device cpu` otherwise), there with GPT-2 124M and ConvNeXt-T under autocast to bfloat16.
+measured is written in ortho_fx/bench/measure.py; `ortho-fx bench` measures any of them under other settings. Runs on a
+GPU where there is one (`--device cpu` otherwise), there with GPT-2 124M and ConvNeXt-T under autocast to bfloat16.
 
 Prints a table a section, and writes results/speed_cpu.json or results/speed_<GPU>.json: date, hardware and versions a
 section. `--only` measures some sections anew and keeps the others of that file; `--quick` tries everything out in small
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from ortho_fx import ExpansionConfig
-from ortho_fx.bench import DEFAULT_EXPANSIONS, BenchConfig, bench, compile_times
-from ortho_fx.bench_candidates import ROW
-from ortho_fx.bench_report import environment_of, table
+from ortho_fx.bench.config import DEFAULT_EXPANSIONS, ROW, BenchConfig
+from ortho_fx.bench.measure import bench, compile_times
+from ortho_fx.bench.report import environment_of
+from ortho_fx.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 HERMITE, TROPICAL, RATIONAL, FOURIER, TIED = (
@@ -79,7 +80,8 @@ def compilation(config: BenchConfig, blocks: int) -> dict[str, Any]:
     seconds = compile_times(config, blocks)
     ratios = {name: value / seconds["gelu"] for name, value in seconds.items()}
     print(f"compilation of {blocks} MLP blocks, forward and backward, cold caches")
-    print(table(["", "s", "/ gelu"], [[name, f"{seconds[name]:.1f}", f"{ratios[name]:.2f}"] for name in seconds]))
+    rows = [[name, f"{seconds[name]:.1f}", f"{ratios[name]:.2f}"] for name in seconds]
+    print(table([["", "s", "/ gelu"], *rows], "lr"))
     return environment_of(config) | {"blocks": blocks, "seconds": seconds, "ratios": ratios}
 
 

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups
-from ortho_fx.activations import make_activation
+from ortho_fx.activations.expansion import make_activation
 
 RESULT = Path(__file__).parent / "results" / "trainable_depth.json"
 WIDTH, BATCH, LEARNING_RATES, ACCURACY = 128, 128, (2e-4, 5e-4, 1e-3), 0.95

@@ -26,8 +26,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, calibrate_, fit, param_groups, rewrite_
-from ortho_fx.models.run_files import read_run
-from ortho_fx.models.run_plots import plot_runs
+from ortho_fx.models.runs.files import read_run
+from ortho_fx.models.runs.plots import plot_runs
 
 matplotlib.use("agg")
 

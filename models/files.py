@@ -1,13 +1,11 @@
-"""Files of tensors: written whole or not at all, and read whoever wrote them."""
+"""Files of tensors, read whoever wrote them."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 
 _PICKLED = (".bin", ".pth", ".pt")
 # What a folder may hold its weights in, the likeliest first; an index names the files of the parts.
@@ -27,48 +26,12 @@ _WRAPPINGS = ("model", "state_dict")
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """The path of a temporary file beside `path`, which takes its place when the block ends without an error.
-
-    Whoever writes may do so in its own way, opening that path or replacing what is there. Folders are made as needed.
-
-    Raises:
-        OrthoFxError: the disk is full or cannot be written; what `path` held before is untouched.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield temporary
-        # safetensors leaves a file that its owner alone can read.
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise OrthoFxError(f"cannot save {path}: {reason(error)}; an earlier file there is untouched") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
     """Puts the path before the text of an error that is about what the file holds."""
     try:
         yield
     except OrthoFxError as error:
         raise OrthoFxError(f"{path}: {error}") from None
-
-
-def reason(error: BaseException) -> str:
-    """One line: the system's reason where there is one, else the error's message, or its class where it has none."""
-    # PyTorch's writers answer a failed write with a RuntimeError that only speaks of positions in the file.
-    for system in (error, error.__cause__, error.__context__):
-        if isinstance(system, OSError) and system.strerror:
-            return system.strerror
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def safetensors_library() -> Any:

@@ -12,6 +12,7 @@ import torch
 from ortho_fx import toolchain, torch_private
 from ortho_fx.bases import BASES
 from ortho_fx.operators import support
+from ortho_fx.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +78,6 @@ def compile_support(*, check: bool = False) -> CompileSupport:
         ...
         fused on cpu: hermite, fourier, tropical, tropical_rational
     """
-    from ortho_fx import __version__
 
     fallbacks: dict[str, dict[str, str]] = {}
     with warnings.catch_warnings():

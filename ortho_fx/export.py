@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,8 @@ from ortho_fx import trees
 from ortho_fx.bases import BASES
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import atomic_file
+from ortho_fx.modes import evaluating
 from ortho_fx.operators import by_position, operator
 from ortho_fx.operators.formulas import forward_formula
 
@@ -98,7 +99,7 @@ def export_onnx(
     half = next((name for name, value in model.state_dict().items() if value.dtype.itemsize == 2), None)
     if half is not None:
         raise OrthoFxError(f"ONNX files are for float32 and float64, and {half} is half precision: call model.float()")
-    with _eval_mode(model):
+    with evaluating(model):
         program = _program(model, example_inputs, dynamic_batch)
         _fold_lgamma(program)
         with _quiet(), _naming(model, "an ONNX model"):
@@ -108,7 +109,7 @@ def export_onnx(
         foreign = sorted({node.domain for node in translated.model.graph.all_nodes()} - {""})
         if foreign:
             raise OrthoFxError(f"{type(model).__name__} needs operators that are not ONNX' own: {', '.join(foreign)}")
-        with _written(path) as temporary:
+        with atomic_file(path) as temporary:
             translated.save(temporary)
             run = _session(onnxruntime, temporary)
             difference = _check(model, example_inputs, run, dynamic_batch, tolerance)
@@ -138,9 +139,9 @@ def export_program(
             by more than the tolerance, or a disk that cannot be written.
     """
     path = _checked_path(path, ".pt2")
-    with _eval_mode(model):
+    with evaluating(model):
         program = _program(model, example_inputs, dynamic_batch)
-        with _written(path) as temporary, _quiet():
+        with atomic_file(path) as temporary, _quiet():
             torch.export.save(program, temporary)
             module = torch.export.load(temporary).module()
             difference = _check(model, example_inputs, lambda batch: call(module, batch), dynamic_batch, tolerance)
@@ -297,35 +298,8 @@ def _described(program: torch.export.ExportedProgram, batch: Batch, dynamic_batc
     return tuple(described)
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A path of that name in a folder beside it, whose files take their places when the block ends without an error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder) / path.name
-            # The weights beside it first: the file is then never without them.
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-                file.replace(path.with_name(file.name))
-    except OSError as error:
-        raise OrthoFxError(
-            f"cannot save {path}: {error.strerror or _first_line(error)}; an earlier file there is untouched"
-        ) from None
-
-
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, path.with_name(path.name + ".data")) if file.exists())
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.sampling import differentiated, name_of
-
-if TYPE_CHECKING:
-    from ortho_fx.fit import Fit
+from ortho_fx.numerics.fit import FittedExpansion
+from ortho_fx.numerics.sampling import differentiated, name_of
 
 _INK, _RED = "0.25", "#c0392b"
 
 
-def plot_fit(fit: Fit, path: str | Path) -> None:
+def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
     """Value and derivative of a fit beside those of the function, over its interval, with the errors below.
 
     Raises:

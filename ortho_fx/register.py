@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ortho_fx import activations
-from ortho_fx.activations import ExpansionActivation
+from ortho_fx.activations import expansion as activations
+from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.bases import BASES, Basis
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators import decomposition, formulas, parts, registration, support

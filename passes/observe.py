@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.histogram import Histogram
-from ortho_fx.passes.find import find_occurrences
-from ortho_fx.passes.targets import TargetTable
+from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.passes.occurrence import Observation
+from ortho_fx.passes.search import find_occurrences
+from ortho_fx.passes.vocabulary.targets import TargetTable
 
 # Layers whose output has its channels in a certain dimension. Exact classes: a subclass may permute.
 _CHANNELS_FIRST = (
@@ -26,19 +26,6 @@ _CHANNELS_FIRST = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
-
-
-@dataclass
-class Observation:
-    """What one activation got: all its inputs, and the size and the dimension of their channels (the last call's).
-
-    `problem` says why one expansion a channel cannot be put there; empty where it can.
-    """
-
-    inputs: Histogram
-    channels: int | None = None
-    channel_dim: int | None = None
-    problem: str = "example_inputs do not reach it"
 
 
 class _Probe(nn.Module):

@@ -27,17 +27,18 @@ from torch import fx, nn
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes import expansions
-from ortho_fx.passes.context import ConfigMap, Context, Entry, shares
+from ortho_fx.passes.context import ConfigMap, Context, shares
 from ortho_fx.passes.graph.choose import choose
 from ortho_fx.passes.graph.find import find
 from ortho_fx.passes.graph.initialise import initialise
 from ortho_fx.passes.graph.lower import lower
 from ortho_fx.passes.graph.substitute import substitute
 from ortho_fx.passes.graph.text import graph_text
-from ortho_fx.passes.sites import NOTE, Site, format_sites
-from ortho_fx.passes.substitute import revert_expansions
-from ortho_fx.passes.targets import choose_targets
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.revert import revert_expansions
+from ortho_fx.passes.vocabulary import expansions
+from ortho_fx.passes.vocabulary.sites import NOTE, Site, format_sites
+from ortho_fx.passes.vocabulary.targets import choose_targets
 
 Pass = Callable[[nn.Module, Context], int]
 
@@ -67,7 +68,7 @@ class Record:
         disabled: the passes that were switched off.
         earlier: how many expansions the model held before.
         gradients: the parameters whose gradients a graph with its backward returns after its other outputs, in order.
-        entries: what the passes know of each site.
+        occurrences: what the passes know of each site.
     """
 
     edits: Mapping[str, int]
@@ -75,7 +76,7 @@ class Record:
     disabled: tuple[str, ...] = ()
     earlier: int = 0
     gradients: tuple[str, ...] = ()
-    entries: tuple[Entry, ...] = field(default=(), repr=False, compare=False)
+    occurrences: tuple[Occurrence, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def replaced(self) -> tuple[Site, ...]:
@@ -160,11 +161,11 @@ def run(
         raise
     return Record(
         edits,
-        tuple(entry.site for entry in context.entries),
+        tuple(occurrence.site for occurrence in context.occurrences),
         tuple(disabled),
         context.earlier,
         tuple(_gradients(context)),
-        tuple(context.entries),
+        tuple(context.occurrences),
     )
 
 
@@ -188,18 +189,18 @@ def _check_name(name: str | None, where: str) -> None:
 
 def _leave_undone(name: str, context: Context) -> None:
     """Notes on the sites that a pass did not run which had to, for them to be replaced."""
-    for entry in context.entries:
-        undecided = name == "choose" or (name == "substitute" and entry.config is not None)
-        if undecided and not entry.site.reason:
-            entry.config = None
-            entry.describe(reason=f"the pass {name} is disabled", expansion=None)
-            entry.note()
+    for occurrence in context.occurrences:
+        undecided = name == "choose" or (name == "substitute" and occurrence.config is not None)
+        if undecided and not occurrence.site.reason:
+            occurrence.config = None
+            occurrence.describe(reason=f"the pass {name} is disabled", expansion=None)
+            occurrence.note()
 
 
 def _gradients(context: Context) -> Iterable[str]:
-    for entry in context.entries:
-        if entry.expansion is not None and entry.occurrence.backward is not None:
-            yield from (f"{entry.site.name}.{name}" for name in entry.expansion.basis.learnable)
+    for occurrence in context.occurrences:
+        if occurrence.expansion is not None and occurrence.backward is not None:
+            yield from (f"{occurrence.site.name}.{name}" for name in occurrence.expansion.basis.learnable)
 
 
 def _undo(
@@ -209,15 +210,15 @@ def _undo(
     notes: Mapping[tuple[fx.GraphModule, str], Site | None],
 ) -> None:
     """The model as it was before the run."""
-    ours = [entry for entry in context.entries if entry.expansion is not None]
+    ours = [occurrence for occurrence in context.occurrences if occurrence.expansion is not None]
     if ours:
         for owner, graph in backups.items():
             owner.graph = graph
-    for entry in ours:
-        key = entry.site.name.rpartition(".")[2]
-        if entry.occurrence.match is not None and key in entry.occurrence.owner._modules:
-            delattr(entry.occurrence.owner, key)
-    chosen = {id(entry.expansion) for entry in ours}
+    for occurrence in ours:
+        key = occurrence.site.name.rpartition(".")[2]
+        if occurrence.match is not None and key in occurrence.owner._modules:
+            delattr(occurrence.owner, key)
+    chosen = {id(occurrence.expansion) for occurrence in ours}
     revert_expansions(model, lambda expansion: id(expansion) in chosen)
     for owner in context.graphs:
         for node in owner.graph.nodes:

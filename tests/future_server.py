@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
     """Of every basis, compiled in one graph: against the formulas in float64."""
-    from ortho_fx.activations import make_activation
+    from ortho_fx.activations.expansion import make_activation
     from ortho_fx.bases import BASES
     from ortho_fx.config import ExpansionConfig
     from ortho_fx.operators import formulas, operator
@@ -84,7 +84,9 @@ def _break(where: str) -> None:
     if where == "registration":
         lowerings.register_lowering = boom
         return
-    from ortho_fx.operators import lowering
+    from ortho_fx.operators import lowering, support
+
+    support.load_lowering()
 
     if where == "code generation":
         graph, state = torch_private.load(torch_private.TOOLS).GraphLowering, {"calls": 0}

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ortho_fx import ExpansionConfig, activations
+from ortho_fx import ExpansionConfig
+from ortho_fx.activations import expansion as activations
 from ortho_fx.bases import BASES, Basis
 
 KINDS = (*BASES, "fourier tied")

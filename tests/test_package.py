@@ -30,7 +30,13 @@ def test_the_wheel_holds_ortho_fx_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ortho_fx"}
-    for name in ("py.typed", "passes/find.py", "models/gpt2.py", "models/recipes/gpt2-small.toml", "bases/hermite.py"):
+    for name in (
+        "py.typed",
+        "passes/graph/find.py",
+        "models/gpt2.py",
+        "models/recipes/gpt2-small.toml",
+        "bases/hermite.py",
+    ):
         assert f"ortho_fx/{name}" in names
 
 

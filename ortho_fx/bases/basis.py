@@ -25,8 +25,8 @@ from ortho_fx.bases import numeric
 from ortho_fx.bases.folded import Folded
 from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, after, masked, multiply_add
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.least_squares import Problem
-from ortho_fx.moments import Array, Bounds, Moments, Values
+from ortho_fx.numerics.least_squares import Problem
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
 __all__ = ["Basis", "Parameter", "Term", "Value", "after", "masked", "multiply_add"]
 

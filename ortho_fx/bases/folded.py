@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.bases.formula import Value, multiply_add
-from ortho_fx.moments import Array
+from ortho_fx.numerics.moments import Array
 
 # A form by name and its constants by name, each of shape (terms, groups).
 Folded = tuple[str, dict[str, Array]]

@@ -28,8 +28,8 @@ from ortho_fx.bases.hermite import factorial_weights
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.bases.stable import stable
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.least_squares import Problem
-from ortho_fx.moments import Array, Bounds, Moments, Values, clamped
+from ortho_fx.numerics.least_squares import Problem
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
 
 def _inverse_factorial(k: int) -> float:

@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from ortho_fx.least_squares import ROUNDING, Problem, Separable, cost_of
-from ortho_fx.moments import Array
+from ortho_fx.numerics.least_squares import ROUNDING, Problem, Separable, cost_of
+from ortho_fx.numerics.moments import Array
 
 # 1/k! is zero in float32 from here on, and so is the wave that it multiplies.
 _MOST_WAVES = 32

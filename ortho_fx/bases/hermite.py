@@ -25,8 +25,8 @@ from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, mult
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.bases.stable import stable
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.least_squares import ROUNDING, Problem, damped
-from ortho_fx.moments import Array, Bounds, Moments, Values, clamped
+from ortho_fx.numerics.least_squares import ROUNDING, Problem, damped
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
 # Horner's rule replaces the recurrence where its rounding error is at most so many times that of the recurrence.
 _HORNER_ERROR = 4.0

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ortho_fx.least_squares import Problem, Separable, Solution, cost_of
-from ortho_fx.moments import Array
+from ortho_fx.numerics.least_squares import Problem, Separable, Solution, cost_of
+from ortho_fx.numerics.moments import Array
 
 # Rounds of the search that places knots for the slope as well.
 _ROUNDS = 8

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ortho_fx.bases.formula import Parameter
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.least_squares import ROUNDING, Problem, damped
-from ortho_fx.moments import Array, Bounds, Moments, Sampled, Values, adaptive_nodes, density, integrated
+from ortho_fx.numerics.least_squares import ROUNDING, Problem, damped
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Sampled, Values, adaptive_nodes, density, integrated
 
 # Starts of the steps where a formula is not linear, and how many steps the best two of them take after that.
 _STARTS, _SCANNED_STEPS, _STEPS = 8, 15, 80

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ortho_fx.bases.folded import Folded, packed
-from ortho_fx.moments import Array, Bounds, Moments, above, density
+from ortho_fx.numerics.moments import Array, Bounds, Moments, above, density
 
 # The knots (m), and the slopes and offsets of the pieces between them (m + 1).
 Pieces = tuple[Array, Array, Array]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from ortho_fx.moments import Array, Bounds, Moments, Values
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
 # The parameters of scale * g + shift, for those of g.
 Affine = Callable[[Values, float, float], dict[str, Array]]

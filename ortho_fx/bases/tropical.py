@@ -41,8 +41,8 @@ from ortho_fx.bases.piecewise import (
     needed_lines,
 )
 from ortho_fx.bases.stable import stable
-from ortho_fx.least_squares import Problem
-from ortho_fx.moments import Array, Bounds, Moments, Values
+from ortho_fx.numerics.least_squares import Problem
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
 
 def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from ortho_fx.bases.piecewise import (
 )
 from ortho_fx.bases.stable import stable
 from ortho_fx.bases.tropical import Bends, PiecewiseLinear, affine, bends, paper_lines, shares
-from ortho_fx.least_squares import Problem
-from ortho_fx.moments import Array, Bounds, Moments, Values
+from ortho_fx.numerics.least_squares import Problem
+from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:

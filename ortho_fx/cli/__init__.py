@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ortho_fx import __version__
 from ortho_fx.cli import bench, compare, data, doctor, export, fit, plot, sites, train
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,7 +53,8 @@ def add(commands: Commands[Parser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     # Only this command needs it, and with it the models.
-    from ortho_fx.bench import BenchConfig, bench, choose_expansions
+    from ortho_fx.bench.config import BenchConfig
+    from ortho_fx.bench.measure import bench, choose_expansions
 
     values = {field.name: getattr(parsed, field.name) for field in fields(BenchConfig) if field.name != "expansions"}
     expansions = choose_expansions(parsed.bases, parsed.degrees, parsed.granularity, parsed.tied)

@@ -34,7 +34,7 @@ def add(commands: Commands[Parser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
-    from ortho_fx.models.compare import compare
+    from ortho_fx.models.compare.runs import compare
 
     comparison = compare(
         config,

@@ -30,7 +30,7 @@ def add(commands: Commands[Parser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from ortho_fx.models.prepare import prepare
+    from ortho_fx.models.data.prepare import prepare
 
     report = prepare(
         parsed.source,

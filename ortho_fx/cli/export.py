@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ortho_fx.activations.freeze import freeze_
 from ortho_fx.cli.parser import Commands, Parser
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.freeze import freeze_
 
 _ENDINGS = (".onnx", ".pt2")
 _DIGITS, _MNIST, _PHOTOGRAPHS = 8, 28, 224
@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> int:
             raise OrthoFxError(f"--{option.replace('_', '-')} must be 1 or more; got {value}")
     # The models' imports take longer than parsing, and a wrong option should be answered at once.
     from ortho_fx.export import export_onnx, export_program
-    from ortho_fx.models.layouts import load_pretrained
+    from ortho_fx.models.weights.layouts import load_pretrained
 
     pretrained = load_pretrained(parsed.weights)
     for note in pretrained.notes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ortho_fx.activations.fit import fit
 from ortho_fx.bases import BASES
 from ortho_fx.cli.parser import Commands, Parser, tied_help
 from ortho_fx.config import ExpansionConfig
-from ortho_fx.fit import fit
-from ortho_fx.passes.targets import BY_NAME, choose_targets
+from ortho_fx.passes.vocabulary.targets import BY_NAME, choose_targets
 
 
 def add(commands: Commands[Parser]) -> None:

@@ -23,8 +23,8 @@ def add(commands: Commands[Parser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from ortho_fx.models.run_files import read_run
-    from ortho_fx.models.run_plots import plot_runs
+    from ortho_fx.models.runs.files import read_run
+    from ortho_fx.models.runs.plots import plot_runs
 
     runs = [read_run(Path(directory)) for directory in parsed.runs]
     for path in plot_runs(runs, Path(parsed.out) if parsed.out else Path(parsed.runs[0]) / "plots"):

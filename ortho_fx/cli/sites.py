@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import nn
 
 from ortho_fx.cli.models import FORMS, build_model
 from ortho_fx.cli.parser import Commands, Parser
-from ortho_fx.passes.sites import Site
-from ortho_fx.passes.targets import choose_targets
-from ortho_fx.rewrite import find_sites
+from ortho_fx.passes.vocabulary.sites import Site
+from ortho_fx.passes.vocabulary.targets import choose_targets
+from ortho_fx.rewriting.rewrite import find_sites
+from ortho_fx.tables import table
 
 
 def add(commands: Commands[Parser]) -> None:
@@ -52,7 +52,7 @@ def run(parsed: argparse.Namespace) -> int:
         left = f"left: {site.reason}" if site.reason else ""
         rows.append((", ".join((site.name, *site.aliases)), site.kind, site.function, _owner(model, site), left))
     if sites:
-        print(_table(rows))
+        print(table(rows))
     left_alone = sum(bool(site.reason) for site in sites)
     count = f"{len(sites)} activations" if len(sites) != 1 else "1 activation"
     print(f"{type(model).__name__}: {count}, {len(sites) - left_alone} would be replaced, {left_alone} left")
@@ -68,9 +68,3 @@ def _owner(model: nn.Module, site: Site) -> str:
             break
         owner = child
     return type(owner).__name__
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ortho_fx.cli.parser import Commands, Parser
+from ortho_fx.tables import table
 
 if TYPE_CHECKING:
     from ortho_fx.models.recipe import TrainConfig
-    from ortho_fx.models.training import Result
+    from ortho_fx.models.training.loop import Result
 
 # What describes an expansion of one basis says nothing of one of another.
 _OF_THE_BASIS = ("degree", "init", "granularity", "clamp", "tied")
@@ -74,8 +75,8 @@ def config_of(parsed: argparse.Namespace) -> TrainConfig:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     # The trainer's imports take longer than parsing, and a wrong option should be answered at once.
-    from ortho_fx.models.checkpoint import checkpoints
-    from ortho_fx.models.training import train
+    from ortho_fx.models.training.checkpoint import checkpoints
+    from ortho_fx.models.training.loop import train
 
     configs = [config]
     if parsed.beside_gelu and config.expansion is not None:
@@ -108,5 +109,4 @@ def _side_by_side(results: Sequence[Result]) -> str:
     last = [result.validations[max(result.validations)] for result in results]
     for measure in last[0]:
         rows.append((measure.replace("_", " "), *(f"{values[measure]:.4f}" for values in last)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return table(rows, "r")

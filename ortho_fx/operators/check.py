@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_fx import generated_code
 from ortho_fx.bases import Basis, basis_named
-from ortho_fx.operators import formulas, support
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.numerics.initialisation import initial_parameters
+from ortho_fx.operators import formulas, generated_code, support
 from ortho_fx.operators.registration import operator
 
 _SHAPE = (64, 48)
@@ -49,16 +50,12 @@ def wrong(basis: Basis, device: str) -> str | None:
 
 def _case(basis: Basis, device: str, groups: int | None) -> list[Tensor]:
     """An input, the gradient of its output, and parameters that no two groups share."""
-    # Imported here: activations import the operators.
-    from ortho_fx.activations import make_activation
-    from ortho_fx.config import ExpansionConfig
-
-    config = ExpansionConfig(basis.name, granularity="layer" if groups is None else "channel")
-    activation = make_activation(config, channels=groups)
+    start = initial_parameters(ExpansionConfig(basis.name))
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(_SHAPE, generator=generator) for _ in range(2)]
     for parameter in basis.parameters:
-        value = getattr(activation, parameter.name).detach()
+        value = torch.from_numpy(start[parameter.name]).float()
+        value = value if groups is None else value.unsqueeze(1).expand(-1, groups)
         tensors.append(value + 0.1 * torch.randn(value.shape, generator=generator))
     return [tensor.to(device) for tensor in tensors]
 

@@ -11,7 +11,7 @@ until it is lowered here:
   them fuse into one kernel that reads the input and the incoming gradient once; one small reduction adds the chunks up.
 
 Whatever goes wrong while Inductor compiles a graph with twins, the graph is compiled once more with the twins in plain
-tensor operations, and `support` takes note.
+tensor operations, and whoever called `install` is told.
 
 Everything here is private to PyTorch, and comes from `torch_private.INDUCTOR`.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES, Basis
 from ortho_fx.operators import decomposition as plain
-from ortho_fx.operators import eager, formulas, parts, support
+from ortho_fx.operators import eager, formulas, parts
 from ortho_fx.operators.values import Value
 
 NAMESPACE = "ortho_fx_inductor"
@@ -232,8 +232,11 @@ def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:
     return sum(int(parameter.get_size()[0]) for parameter in learned)
 
 
-def register(basis: Basis) -> None:
-    """Defines the twins of a basis' operators, and how Inductor lowers them."""
+def register(basis: Basis, lowered: dict[str, Callable[..., Any]]) -> None:
+    """Defines the twins of a basis' operators, and how Inductor lowers them.
+
+    `lowered` gets what stands for each operator in a graph for Inductor, by the operator's name.
+    """
     name = f"{basis.name}_backward"
     parameters = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
     _LIBRARY.define(f"{basis.name}(Tensor x, {parameters}, int channel_dim) -> Tensor")
@@ -277,21 +280,24 @@ def register(basis: Basis) -> None:
     PLAIN_TWINS[forward.default] = basis, lambda *a: plain.forward(basis, *a[:count], channel_dim=a[count])
     PLAIN_TWINS[backward.default] = basis, functools.partial(plain.backward, basis)
     decompositions = plain.decompositions(basis, call_forward, call_backward)
-    support.LOWERED.update(zip((basis.name, name), decompositions, strict=True))
+    lowered.update(zip((basis.name, name), decompositions, strict=True))
 
 
 # The basis of each twin, and what it computes in plain tensor operations.
 PLAIN_TWINS: dict[Any, tuple[Basis, Callable[..., Any]]] = {}
 
 
-def _guard() -> None:
-    """Has Inductor compile a graph with twins once more without them, if the first time raises."""
+def _guard(lose: Callable[[Basis, Exception], None]) -> None:
+    """Has Inductor compile a graph with twins once more without them, if the first time raises.
+
+    `lose` is told of each basis that the graph had.
+    """
     compile_graph = _inductor.fx_codegen_and_compile
     module = sys.modules[compile_graph.__module__]
 
     @functools.wraps(compile_graph)
     def guarded(gm: fx.GraphModule, *arguments: Any, **settings: Any) -> Any:
-        bases = {PLAIN_TWINS[node.target][0].name for _, node in _twins(gm)}
+        bases = {PLAIN_TWINS[node.target][0] for _, node in _twins(gm)}
         if not bases:
             return compile_graph(gm, *arguments, **settings)
         spare = _copy(gm)  # the compiler changes the graph on its way
@@ -305,8 +311,8 @@ def _guard() -> None:
                 compiled = compile_graph(spare, *arguments, **settings)
             except Exception:
                 raise error from None
-            for name in bases:
-                support.lose(BASES[name], error)
+            for basis in bases:
+                lose(basis, error)
             return compiled
 
     setattr(module, compile_graph.__name__, guarded)
@@ -386,11 +392,26 @@ def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
     gm.recompile()
 
 
+def install(lowered: dict[str, Callable[..., Any]], lose: Callable[[Basis, Exception], None]) -> None:
+    """Has Inductor lower the operators of every basis; the arguments are those of `register` and `_guard`."""
+    for basis in BASES.values():
+        register(basis, lowered)
+    _guard(lose)
+    # An entry that decomposes nothing, for a trace to be known as one for Inductor. A copy of the table that was made
+    # before would lack it.
+    _inductor.decompositions[_mark()] = lambda *_: NotImplemented
+    _inductor.fast_random_decomps.cache_clear()
+
+
+def _mark() -> Any:
+    return next(iter(PLAIN_TWINS))
+
+
 def is_tracing() -> bool:
     """Whether the trace that is going on is for Inductor."""
     tracing = _inductor.get_proxy_mode()
-    # Inductor's table of decompositions, and no other, has what is put there below.
-    return tracing is not None and _MARK in _table(tracing)
+    # Inductor's table of decompositions, and no other, has what `install` put there.
+    return tracing is not None and _mark() in _table(tracing)
 
 
 def _table(tracing: Any) -> Any:
@@ -399,14 +420,3 @@ def _table(tracing: Any) -> Any:
         return tracing.decomposition_table
     table = torch_private.resolve(torch_private.TABLE_OF_TRACE.path)
     return table.get(()) if isinstance(table, contextvars.ContextVar) else table
-
-
-for _basis in BASES.values():
-    register(_basis)
-_guard()
-
-# An entry that decomposes nothing, for a trace to be known as one for Inductor. A copy of the table that was made
-# before would lack it.
-_MARK = next(iter(PLAIN_TWINS))
-_inductor.decompositions[_MARK] = lambda *_: NotImplemented
-_inductor.fast_random_decomps.cache_clear()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -75,7 +74,7 @@ def add_from_outside(basis: Basis, digest: str) -> None:
     _digests[basis.name] = digest
     if _lowering is not None:
         try:
-            in_a_thread(lambda: _lowering.register(basis))
+            in_a_thread(lambda: _lowering.register(basis, LOWERED))
         except Exception as error:
             fall_back(basis, _failed(error))
     elif _tried:  # and it failed: a warning has said so
@@ -101,24 +100,33 @@ def decide(basis: Basis, device_type: str, *, check: bool = False) -> None:
     if os.environ.get("ORTHO_FX_LOWERING") == "0":
         _use_plain(basis, "ORTHO_FX_LOWERING=0")
         return
-    _import_lowering()
+    load_lowering()
     if reason(basis) is None and "ORTHO_FX_CHECKING" not in os.environ:
         verdict = _verdict(basis, device_type, check or not torch_private.is_tested())
         if verdict is not None:
             fall_back(basis, verdict)
 
 
-def _import_lowering() -> None:
+def load_lowering() -> None:
+    """Imports the lowering and registers every basis with it, once; a failure is a warning."""
     global _lowering, _tried
     if _tried:
         return
     _tried = True
     try:
         # Where no mode of the trace that is going on sees it.
-        _lowering = in_a_thread(lambda: importlib.import_module("ortho_fx.operators.lowering"))
+        _lowering = in_a_thread(_installed)
     except Exception as error:
         for each in BASES.values():
             fall_back(each, str(error) if isinstance(error, torch_private.MissingNames) else _failed(error))
+
+
+def _installed() -> Any:
+    # Imported here, since it takes Inductor's own import with it.
+    from ortho_fx.operators import lowering
+
+    lowering.install(LOWERED, lose)
+    return lowering
 
 
 def _failed(error: Exception) -> str:

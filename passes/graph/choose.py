@@ -10,10 +10,11 @@ from torch import nn
 
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.context import ConfigMap, Context, Entry
-from ortho_fx.passes.find import reason_not_chosen
+from ortho_fx.passes.context import ConfigMap, Context
 from ortho_fx.passes.observe import copied, observe
-from ortho_fx.passes.sites import Site
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.search import reason_not_chosen
+from ortho_fx.passes.vocabulary.sites import Site
 
 
 def choose(model: nn.Module, context: Context) -> int:
@@ -23,35 +24,35 @@ def choose(model: nn.Module, context: Context) -> int:
         OrthoFxError: nothing to replace, a pattern that matches no site, patterns that disagree on a shared site, a
             config that needs example_inputs, or example_inputs that the model cannot be run with.
     """
-    pending = [entry for entry in context.entries if not entry.decided]
-    if context.entries and not pending:
+    pending = [one for one in context.occurrences if not one.decided]
+    if context.occurrences and not pending:
         return 0
-    for entry in pending:
-        reason = entry.site.reason or reason_not_chosen(entry.site, context.table)
-        if reason != entry.site.reason:
-            entry.describe(reason=reason)
-    configs = _configs([entry.site for entry in context.entries], context.config, strict=not context.earlier)
-    chosen = {id(entry): config for entry, config in zip(context.entries, configs, strict=True)}
-    wanted = [chosen[id(entry)] for entry in pending if not entry.site.reason]
+    for one in pending:
+        reason = one.site.reason or reason_not_chosen(one.site, context.table)
+        if reason != one.site.reason:
+            one.describe(reason=reason)
+    configs = _configs([one.site for one in context.occurrences], context.config, strict=not context.earlier)
+    chosen = {id(one): config for one, config in zip(context.occurrences, configs, strict=True)}
+    wanted = [chosen[id(one)] for one in pending if not one.site.reason]
     if context.example_inputs is None:
         for config in wanted:
             check_needs_no_example(config)
     elif any(config is not None and _looks_at_inputs(config) for config in wanted):
         observed = observe(model, context.table, context.example_inputs, share=context.share)
-        for entry, seen in zip(context.entries, observed, strict=True):
-            entry.seen = seen
+        for one, seen in zip(context.occurrences, observed, strict=True):
+            one.seen = seen
     told = {config: str(config) for config in chosen.values()}
-    for entry in pending:
-        config = chosen[id(entry)]
-        reason = entry.site.reason or _obstacle(config, entry)
-        entry.describe(reason=reason, expansion=None if reason else told[config])
-        entry.config, entry.decided = None if reason else config, True
-    decided = [entry.config for entry in context.entries if entry.config is not None]
+    for one in pending:
+        config = chosen[id(one)]
+        reason = one.site.reason or _obstacle(config, one)
+        one.describe(reason=reason, expansion=None if reason else told[config])
+        one.config, one.decided = None if reason else config, True
+    decided = [one.config for one in context.occurrences if one.config is not None]
     if context.replaces and not decided and not context.earlier:
-        raise OrthoFxError(_nothing_to_replace(model, [entry.site for entry in context.entries]))
+        raise OrthoFxError(_nothing_to_replace(model, [one.site for one in context.occurrences]))
     if context.example_inputs is not None and any(config.init == "calibrated" for config in decided):
         context.unchanged = copied(model)
-    return sum(entry.note() for entry in pending)
+    return sum(one.note() for one in pending)
 
 
 def check_needs_no_example(config: ExpansionConfig | None) -> None:
@@ -69,24 +70,24 @@ def _looks_at_inputs(config: ExpansionConfig) -> bool:
     return config.granularity != "layer" or config.init == "fit"
 
 
-def _obstacle(config: ExpansionConfig | None, entry: Entry) -> str:
+def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
     """Why a site that could be replaced is not; empty where it is."""
     if config is None:
         return "excluded by its name"
-    if config.init == "fit" and entry.occurrence.reference is None:
+    if config.init == "fit" and one.reference is None:
         return "its arguments are known only when it runs, and init 'fit' needs them before"
-    if entry.occurrence.backward is not None:
+    if one.backward is not None:
         plain = {"granularity": config.granularity == "layer", "clamp": config.clamp is None}
         settings = [name for name, is_plain in plain.items() if not is_plain]
         if config.init == "calibrated":
             settings.append("init 'calibrated'")
         if settings:
             return f"{' and '.join(settings)} cannot be had in a graph that holds its backward"
-    if config.granularity != "layer" and entry.seen is not None:
-        if entry.seen.problem:
-            return entry.seen.problem
+    if config.granularity != "layer" and one.seen is not None:
+        if one.seen.problem:
+            return one.seen.problem
         try:
-            config.groups(entry.seen.channels)
+            config.groups(one.seen.channels)
         except OrthoFxError as error:
             return str(error)
     return ""

@@ -6,28 +6,29 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ortho_fx.passes.context import Context, Entry
-from ortho_fx.passes.find import Occurrence, list_occurrences
-from ortho_fx.passes.sites import NOTE
+from ortho_fx.passes.context import Context
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.search import list_occurrences
+from ortho_fx.passes.vocabulary.sites import NOTE
 
 
 def find(model: nn.Module, context: Context) -> int:
     """Lists every activation, gates included, and notes its `Site` on its nodes; the number of notes that are new."""
-    known = {entry.site.name for entry in context.entries}
+    known = {one.site.name for one in context.occurrences}
     calls = _calls_of_modules(context.graphs)
     edits = 0
-    for occurrence in list_occurrences(model, share=context.share):
-        if occurrence.site.name not in known:
-            entry = Entry(occurrence, occurrence.site, _nodes_of(occurrence, calls))
-            context.entries.append(entry)
-            if any(_is_unknown(node, entry) for node in entry.nodes):
-                edits += entry.note()
+    for one in list_occurrences(model, share=context.share):
+        if one.site.name not in known:
+            one.nodes = _nodes_of(one, calls)
+            context.occurrences.append(one)
+            if any(_is_unknown(node, one) for node in one.nodes):
+                edits += one.note()
     return edits
 
 
-def _is_unknown(node: fx.Node, entry: Entry) -> bool:
+def _is_unknown(node: fx.Node, one: Occurrence) -> bool:
     note = node.meta.get(NOTE)
-    return note is None or (note.name, note.function) != (entry.site.name, entry.site.function)
+    return note is None or (note.name, note.function) != (one.site.name, one.site.function)
 
 
 def _calls_of_modules(graphs: Iterable[fx.GraphModule]) -> dict[int, list[fx.Node]]:
@@ -40,8 +41,8 @@ def _calls_of_modules(graphs: Iterable[fx.GraphModule]) -> dict[int, list[fx.Nod
     return calls
 
 
-def _nodes_of(occurrence: Occurrence, calls: dict[int, list[fx.Node]]) -> tuple[fx.Node, ...]:
-    if occurrence.match is not None:
-        return (occurrence.match.node,)
-    children = {id(owner._modules[key]) for owner, key in occurrence.places}
+def _nodes_of(one: Occurrence, calls: dict[int, list[fx.Node]]) -> tuple[fx.Node, ...]:
+    if one.match is not None:
+        return (one.match.node,)
+    children = {id(owner._modules[key]) for owner, key in one.places}
     return tuple(node for child in children for node in calls.get(child, ()))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ortho_fx.passes.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
-from ortho_fx.passes.formulas import Formula
-from ortho_fx.passes.sites import NOTE
-from ortho_fx.passes.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
+from ortho_fx.passes.vocabulary.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
+from ortho_fx.passes.vocabulary.formula import Formula
+from ortho_fx.passes.vocabulary.sites import NOTE
+from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
 # A formula that somebody wrote is shorter, in nodes and in characters.
 _MOST_NODES, _LONGEST = 24, 600

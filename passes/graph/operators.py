@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.expansions import LearnableExpansion
-from ortho_fx.passes.targets import OPERATOR
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.passes.vocabulary.targets import OPERATOR
 
 
 class _Tracer(fx.Tracer):

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ortho_fx.passes.graph.matches import Match, elementwise_name, find_matches, single_match
-from ortho_fx.passes.targets import BY_NAME, OPERATOR
+from ortho_fx.passes.vocabulary.targets import BY_NAME, OPERATOR
 
 # The backward operator of each function that has one.
 _BACKWARD_OF: Mapping[str, str] = {

@@ -2,7 +2,7 @@
 
 In the graphs of modules that is a call of a child module, which hooks, `freeze_` and `revert_` can reach. A graph that
 holds its backward has no such place: forward and backward read the same parameters, so each becomes an operator.
-`ortho_fx.passes.substitute` has one function for each kind of site.
+Each kind of site brings the function that edits it, as `Occurrence.substitute`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.context import Context, Entry
-from ortho_fx.passes.expansions import LearnableExpansion
+from ortho_fx.passes.context import Context
 from ortho_fx.passes.graph.pairs import is_operator_graph
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 
 
 def substitute(model: nn.Module, context: Context) -> int:
@@ -25,44 +26,44 @@ def substitute(model: nn.Module, context: Context) -> int:
     Raises:
         OrthoFxError: a device that is gone.
     """
-    pending = [entry for entry in context.entries if entry.config is not None and entry.expansion is None]
-    starts = {entry.config: replace(entry.config, init="stable") for entry in pending if entry.config is not None}
-    made = [_make(model, context, entry, starts[entry.config]) for entry in pending if entry.config is not None]
-    for entry, expansion in zip(pending, made, strict=True):
-        entry.expansion = expansion
-        entry.occurrence.substitute(expansion)
-        entry.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
+    pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
+    starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
+    made = [_make(model, context, one, starts[one.config]) for one in pending if one.config is not None]
+    for one, expansion in zip(pending, made, strict=True):
+        one.expansion = expansion
+        one.substitute(expansion)
+        one.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
     return len(pending)
 
 
-def _make(model: nn.Module, context: Context, entry: Entry, config: ExpansionConfig) -> LearnableExpansion:
-    device, dtype = _placement(model, entry)
+def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:
+    device, dtype = _placement(model, one)
     try:
         expansion = context.factory(
             config,
-            channels=entry.seen and entry.seen.channels,
-            channel_dim=entry.seen and entry.seen.channel_dim,
-            reference=entry.occurrence.reference,
+            channels=one.seen and one.seen.channels,
+            channel_dim=one.seen and one.seen.channel_dim,
+            reference=one.reference,
             device=device,
             dtype=dtype,
         )
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that a device is there
-        raise OrthoFxError(f"{entry.site.name} cannot be placed on {device}: {error}") from None
-    return expansion.train(entry.occurrence.owner.training)
+        raise OrthoFxError(f"{one.site.name} cannot be placed on {device}: {error}") from None
+    return expansion.train(one.owner.training)
 
 
-def _placement(model: nn.Module, entry: Entry) -> tuple[torch.device | None, torch.dtype | None]:
+def _placement(model: nn.Module, one: Occurrence) -> tuple[torch.device | None, torch.dtype | None]:
     """The device and floating dtype of the nearest parameters: those of the owner, else of its closest ancestor.
 
     A `make_fx` graph has its parameters as inputs; there they are those of the site's input.
     """
-    path = entry.site.name.split(".")[:-1]
+    path = one.site.name.split(".")[:-1]
     for length in range(len(path), -1, -1):
         owner = model.get_submodule(".".join(path[:length]))
         for parameter in owner.parameters():
             if parameter.is_floating_point():
                 return parameter.device, parameter.dtype
-    owner, match = entry.occurrence.owner, entry.occurrence.match
+    owner, match = one.owner, one.match
     if match is not None and isinstance(owner, fx.GraphModule) and is_operator_graph(owner.graph):
         value = match.node.meta.get("val")
         if isinstance(value, Tensor):

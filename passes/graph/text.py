@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.passes.expansions import LearnableExpansion
-from ortho_fx.passes.sites import NOTE, Site
-from ortho_fx.passes.targets import OPERATOR
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.passes.vocabulary.sites import NOTE, Site
+from ortho_fx.passes.vocabulary.targets import OPERATOR
 
 _MOST_NUMBERS = 8
 

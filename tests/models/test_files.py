@@ -1,6 +1,5 @@
 """Files are written whole or not at all, and what cannot be read says so in one line."""
 
-import errno
 import json
 import os
 import pickle
@@ -9,64 +8,7 @@ import pytest
 import torch
 
 from ortho_fx import OrthoFxError
-from ortho_fx.models import files
-from ortho_fx.models.files import atomic_file, files_of, read_json, read_safetensors, read_tensors
-
-
-def _full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _zip_writer_fails():
-    try:
-        _full()
-    finally:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
-
-
-def test_a_file_takes_its_place_when_it_is_written(tmp_path):
-    path = tmp_path / "new" / "folder" / "file"
-    with atomic_file(path) as temporary:
-        assert temporary.parent == path.parent
-        temporary.write_text("one")
-        temporary.chmod(0o600)
-    assert path.read_text() == "one"
-    (tmp_path / "plain").write_text("")
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert [file.name for file in path.parent.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("where", ["flushing", "writing", "in the zip writer"])
-def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch, where):
-    path = tmp_path / "file"
-    path.write_text("earlier")
-    if where == "flushing":
-        monkeypatch.setattr(files.os, "fsync", _full)
-    failure = {"flushing": lambda: None, "writing": _full, "in the zip writer": _zip_writer_fails}[where]
-
-    def write():
-        with atomic_file(path) as temporary:
-            temporary.write_text("half")
-            failure()
-
-    with pytest.raises(OrthoFxError) as caught:
-        write()
-    assert str(caught.value) == f"cannot save {path}: No space left on device; an earlier file there is untouched"
-    assert path.read_text() == "earlier"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OrthoFxError, match=r"^cannot save .*file/below: (File exists|Not a directory); an earlier"):
-        with atomic_file(tmp_path / "file" / "below"):
-            pass
-
-
-def test_other_errors_pass_and_leave_nothing_behind(tmp_path):
-    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "file"):
-        _ = 1 / 0
-    assert not list(tmp_path.iterdir())
+from ortho_fx.models.files import files_of, read_json, read_safetensors, read_tensors
 
 
 def test_a_state_dict_is_unwrapped(tmp_path):

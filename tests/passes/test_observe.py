@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ortho_fx.passes.observe import observe
-from ortho_fx.passes.targets import choose_targets
+from ortho_fx.passes.vocabulary.targets import choose_targets
 
 
 class Mixed(nn.Module):

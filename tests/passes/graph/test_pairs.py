@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ortho_fx import ExpansionConfig, OrthoFxError, revert_
 from ortho_fx.passes.graph.text import graph_text
 from ortho_fx.passes.pipeline import run
-from ortho_fx.passes.targets import TARGETS
+from ortho_fx.passes.vocabulary.targets import TARGETS
 from tests.kinds import KINDS, config_of
 
 WITH_GATES = [target.name for target in TARGETS]

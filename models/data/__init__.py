@@ -1,0 +1,1 @@
+"""Training data: tokens and images, their augmentation, and the loader."""

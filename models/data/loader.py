@@ -1,0 +1,172 @@
+"""Batches of the steps to come, computed by worker processes while the model trains."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.data.batch import Batch, Data
+
+
+def load(
+    data: Data,
+    *,
+    seed: int,
+    first: int,
+    last: int,
+    size: int,
+    rows: Sequence[slice],
+    workers: int,
+    prefetch: int = 2,
+    pin: bool = False,
+) -> Generator[list[Batch], None, None]:
+    """Yields the micro-batches of each step from `first` to before `last`, the same whatever the number of workers.
+
+    Closing the generator, or its end, ends the worker processes.
+
+    Args:
+        data: where batches come from; pickled where workers are not forked.
+        seed: of the run.
+        first, last: steps.
+        size: rows of the global batch.
+        rows: rows of it in each micro-batch of this process.
+        workers: processes that compute batches, with one thread each; 0 computes them in this process when asked.
+        prefetch: steps that each worker is ahead.
+        pin: put batches into page-locked memory, from where a GPU copies faster.
+
+    Raises:
+        OrthoFxError: as `data` raised it, and for a worker that is gone.
+    """
+    counts = [len(range(size)[part]) for part in rows]
+    steps = _Steps(data, seed, size, rows)
+    with contextlib.closing(_computed(steps, range(first, last), workers, prefetch, pin)) as batches:
+        for inputs, targets in batches:
+            yield list(zip(inputs.split(counts), targets.split(counts), strict=True))
+
+
+def load_validation(
+    data: Data, *, size: int, rows: slice = slice(None), workers: int = 0, prefetch: int = 2, pin: bool = False
+) -> Generator[Batch, None, None]:
+    """Yields the rows of every validation batch of `size`; arguments and errors as those of `load`."""
+    numbers = range(data.validation_batches(size))
+    return _computed(_Validation(data, size, rows), numbers, min(workers, len(numbers)), prefetch, pin)
+
+
+def _computed(
+    batches: _Batches, numbers: range, workers: int, prefetch: int, pin: bool
+) -> Generator[Batch, None, None]:
+    """The batches of these numbers, in their order, from DataLoader."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        worker_init_fn=_heed_the_parent_alone,
+        # Without its own, it would take a number from PyTorch's global generator, and a resumed run one too many.
+        generator=torch.Generator(),
+    )
+    before, death = signal.getsignal(signal.SIGCHLD), ""
+    with _sigterm_blocked():
+        computed = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        # DataLoader's handler would raise the death of a worker wherever the training stands; it is seen here as well.
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        for batch in computed:
+            if isinstance(batch, OrthoFxError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        # What the data raised comes with "Caught"; the rest is a worker that is gone, or the way to it.
+        if not workers or str(error).startswith("Caught"):
+            raise
+        death = str(error) or type(error).__name__
+    finally:
+        # Workers end with the last reference, and an error's traceback would keep this one.
+        del computed
+    if death:
+        # Most often the machine ran out of memory, or of the shared memory that batches pass through.
+        raise OrthoFxError(f"a worker that loads data is gone, try fewer workers: {' '.join(death.split())}")
+
+
+class _Batches(ABC, Dataset["Batch | OrthoFxError"]):
+    """Batches by number."""
+
+    def __getitem__(self, number: int) -> Batch | OrthoFxError:
+        try:
+            return self.compute(number)
+        except OrthoFxError as error:
+            # Raised, it would come out of DataLoader with the worker's traceback in its message.
+            return error
+
+    @abstractmethod
+    def compute(self, number: int) -> Batch: ...
+
+
+class _Steps(_Batches):
+    def __init__(self, data: Data, seed: int, size: int, rows: Sequence[slice]) -> None:
+        self.data, self.seed, self.size, self.rows = data, seed, size, rows
+
+    def compute(self, number: int) -> Batch:
+        parts = [self.data.batch(self.seed, number, self.size, part) for part in self.rows]
+        # Each tensor on its way takes a file descriptor: with many micro-batches there would not be enough.
+        inputs, targets = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+        return inputs, targets
+
+
+class _Validation(_Batches):
+    def __init__(self, data: Data, size: int, rows: slice) -> None:
+        self.data, self.size, self.rows = data, size, rows
+
+    def compute(self, number: int) -> Batch:
+        return self.data.validation_batch(number, self.size, self.rows)
+
+
+def _as_it_is(step: Any) -> Any:
+    return step
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Processes that start meanwhile have SIGTERM blocked in all of their threads.
+
+    A worker has threads before any code of ours runs in it, since PyTorch makes its pool anew after a fork. One of them
+    that does not block SIGTERM would end the worker.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_the_parent_alone(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job that a scheduler stops. A run that
+    # finishes its step and saves still needs its batches; when it ends, it ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_wait_for_the_parent, daemon=True).start()
+
+
+def _wait_for_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)

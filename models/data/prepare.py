@@ -1,0 +1,322 @@
+"""Text made into files of tokens, once: train.bin and val.bin as nanoGPT has them, meta.json and tokenizer.json.
+
+Text is read, encoded and written in pieces, so that memory does not grow with the corpus. Pieces are cut before the end
+of a line, where GPT-2's way of splitting text into words never joins what stands on both sides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.data.text import FEWEST_FILES_TO_SPLIT, text_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+# What other tokenizers call it.
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+_PIECE = 2**18
+_PIECES_AT_ONCE = 16
+# BPE counts pairs in words, and what it learns hardly changes beyond this many bytes; its memory does.
+_LEARN_FROM = 2**30
+
+Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote: tokens, and bytes of the text that they stand for, in each split."""
+
+    out: Path
+    train_tokens: int
+    validation_tokens: int
+    train_bytes: int
+    validation_bytes: int
+    vocabulary: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation split: a loss in nats per token, divided by it, is in nats per byte."""
+        return self.validation_bytes / self.validation_tokens
+
+    def __str__(self) -> str:
+        rows = (
+            ("training", self.train_tokens, self.train_bytes),
+            ("validation", self.validation_tokens, self.validation_bytes),
+        )
+        lines = [f"{split:10}  {tokens:>15,} tokens of {size:>15,} bytes" for split, tokens, size in rows]
+        lines.append(
+            f"vocabulary  {self.vocabulary:>15,} as {self.dtype}, {self.bytes_per_token:.3f} bytes a validation token"
+        )
+        return "\n".join([*lines, f"written to {self.out}"])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A document, or the part of a file that belongs to one split: bytes from `start` to before `stop`."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path = "bytes",
+    vocabulary: int = 4096,
+    validation_share: float = 0.1,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Prepared:
+    """Writes a text's tokens to `out`/train.bin and val.bin, for `TokenFiles` or nanoGPT to read.
+
+    Files are raw little-endian uint16, or uint32 where the vocabulary is above 65,536. Whole files are for validation;
+    of fewer than ten, the end of each is. An end-of-text token follows each document where the tokenizer has one, and
+    stands for its name where a document has that.
+    meta.json has "vocabulary", "dtype", "tokenizer" ("bytes" or "tokenizer.json"), "end_of_text" (its id or null),
+    "train_tokens", "validation_tokens" and "bytes_per_token" (of the validation).
+
+    Args:
+        source: a text file, a folder of text files, or "standard-library".
+        out: folder of the files, made if need be.
+        tokenizer: "bytes"; "bpe", a byte-level BPE as GPT-2's that is trained on the training split; or the path of a
+            tokenizer.json. All but "bytes" need text in UTF-8.
+        vocabulary: token ids of "bpe", from 257; a small text gives fewer.
+        validation_share: share of the files, or of the bytes of each of fewer than ten, for validation.
+        seed: chooses the files for validation.
+        overwrite: replace files of an earlier preparation.
+
+    Raises:
+        OrthoFxError: a source without text, text that is not UTF-8, files that are there already, a value out of range,
+            a tokenizer that cannot be read, the library tokenizers missing where it is needed, and a full disk. What
+            `out` held before is untouched then.
+    """
+    out = Path(out)
+    if not 0 < validation_share < 1:
+        raise OrthoFxError(f"validation_share must be between 0 and 1; got {validation_share}")
+    if tokenizer == "bpe" and vocabulary < 257:
+        raise OrthoFxError(f"vocabulary of bpe must be 257 or more, 256 bytes and the end of text; got {vocabulary}")
+    there = [name for name in _FILES if (out / name).exists()]
+    if there and not overwrite:
+        raise OrthoFxError(f"{out} holds {', '.join(there)} already: pass --overwrite to replace what is there")
+    if out.exists() and not out.is_dir():
+        raise OrthoFxError(f"out must be a folder; {out} is a file")
+    # A second preparation must not read what the first one wrote into the folder of the text.
+    files = [f for f in text_files(source) if f.name not in _FILES or f.parent.resolve() != out.resolve()]
+    try:
+        parts = _split(files, validation_share, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        return _write(out, parts, tokenizer, vocabulary, seed)
+    except OSError as error:
+        at = f"{error.filename}: " if error.filename else ""
+        raise OrthoFxError(f"cannot prepare {out}: {at}{error.strerror}") from None
+    finally:
+        for name in _FILES:
+            _partial(out / name).unlink(missing_ok=True)
+
+
+def _write(
+    out: Path, parts: tuple[list[_Part], list[_Part]], tokenizer: str | Path, vocabulary: int, seed: int
+) -> Prepared:
+    made: dict[str, Any] = {"vocabulary": 256, "tokenizer": "bytes", "end_of_text": None}
+    encode: Encode | None = None
+    if tokenizer != "bytes":
+        model = _train_bpe(parts[0], vocabulary, seed) if tokenizer == "bpe" else _read_tokenizer(Path(tokenizer))
+        ids = model.get_vocab()
+        end = next((ids[name] for name in _ENDS_OF_TEXT if name in ids), None)
+        made = {"vocabulary": max(ids.values()) + 1, "tokenizer": "tokenizer.json", "end_of_text": end}
+        _partial(out / "tokenizer.json").write_text(model.to_str(pretty=True), encoding="utf-8")
+
+        def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
+            encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    dtype = "uint16" if made["vocabulary"] <= 65536 else "uint32"
+    train_tokens, validation_tokens = (
+        _write_tokens(_partial(out / name), split, encode, made["end_of_text"], np.dtype(dtype).newbyteorder("<"))
+        for name, split in zip(_FILES, parts, strict=False)
+    )
+    train_bytes, validation_bytes = (sum(part.stop - part.start for part in split) for split in parts)
+    sizes = (train_tokens, validation_tokens, train_bytes, validation_bytes)
+    report = Prepared(out, *sizes, made["vocabulary"], dtype)
+    made |= {"dtype": dtype, "train_tokens": train_tokens, "validation_tokens": validation_tokens}
+    made["bytes_per_token"] = report.bytes_per_token
+    _partial(out / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    for name in _FILES:
+        if not _partial(out / name).exists():
+            (out / name).unlink(missing_ok=True)  # the tokenizer of an earlier preparation
+            continue
+        with _partial(out / name).open("rb") as file:
+            os.fsync(file.fileno())
+        _partial(out / name).replace(out / name)
+    return report
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _split(files: Sequence[Path], share: float, seed: int) -> tuple[list[_Part], list[_Part]]:
+    """Parts for training and for validation, in the order of the files."""
+    sizes = [path.stat().st_size for path in files]
+    parts: tuple[list[_Part], list[_Part]] = [], []
+    if len(files) < FEWEST_FILES_TO_SPLIT:
+        for path, size in zip(files, sizes, strict=True):
+            cut = _cut_of_file(path, int(size * (1 - share)))
+            parts[0].append(_Part(path, 0, cut))
+            parts[1].append(_Part(path, cut, size))
+    else:
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        held = set(np.random.default_rng(seed).permutation(len(files))[:count].tolist())
+        for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
+            parts[number in held].append(_Part(path, 0, size))
+    for name, split in zip(("training", "validation"), parts, strict=True):
+        split[:] = [part for part in split if part.stop > part.start]
+        if not split:
+            raise OrthoFxError(
+                f"{name} must have some of the text, and with validation_share {share:g} it has none of "
+                f"{sum(sizes)} bytes in {len(files)} files"
+            )
+    return parts
+
+
+def _cut_of_file(path: Path, near: int) -> int:
+    """The first start of a line from there on, or of a character where there is no line for a piece's length."""
+    with path.open("rb") as file:
+        file.seek(near)
+        following = file.read(_PIECE)
+    line = following.find(b"\n") + 1
+    if line == 0 or near + line == path.stat().st_size:
+        line = next((at for at, byte in enumerate(following) if not _continues(byte)), 0)
+    return near + line
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 is not the first of its character."""
+    return byte & 0b1100_0000 == 0b1000_0000
+
+
+def _pieces(part: _Part) -> Iterator[tuple[int, bytes]]:
+    """Each piece of a part, with its place in the file."""
+    place, left = part.start, b""
+    with part.path.open("rb") as file:
+        file.seek(place)
+        while len(left) + place < part.stop:
+            block = left + file.read(min(_PIECE, part.stop - place - len(left)))
+            if len(block) == len(left):
+                raise OrthoFxError(f"{part.path} changed while it was read: it ends at byte {place + len(block)}")
+            cut = len(block) if place + len(block) == part.stop else _cut(block)
+            yield place, block[:cut]
+            place, left = place + cut, block[cut:]
+
+
+def _cut(block: bytes) -> int:
+    """Before the last end of a line that follows a character; without one, before the last character."""
+    at = len(block)
+    while (at := block.rfind(b"\n", 0, at)) > 0:
+        cut = at - (block[at - 1] == ord("\r"))
+        if cut > 0 and block[cut - 1] > ord(" "):
+            return cut
+    starts = (at for at in range(len(block) - 1, 0, -1) if not _continues(block[at]))
+    return next(starts, len(block))
+
+
+def _texts(parts: Sequence[_Part]) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, and whether each is the last of its part."""
+    for part in parts:
+        for place, piece in _pieces(part):
+            try:
+                yield piece.decode(), place + len(piece) == part.stop
+            except UnicodeDecodeError as error:
+                raise OrthoFxError(
+                    f"{part.path} is not UTF-8 at byte {place + error.start}; the tokenizer 'bytes' takes any text"
+                ) from None
+
+
+def _write_tokens(
+    path: Path, parts: Sequence[_Part], encode: Encode | None, end: int | None, dtype: np.dtype[Any]
+) -> int:
+    """Writes the tokens of a split and returns their number."""
+    count = 0
+    with path.open("wb") as file:
+        for ids in _bytes(parts) if encode is None else _encoded(parts, encode, end):
+            file.write(ids.astype(dtype).tobytes())
+            count += len(ids)
+    return count
+
+
+def _bytes(parts: Sequence[_Part]) -> Iterator[NDArray[Any]]:
+    for part in parts:
+        for _, piece in _pieces(part):
+            yield np.frombuffer(piece, dtype=np.uint8)
+
+
+def _encoded(parts: Sequence[_Part], encode: Encode, end: int | None) -> Iterator[NDArray[Any]]:
+    texts = _texts(parts)
+    while together := list(itertools.islice(texts, _PIECES_AT_ONCE)):
+        for ids, (_, last) in zip(encode([text for text, _ in together]), together, strict=True):
+            yield ids
+            if last and end is not None:
+                yield np.array([end])
+
+
+def _train_bpe(parts: Sequence[_Part], vocabulary: int, seed: int) -> Tokenizer:
+    """A byte-level BPE with the words of GPT-2, trained on the text or, where that is large, on pieces all over it."""
+    tokenizers = _import_tokenizers()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    share = _LEARN_FROM / sum(part.stop - part.start for part in parts)
+    chosen = np.random.default_rng(seed)
+    # Where the text itself marks ends of documents, they are no words to learn.
+    texts = (words for text, _ in _texts(parts) if chosen.random() < share for words in text.split(END_OF_TEXT))
+    model.train_from_iterator(texts, trainer)
+    return model
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise OrthoFxError(f"tokenizer must be bytes, bpe or the path of a tokenizer.json; got {str(path)!r}")
+    try:
+        model = _import_tokenizers().Tokenizer.from_file(str(path))
+    except OrthoFxError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise OrthoFxError(f"{path} is not a tokenizer.json: {error}") from None
+    # Settings for batches of one length, which would cut pieces off or fill them up.
+    model.no_truncation()
+    model.no_padding()
+    return model
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise OrthoFxError("tokens other than bytes need tokenizers: pip install 'ortho-fx[train]'") from None
+    return tokenizers

@@ -1,0 +1,89 @@
+"""Reads the directory of a training run back: its configuration, its rows, and its expansions before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.weights.expansions import SavedExpansions, load_expansions
+from ortho_fx.models.files import read_json
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its directory; a run that is under way has what it wrote until now.
+
+    Attributes:
+        directory: where it is.
+        config: run.json: the run's settings, and what it ran on.
+        rows: a row a step, with "step", "loss", "lr", "gradient_norm", "seconds" and, at some steps, "skipped",
+            "validation_loss", "accuracy" and "mfu".
+        site_rows: a row a site and measurement, as of `SiteMonitor.measure`; none for a model without expansions.
+        start, now: the expansions at the start and at the last measurement; None for a model without.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    rows: list[Row]
+    site_rows: list[Row]
+    start: SavedExpansions | None
+    now: SavedExpansions | None
+
+    @property
+    def validations(self) -> list[Row]:
+        """The rows that hold a validation."""
+        return [row for row in self.rows if "validation_loss" in row]
+
+
+def read_run(directory: str | Path) -> Run:
+    """Everything in the directory of a run.
+
+    Raises:
+        OrthoFxError: a directory without run.json or metrics.jsonl, or a file in it that cannot be read.
+    """
+    directory = Path(directory)
+    for name in ("run.json", "metrics.jsonl"):
+        if not (directory / name).is_file():
+            raise OrthoFxError(f"{directory} is not a run directory: it has no {name}")
+    config = read_json(directory / "run.json")
+    sites = directory / "sites.jsonl"
+    files = [directory / name for name in ("expansions-start.safetensors", "expansions.safetensors")]
+    start, now = (load_expansions(path) if path.is_file() else None for path in files)
+    site_rows = read_rows(sites) if sites.is_file() else []
+    return Run(directory, config, read_rows(directory / "metrics.jsonl"), site_rows, start, now)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl file, with NaN where a number was not finite.
+
+    A last row that a crash or a full disk cut short is left out.
+
+    Raises:
+        OrthoFxError: a file that cannot be read, or a line before the last that is no row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise OrthoFxError(f"cannot read {path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            if any(later.strip() for later in lines[number:]):
+                raise OrthoFxError(f"{path} line {number} is not a row with a step: {line[:60]!r}") from None
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON, which has no NaN and no infinity: null stands for both, and is read as NaN."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,107 @@
+"""The model and the data of a run, from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.data.images import Images
+from ortho_fx.models.data.sources import DataConfig, open_data
+from ortho_fx.models.data.text import Tokens
+from ortho_fx.models.gpt2 import GPT2
+from ortho_fx.models.recipe import TASKS, TrainConfig
+from ortho_fx.models.weights.layouts import load_pretrained
+from ortho_fx.rewriting.calibration import calibrate_
+from ortho_fx.rewriting.rewrite import rewrite_
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with its data, and what about a pretrained model is not as its file had it."""
+
+    model: nn.Module
+    data: Tokens | Images
+    notes: tuple[str, ...] = ()
+
+
+def build(config: TrainConfig, device: torch.device | None = None) -> Built:
+    """Opens the data, makes the model for it from the run's seed, or loads it, and makes its activations learnable.
+
+    A preset gives way to the data in the numbers of channels, classes and, where it is known, tokens.
+
+    Args:
+        config: the run.
+        device: where the model goes (None: the CPU).
+
+    Raises:
+        OrthoFxError: data or weights that cannot be read, or that do not fit each other or the run.
+    """
+    torch.manual_seed(config.seed)
+    built = (_language_model if config.model == "gpt2" else _image_model)(config)
+    built.model.to(device or torch.device("cpu"))
+    assert config.batch_size is not None
+    # As many samples as say what comes into an activation, and the same for any number of processes.
+    first = slice(0, min(config.batch_size, 64))
+    inputs = built.data.batch(config.seed, 0, config.batch_size, first)[0].to(device or torch.device("cpu"))
+    _make_learnable(built.model, config, inputs)
+    return built
+
+
+def _language_model(config: TrainConfig) -> Built:
+    assert config.data is not None
+    if config.start_from is not None:
+        loaded = load_pretrained(config.start_from, kind="gpt2", dropout=config.dropout)
+        model, notes = loaded.model, loaded.notes
+        assert isinstance(model, GPT2)
+        data = open_data(DataConfig(config.data, context=model.config.context), "tokens")
+        if data.vocabulary is not None and data.vocabulary > model.config.vocabulary:
+            raise OrthoFxError(
+                f"{config.start_from} has a vocabulary of {model.config.vocabulary} tokens, and {config.data} has "
+                f"{data.vocabulary}"
+            )
+    else:
+        preset, notes = TASKS["gpt2"].presets[config.size], ()
+        data = open_data(DataConfig(config.data, context=preset.context), "tokens")
+        vocabulary = data.vocabulary or preset.vocabulary
+        model = GPT2(replace(preset, vocabulary=vocabulary, dropout=config.dropout))
+    # What a file of tokens does not tell is checked batch by batch.
+    data.vocabulary = model.config.vocabulary
+    return Built(model, data, notes)
+
+
+def _image_model(config: TrainConfig) -> Built:
+    assert config.data is not None
+    source = DataConfig(
+        config.data,
+        image_size=config.image_size,
+        augment=config.augment,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+    )
+    data = open_data(source, "images")
+    if config.start_from is not None:
+        shapes = {"classes": data.classes, "channels": data.channels}
+        loaded = load_pretrained(config.start_from, kind="convnext", drop_path=config.drop_path, **shapes)
+        return Built(loaded.model, data, loaded.notes)
+    task = TASKS["convnext"]
+    preset = replace(task.presets[config.size], channels=data.channels, classes=data.classes)
+    return Built(task.model(replace(preset, drop_path=config.drop_path)), data)
+
+
+def _make_learnable(model: nn.Module, config: TrainConfig, inputs: Tensor) -> None:
+    present = [module.config for module in model.modules() if isinstance(module, ExpansionActivation)]
+    wanted = config.expansion
+    # Weights of ours bring the expansions that they learned, which do not start again.
+    if any(wanted is None or replace(found, init=wanted.init) != wanted for found in present):
+        raise OrthoFxError(
+            f"{config.start_from} holds expansions {present[0]}, and the run asks for {wanted or 'none'}"
+        )
+    if present or wanted is None:
+        return
+    rewrite_(model, wanted, example_inputs=inputs)
+    if config.calibrate:
+        calibrate_(model, [inputs])

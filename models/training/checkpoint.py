@@ -1,0 +1,169 @@
+"""Checkpoints: one directory a step, written beside its place and renamed into it, so that a failed save loses nothing.
+
+    checkpoints/step-00000500/state.json    what it is of: configuration, step, processes, versions
+    checkpoints/step-00000500/*.distcp      the tensors, written by torch.distributed.checkpoint
+
+Tensors are stored under their qualified names, each process writing its shards, so that a run goes on with another
+number of processes, wrapped by DDP, sharded by FSDP2 or alone. PyTorch reads the directory's index with pickle: go on
+only from checkpoints that you trust; weights to pass on are in model.safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
+from ortho_fx.models.training.processes import Processes
+
+VERSION = 2
+_FAILURES = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, CheckpointException)
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    state: Mapping[str, Any],
+    configuration: Mapping[str, Any],
+    processes: Processes,
+    keep: int,
+    *,
+    skipped: int = 0,
+) -> Path:
+    """Writes the checkpoint of a step, flushed to the disk, and removes all but the newest `keep`.
+
+    `skipped` is how many steps were left out so far.
+
+    Every process has to call it, with its own shards in `state`.
+
+    Raises:
+        OrthoFxError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    path = directory / f"step-{step:08d}"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if processes.rank == 0:
+            _remove(partial)
+            partial.mkdir(parents=True)
+        processes.wait()
+        with _one_process_is_meant():
+            save(dict(state), storage_writer=FileSystemWriter(partial), no_dist=processes.count == 1)
+        if processes.rank == 0:
+            described = {
+                "version": VERSION,
+                "configuration": dict(configuration),
+                "step": step,
+                "skipped": skipped,
+                "processes": processes.count,
+                "torch": torch.__version__,
+                "random numbers": "each step seeds PyTorch's generators from the seed, the step and the rank",
+            }
+            with (partial / "state.json").open("w") as file:
+                file.write(json.dumps(described, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            _remove(path)
+            partial.rename(path)
+            _flush(directory)
+            for old in (*checkpoints(directory)[:-keep], *directory.glob("*.partial")):
+                _remove(old)
+        processes.wait()
+    except _FAILURES as error:
+        if processes.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OrthoFxError(f"cannot save {path}: {_reason(error)}; earlier checkpoints are untouched") from None
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints of a directory, the newest last."""
+    return sorted(path.parent for path in directory.glob("step-*/state.json") if path.parent.suffix != ".partial")
+
+
+def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint and its state.json, if it is of this configuration.
+
+    Raises:
+        OrthoFxError: no checkpoint, one that cannot be read, or one of another version or configuration, with every
+            field that differs.
+    """
+    found = checkpoints(directory)
+    if not found:
+        raise OrthoFxError(f"there is no checkpoint in {directory} to resume from")
+    path = found[-1]
+    try:
+        described = json.loads((path / "state.json").read_text())
+        version, saved = described["version"], dict(described["configuration"])
+        described |= {name: int(described[name]) for name in ("step", "skipped")}
+    except _FAILURES as error:
+        raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
+    if version != VERSION:
+        raise OrthoFxError(f"{path} has checkpoint version {version}; this release reads version {VERSION}")
+    different = [
+        f"{name} is {saved.get(name)!r} there and {configuration.get(name)!r} here"
+        for name in sorted({*saved, *configuration})
+        if saved.get(name) != configuration.get(name)
+    ]
+    if different:
+        raise OrthoFxError(f"{path} is of another configuration: {', '.join(different)}")
+    return path, described
+
+
+def load_tensors(path: Path, state: dict[str, Any], processes: Processes) -> None:
+    """Fills `state`, a template of what `save_checkpoint` got, from a checkpoint; every process has to call it.
+
+    Raises:
+        OrthoFxError: a checkpoint that cannot be read, or that holds other tensors than the template.
+    """
+    try:
+        with _one_process_is_meant():
+            load(state, storage_reader=FileSystemReader(path), no_dist=processes.count == 1)
+    except (Exception, CheckpointException) as error:  # a damaged index makes pickle raise whatever it likes
+        raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Removes every checkpoint of a directory, and what interrupted ones left."""
+    for path in directory.glob("step-*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _flush(directory: Path) -> None:
+    # A rename is on the disk once its directory is.
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # It keeps each process' error with its traceback, and its own text is pages of them.
+        error = next((failure[0] for failure in error.failures.values()), error)
+    return reason(error)

@@ -1,0 +1,173 @@
+"""What a run writes down as it goes: rows as JSON and CSV, sites as JSON, and all of it for TensorBoard.
+
+Rows are on the disk as soon as they are written, for `tail -f` to show and a killed run to keep.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.runs.files import Row, read_rows, row_line
+
+COLUMNS = ("step", "loss", "lr", "gradient_norm", "seconds", "skipped", "validation_loss", "accuracy", "mfu")
+# What TensorBoard groups its curves by, for the columns that it shows.
+_TAGS = {
+    "loss": "loss/training",
+    "validation_loss": "loss/validation",
+    "accuracy": "validation/accuracy",
+    "lr": "training/lr",
+    "gradient_norm": "training/gradient_norm",
+    "mfu": "training/mfu",
+}
+_SITE_TAGS = ("std", "drift")
+
+
+class RunLog:
+    """Opens a run's files, for a run that has done `first` steps: later rows, which it will write again, are dropped.
+
+    Args:
+        directory: the run's directory; made where it is missing.
+        first: how many steps are done. A run that starts anew, at 0, replaces what is there.
+        writes: whether this process writes; the others of a distributed run log nothing.
+
+    Attributes:
+        kept: the rows up to `first`.
+        kept_sites: the site rows up to `first`.
+
+    Raises:
+        OrthoFxError: a file that cannot be written or, on resuming, cannot be read.
+    """
+
+    def __init__(self, directory: Path, first: int, writes: bool) -> None:
+        self.kept: list[Row] = []
+        self.kept_sites: list[Row] = []
+        self._files: list[_RowFile] = []
+        self._board: _Board | None = None
+        if not writes:
+            return
+        paths = [directory / name for name in ("metrics.jsonl", "sites.jsonl", "metrics.csv")]
+        if first:
+            self.kept, self.kept_sites = (
+                [row for row in read_rows(path) if row["step"] <= first] if path.exists() else [] for path in paths[:2]
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {directory}: {error.strerror}") from None
+        header = ",".join(COLUMNS) + "\n"
+        texts = (
+            "".join(map(row_line, self.kept)),
+            "".join(map(row_line, self.kept_sites)),
+            header + "".join(map(_csv_line, self.kept)),
+        )
+        self._files = [_RowFile(path, text) for path, text in zip(paths, texts, strict=True)]
+        self._board = _open_board(directory / "tensorboard", first)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Writes what a step came to; keys that are no columns are in the JSON alone.
+
+        Raises:
+            OrthoFxError: a file that cannot be written.
+        """
+        if self._files:
+            self._files[0].write(row_line(row))
+            self._files[2].write(_csv_line(row))
+        if self._board is not None:
+            self._board.add({_TAGS[name]: value for name, value in row.items() if name in _TAGS}, row["step"])
+
+    def site_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a measurement of the sites, as `SiteMonitor.measure` returns it.
+
+        Raises:
+            OrthoFxError: a file that cannot be written.
+        """
+        if self._files:
+            self._files[1].write("".join(map(row_line, rows)))
+        if self._board is not None:
+            for row in rows:
+                self._board.add({f"sites_{name}/{row['site']}": row[name] for name in _SITE_TAGS}, row["step"])
+
+    def close(self) -> None:
+        """Closes the files; nothing that was written depends on it."""
+        for file in self._files:
+            file.close()
+        if self._board is not None:
+            self._board.close()
+        self._files, self._board = [], None
+
+
+class _RowFile:
+    """A file that rows are appended to, each written through at once, so that none waits in a buffer."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        partial = path.with_name(path.name + ".partial")
+        try:
+            # Renamed into place: a crash here must not cost the rows that are kept.
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {path}: {error.strerror}") from None
+
+    def write(self, text: str) -> None:
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Board:
+    """TensorBoard's event files in a directory."""
+
+    def __init__(self, writer: Any, directory: Path) -> None:
+        self._writer, self._directory = writer, directory
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        try:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {self._directory}: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _open_board(directory: Path, first: int) -> _Board | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        if not first:
+            # It would show the curves of the run that was there before as well.
+            for events in directory.glob("events.out.tfevents.*"):
+                events.unlink()
+        return _Board(SummaryWriter(str(directory), purge_step=first + 1 if first else None), directory)
+    except OSError as error:
+        raise OrthoFxError(f"cannot write {directory}: {error.strerror}") from None
+
+
+def _csv_line(row: Mapping[str, Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([_cell(row.get(column)) for column in COLUMNS])
+    return line.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return "nan" if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,347 @@
+"""The trainer: takes the steps of a run, and leaves what a person and a later run need of it on the disk.
+
+RUN/run.json              the settings, and what the run ran on
+RUN/metrics.jsonl, .csv   a row a step
+RUN/sites.jsonl           a row a site and validation: what came into each expansion, and how far it has moved
+RUN/expansions-start.safetensors, expansions.safetensors   the expansions at the start and at the last validation
+RUN/checkpoints/          the newest, to go on from
+RUN/model.safetensors     the weights at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import atomic_file
+from ortho_fx.models.data.loader import load, load_validation
+from ortho_fx.models.data.sources import Batch
+from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
+from ortho_fx.models.training.build import build
+from ortho_fx.models.training.checkpoint import (
+    checkpoints,
+    load_tensors,
+    read_description,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from ortho_fx.models.training.divergence import explain_divergence
+from ortho_fx.models.training.ema import MovingAverage
+from ortho_fx.models.training.log import RunLog
+from ortho_fx.models.training.monitor import SiteMonitor
+from ortho_fx.models.training.optimization import Optimization, Step
+from ortho_fx.models.training.processes import Processes, join
+from ortho_fx.models.training.progress import Progress
+from ortho_fx.models.training.throughput import peak_flops, training_flops
+from ortho_fx.models.weights.bundle import save_weights
+from ortho_fx.toolchain import require_cpp_compiler
+from ortho_fx.version import __version__
+
+
+@dataclass
+class Result:
+    """What a run came to: the loss of each step, those before it was resumed included, and its validations."""
+
+    config: TrainConfig
+    parameters: int
+    expansion_parameters: int
+    losses: dict[int, float] = field(default_factory=dict)
+    validations: dict[int, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Diverged(OrthoFxError):
+    """A run whose loss or gradient is no longer finite."""
+
+
+class Terminated(SystemExit):
+    """A run that SIGTERM asked to end, and that has saved: exit code 143, as of any process that it ends."""
+
+
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
+    """Trains a model and writes the run's directory; under torchrun, together with the other processes.
+
+    Args:
+        config: the run.
+        resume: go on from the directory's newest checkpoint, on any number of processes.
+        overwrite: start anew although the directory holds a checkpoint.
+
+    Raises:
+        OrthoFxError: a directory with a checkpoint and neither flag, a checkpoint of another configuration, or a disk
+            that cannot be written.
+        Diverged: a loss or a gradient that is not finite, more often than the run may leave such steps out.
+        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the step under way is done and saved.
+    """
+    with join(config.device) as processes:
+        return Run(config, processes).start(resume=resume, overwrite=overwrite)
+
+
+class Run:
+    """One run, as one of its processes sees it."""
+
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        assert config.steps is not None
+        assert config.batch_size is not None
+        if config.compile and processes.device.type == "cpu":
+            require_cpp_compiler("train without compiling: --no-compile, or compile = false in the recipe")
+        self.config, self.processes, self.task = config, processes, TASKS[config.model]
+        self.steps, self.batch_size = config.steps, config.batch_size
+        self.directory, self.leads = config.directory, processes.rank == 0
+        self.rows = processes.rows(config.batch_size, config.accumulate)
+        built = build(config, processes.device)
+        self.model, self.data, self.notes = built.model, built.data, built.notes
+        self.configuration = {**config.configuration(), "data": self.data.name}
+        expansions = [m for m in self.model.modules() if isinstance(m, ExpansionActivation)]
+        self.result = Result(
+            config,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            expansion_parameters=sum(p.numel() for m in expansions for p in m.parameters()),
+        )
+        self.probe = self.data.batch(config.seed, 0, config.batch_size, self.rows[0])[0].to(processes.device)
+        self.unit_size = self.probe[0].numel() if self.task.kind == "tokens" else 1
+        self.peak = peak_flops(processes.device, DTYPES[config.dtype])
+        self.flops = training_flops(self.model, self.probe) if self.peak is not None else 0.0
+        self.optimization = Optimization(self.model, config, processes)
+        self.monitor = SiteMonitor(self.model)
+        self.average = MovingAverage(self.model, config.ema) if config.ema else None
+        self.workers, self.pin = config.workers or 0, processes.device.type == "cuda"
+        self.skipped = 0
+        self.saved = 0
+
+    def start(self, *, resume: bool, overwrite: bool) -> Result:
+        folder, first = self.directory / "checkpoints", 0
+        if resume:
+            path, description = read_description(folder, self.configuration)
+            first, self.skipped = description["step"], description["skipped"]
+            self._load(path)
+        elif checkpoints(folder) and not overwrite:
+            raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
+        # Whether there was a checkpoint, all processes have to find before one of them writes.
+        self.processes.wait()
+        if self.leads:
+            self._prepare(resume)
+        log = RunLog(self.directory, first, writes=self.leads)
+        with contextlib.closing(log):
+            started = time.perf_counter()
+            self._train(log, first)
+        if first < self.steps or not (self.directory / "model.safetensors").exists():
+            self._export()
+        self.result.seconds = time.perf_counter() - started
+        return self.result
+
+    def _train(self, log: RunLog, first: int) -> None:
+        config = self.config
+        for row in log.kept:
+            self._note(row)
+        if first:
+            self.monitor.resume(log.kept_sites)
+        else:
+            self._measure_sites(log, 0)
+        batches = load(
+            self.data,
+            seed=config.seed,
+            first=first,
+            last=self.steps,
+            size=self.batch_size,
+            rows=self.rows,
+            workers=self.workers,
+            pin=self.pin,
+        )
+        title = f"{config.model} {config.expansion or 'gelu'}"
+        self._clock = time.perf_counter()
+        with (
+            contextlib.closing(batches),
+            _Signals() as signals,
+            Progress(title, self.steps, self.task.unit, shown=self.leads) as progress,
+        ):
+            for note in self.notes:
+                progress.line(note)
+            for step, parts in enumerate(batches, first):
+                self._step(log, progress, step, [self._on_device(part) for part in parts])
+                asked = torch.tensor([signals.asked, signals.terminated], device=self.processes.device).float()
+                stopped, terminated = self.processes.total(asked).tolist()
+                if stopped:
+                    self._save(step + 1)
+                    progress.line(f"stopped after step {step + 1} and saved: go on with --resume")
+                    raise Terminated(143) if terminated else KeyboardInterrupt
+                self._clock = time.perf_counter()
+
+    def _step(self, log: RunLog, progress: Progress, step: int, parts: list[Batch]) -> None:
+        config, done = self.config, step + 1
+        taken = self.optimization.step(step, parts)
+        paused = time.perf_counter()
+        # From the end of the step before: waiting for data is part of a step.
+        seconds = paused - self._clock
+        row: dict[str, Any] = {"step": done, "loss": taken.loss, "lr": taken.lr}
+        row |= {"gradient_norm": taken.gradient_norm, "seconds": seconds}
+        if self.peak is not None:
+            row["mfu"] = self.flops * self.batch_size / seconds / (self.peak * self.processes.count)
+        if not taken.finite:
+            row["skipped"] = True
+            self.skipped += 1
+        elif self.average is not None:
+            self.average.update(done)
+        rate = progress.step(done, taken.loss, self.batch_size * self.unit_size)
+        if done % config.eval_every == 0 or done == self.steps:
+            measured = self.validate()
+            row |= measured
+            self._measure_sites(log, done)
+            shown = "  ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in measured.items())
+            used = f"  {row['mfu']:.0%} of peak" if "mfu" in row else ""
+            progress.line(f"step {done:>5}  loss {taken.loss:.4f}  {shown}  {rate:,.0f} {self.task.unit}/s{used}")
+        self._note(row)
+        log.row(row)
+        if self.skipped > config.skip_bad_steps:
+            self._diverged(taken, done, parts)
+        if done % config.save_every == 0 or done == self.steps:
+            self._save(done)
+        progress.pause(paused)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.result.losses[row["step"]] = row["loss"]
+        measured: dict[str, float] = {name: row[name] for name in ("validation_loss", "accuracy") if name in row}
+        if measured:
+            self.result.validations[row["step"]] = measured
+
+    def _diverged(self, taken: Step, step: int, parts: list[Batch]) -> None:
+        loss, norm = taken.loss, taken.gradient_norm
+        what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        losses = self.optimization.losses
+        raise Diverged(
+            explain_divergence(self.model, lambda: sum(losses(*part) for part in parts), self.monitor.rows, what, step)
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss in nats over the validation data, and for images the share that is classified rightly."""
+        self.optimization.shared.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            (rows,) = self.processes.rows(self.validation_size, 1)
+            held = load_validation(self.data, size=self.validation_size, rows=rows, workers=self.workers, pin=self.pin)
+            for part in held:
+                totals += self.optimization.evaluate(*self._on_device(part))
+        self.optimization.shared.train()
+        loss, correct, count = self.processes.total(totals).tolist()
+        measured = {"validation_loss": loss / count}
+        return measured | {"accuracy": correct / count} if self.task.kind == "images" else measured
+
+    @property
+    def validation_size(self) -> int:
+        """Rows of a validation batch: of a training step's micro-batches, so that memory suffices and shapes agree."""
+        return self.batch_size // self.config.accumulate
+
+    def _measure_sites(self, log: RunLog, step: int) -> None:
+        log.site_rows(self.monitor.measure(lambda: self.optimization.logits(self.probe), step))
+        if self.leads and self.result.expansion_parameters:
+            name = "expansions.safetensors" if step else "expansions-start.safetensors"
+            self.monitor.save_expansions(self.directory / name, step)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        inputs, targets = (tensor.to(self.processes.device, non_blocking=True) for tensor in batch)
+        return inputs, targets
+
+    def _prepare(self, resume: bool) -> None:
+        """Writes run.json, in a directory that holds nothing else of another run, unless it is of this one."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                remove_checkpoints(self.directory / "checkpoints")
+                for name in ("model.safetensors", "expansions.safetensors", "expansions-start.safetensors"):
+                    (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise OrthoFxError(f"cannot write to {self.directory}: {error.strerror}") from None
+        device = self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        described = {
+            **asdict(self.config),
+            "data_name": self.data.name,
+            "bytes_per_token": getattr(self.data, "bytes_per_token", None),
+            "parameters": self.result.parameters,
+            "expansion_parameters": self.result.expansion_parameters,
+            "ortho_fx": __version__,
+            "torch": torch.__version__,
+            "processes": self.processes.count,
+            "hardware": f"{device.type}, {name}",
+        }
+        with atomic_file(self.directory / "run.json") as temporary:
+            temporary.write_text(json.dumps(described, indent=1) + "\n")
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors by qualified names, each process with its own shards."""
+        model, optimizer = get_state_dict(self.model, self.optimization.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        return state if self.average is None else {**state, "average": self.average.averages}
+
+    def _save(self, step: int) -> None:
+        if step == self.saved:
+            return
+        self.saved = step
+        save_checkpoint(
+            self.directory / "checkpoints",
+            step,
+            self._state(),
+            self.configuration,
+            self.processes,
+            self.config.keep,
+            skipped=self.skipped,
+        )
+
+    def _load(self, path: Path) -> None:
+        state = self._state()
+        load_tensors(path, state, self.processes)
+        optimizer = self.optimization.optimizer
+        set_state_dict(self.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def _export(self) -> None:
+        """Writes model.safetensors, with the averaged weights where there is an average."""
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.leads:
+            last = self.result.validations.get(self.steps, {})
+            description = {"run": asdict(self.config), **last}
+            save_weights(self.model, self.directory / "model.safetensors", description, cast(dict[str, Tensor], whole))
+        self.processes.wait()
+
+
+class _Signals:
+    """Has SIGTERM and a first Ctrl-C wait for the end of the step, so that weights and step agree.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __enter__(self) -> _Signals:
+        self.asked = self.terminated = False
+        # Python takes signals in its main thread only; elsewhere they are not ours to catch.
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.terminated = self.terminated or number == signal.SIGTERM

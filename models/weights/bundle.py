@@ -1,0 +1,300 @@
+"""Weights as safetensors files that say which model they are of: saved from a model, and made into one again.
+
+The metadata of a file has "format": "pt", by which other programs know it, and under "ortho_fx" a JSON object: version,
+model, size (the preset of that shape, if one has it), config (the fields of the model's config), expansions (config by
+site), channels (number and dimension of the channels, by site, where an expansion is one a channel or group),
+parameters, and a description by whoever saved it. Tensors have the names of `state_dict`; a tied one is stored once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.activations.freeze import FrozenExpansion
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import atomic_file, reason
+from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
+from ortho_fx.models.files import errors_naming, read_safetensors, safetensors_library
+from ortho_fx.models.gpt2 import GPT2, GPT2Config
+from ortho_fx.passes.search import find_occurrences
+from ortho_fx.passes.vocabulary.targets import choose_targets
+
+VERSION = 1
+ModelConfig = GPT2Config | ConvNeXtConfig
+# Fields of a model's config that say how it trains or starts, not what it computes.
+_TRAINING = ("dropout", "drop_path", "layer_scale")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model; `tied` maps the names of parameters that are the same as another to that one."""
+
+    model: type[nn.Module]
+    config: Callable[..., ModelConfig]
+    presets: Mapping[str, ModelConfig]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+KINDS: dict[str, Kind] = {
+    "gpt2": Kind(GPT2, GPT2Config, gpt2.PRESETS, {"head.weight": "tokens.weight"}),
+    "convnext": Kind(ConvNeXt, ConvNeXtConfig, convnext.PRESETS),
+}
+
+
+@dataclass(frozen=True)
+class SiteExpansion:
+    """The expansion of one site, with the number and the dimension of its channels where it has one for each."""
+
+    config: ExpansionConfig
+    channels: int | None = None
+    channel_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model as a file holds it: its kind and config, its expansions by site, and its tensors by name."""
+
+    kind: str
+    config: ModelConfig
+    expansions: Mapping[str, SiteExpansion]
+    state: Mapping[str, Tensor]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model with these tensors, of whatever dtype they have, on the CPU and in train mode.
+
+        Raises:
+            OrthoFxError: expansions where the model has no activation, or tensors that are missing, surplus or of
+                another shape.
+        """
+        kind = KINDS[self.kind]
+        # On the meta device there is nothing to allocate or to initialise before the tensors take their places.
+        with torch.device("meta"):
+            model = kind.model(self.config)
+        _place_expansions(model, self.expansions)
+        fitting(model, kind, self.state)
+        model.load_state_dict({**self.state, **_copies(kind, self.state)}, assign=True)
+        if isinstance(model, GPT2):
+            model.head.weight = model.tokens.weight
+        return model
+
+
+def save_weights(
+    model: nn.Module, path: str | Path, description: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the weights of a GPT-2 or ConvNeXt, rewritten or not, to a safetensors file that describes the model.
+
+    Args:
+        model: the model itself, outside of any wrapper.
+        path: the file; what it held before is replaced in one step, or stays.
+        description: what to keep beside the weights: anything that JSON can hold.
+        state: the tensors by name, where they are not the model's own: a sharded model's full state dict, or an
+            average over steps. A tied parameter may be in it twice or once.
+
+    Raises:
+        OrthoFxError: another model, one with frozen expansions or with sharded parameters, a state that does not fit,
+            a description that is not JSON, or a disk that cannot be written.
+    """
+    name = kind_of(model)
+    kind, state = KINDS[name], dict(model.state_dict() if state is None else state)
+    sharded = next((key for key, tensor in state.items() if hasattr(tensor, "device_mesh")), None)
+    if sharded is not None:
+        raise OrthoFxError(f"{sharded} is sharded over processes: gather the full state dict, and pass it as state=")
+    fitting(model, kind, state)
+    for copy, original in kind.tied.items():
+        tensor = state.pop(copy, state[original])
+        if tensor.data_ptr() != state[original].data_ptr() and not torch.equal(tensor, state[original]):
+            raise OrthoFxError(f"{copy} differs from {original}, and a {type(model).__name__} has one for both")
+    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
+    metadata = {"format": "pt", "ortho_fx": _describe(name, model, description)}
+    safetensors = safetensors_library()
+    with atomic_file(Path(path)) as temporary:
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise _system_error(error) from None
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """The model that `save_weights` wrote, with its expansions, on the CPU and in train mode.
+
+    Raises:
+        OrthoFxError: a file that is no such model, or of another version, or damaged.
+    """
+    weights = read_weights(Path(path))
+    with errors_naming(Path(path)):
+        return weights.build()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copies the weights that `save_weights` wrote into a model of the same shape with the same expansions.
+
+    Raises:
+        OrthoFxError: a file that is no such model, or another model's; the model is then as it was.
+    """
+    weights, name = read_weights(Path(path)), kind_of(model)
+    kind, theirs = KINDS[name], {"model": weights.kind, **asdict(weights.config)}
+    ours = {"model": name, **asdict(model.config)}  # type: ignore[call-overload]
+    different = [
+        f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        for key in ours
+        if key not in _TRAINING and theirs.get(key) != ours.get(key)
+    ]
+    if different:
+        different = different[:1] if weights.kind != name else different
+        raise OrthoFxError(f"{path} is of another model: {', '.join(different)}")
+    with errors_naming(Path(path)):
+        fitting(model, kind, weights.state)
+    model.load_state_dict({**weights.state, **_copies(kind, weights.state)})
+
+
+def read_weights(path: Path) -> Weights:
+    """What a file of `save_weights` holds.
+
+    Raises:
+        OrthoFxError: no safetensors file, one without our description, or of another version, or damaged.
+    """
+    tensors, metadata = read_safetensors(path)
+    with errors_naming(path):
+        return described(tensors, metadata)
+
+
+def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Weights:
+    """Tensors with the model that the metadata of their file tell.
+
+    Raises:
+        OrthoFxError: metadata that describe no model, or one of another version, or are damaged.
+    """
+    if "ortho_fx" not in metadata:
+        raise OrthoFxError(
+            "its metadata have no ortho_fx, which says what model it is of; load_pretrained reads layouts of others"
+        )
+    try:
+        values = json.loads(metadata["ortho_fx"])
+        version = values["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OrthoFxError(f"its metadata are damaged: {type(error).__name__}, {reason(error)}") from None
+    if version != VERSION:
+        raise OrthoFxError(f"it has version {version!r} of weights; this release reads version {VERSION}")
+    try:
+        kind = KINDS[values["model"]]
+        config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
+        expansions = {
+            site: SiteExpansion(ExpansionConfig.from_dict(expansion), *values["channels"].get(site, ()))
+            for site, expansion in values["expansions"].items()
+        }
+        return Weights(values["model"], kind.config(**config), expansions, tensors, values["description"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OrthoFxError(f"its metadata are damaged: {type(error).__name__}, {reason(error)}") from None
+
+
+def kind_of(model: nn.Module) -> str:
+    """The name of the model's kind.
+
+    Raises:
+        OrthoFxError: a model that is none of ours.
+    """
+    for name, kind in KINDS.items():
+        if isinstance(model, kind.model):
+            return name
+    raise OrthoFxError(f"the model must be a GPT2 or a ConvNeXt; got {type(model).__name__}")
+
+
+def fitting(model: nn.Module, kind: Kind, state: Mapping[str, Tensor]) -> None:
+    """Raises an `OrthoFxError` unless these are the names and shapes of the model; tied copies may be left out."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = {
+        "missing": [name for name in expected if name not in given and name not in kind.tied],
+        "surplus": [name for name in sorted(given) if name not in expected],
+        "of another shape": [
+            f"{name}, {given[name]} and not {shape}"
+            for name, shape in expected.items()
+            if name in given and given[name] != shape
+        ],
+    }
+    told = [f"{len(names)} {title} ({shortened(names)})" for title, names in problems.items() if names]
+    if told:
+        raise OrthoFxError(f"the tensors do not fit this {type(model).__name__}: {'; '.join(told)}")
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first three of them, and dots for the others."""
+    names = list(names)
+    return ", ".join((*names[:3], *(["..."] if len(names) > 3 else [])))
+
+
+def _copies(kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {copy: state[original] for copy, original in kind.tied.items()}
+
+
+def _place_expansions(model: nn.Module, expansions: Mapping[str, SiteExpansion]) -> None:
+    """Puts expansions without values at these sites, as `rewrite_` would, which has to run the model for channels."""
+    sites = {occurrence.site.name: occurrence for occurrence in find_occurrences(model, choose_targets(None))}
+    for name, expansion in expansions.items():
+        if name not in sites:
+            raise OrthoFxError(f"{name} is no activation of this {type(model).__name__}; those are {shortened(sites)}")
+        activation = make_activation(
+            replace(expansion.config, init="stable"),
+            channels=expansion.channels,
+            channel_dim=expansion.channel_dim,
+            reference=sites[name].reference,
+            device="meta",
+        )
+        activation.config = expansion.config
+        sites[name].substitute(activation)
+
+
+def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> str:
+    frozen = next((site for site, module in model.named_modules() if isinstance(module, FrozenExpansion)), None)
+    if frozen is not None:
+        raise OrthoFxError(f"{frozen} is frozen: save the weights before freeze_, which is quickly done again")
+    expansions = {site: module for site, module in model.named_modules() if isinstance(module, ExpansionActivation)}
+    config = asdict(model.config)  # type: ignore[call-overload]
+    values = {
+        "version": VERSION,
+        "model": name,
+        "size": _size_of(name, config),
+        "config": config,
+        "expansions": {site: module.config.to_dict() for site, module in expansions.items()},
+        "channels": {
+            site: [module.channels, module.channel_dim]
+            for site, module in expansions.items()
+            if module.channels is not None
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "description": dict(description),
+    }
+    try:
+        return json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise OrthoFxError(f"the description of the weights must be plain values for JSON: {error}") from None
+
+
+def _size_of(name: str, config: Mapping[str, Any]) -> str | None:
+    """The preset that has the same fields, but for those of training."""
+    for size, preset in KINDS[name].presets.items():
+        if all(config[key] == value for key, value in asdict(preset).items() if key not in _TRAINING):
+            return size
+    return None
+
+
+def _system_error(error: Exception) -> OSError:
+    """The system's error that safetensors met, which it tells only in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return OSError(errno.EIO, str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])))

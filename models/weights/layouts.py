@@ -1,0 +1,394 @@
+"""Loads what others save: GPT-2 in the layout of transformers, ConvNeXt in those of timm and of its authors, and ours.
+
+A layout is known by its names. Each has a table from its names to ours, in which N and M stand for numbers; the config
+of the model follows from the shapes. What the tables do not name is an error, so that no weight is lost in silence.
+Both models compute what those do: GPT-2 with tanh-GELU and an epsilon of 1e-5 in its norms, ConvNeXt with exact GELU,
+1e-6, and a head that pools, normalises and classifies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_fx.bases import BASES
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.models import gpt2
+from ortho_fx.models.convnext import ConvNeXtConfig
+from ortho_fx.models.files import errors_naming, files_of, read_json, read_tensors
+from ortho_fx.models.gpt2 import GPT2Config
+from ortho_fx.models.weights.bundle import ModelConfig, SiteExpansion, Weights, described, shortened
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was loaded: its kind ("gpt2" or "convnext"), and what about it is not as the file has it."""
+
+    kind: str
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Names of a library: one by which it is known, all of them with ours (None: ours already), those to leave out."""
+
+    title: str
+    kind: str
+    known_by: str
+    names: Mapping[str, str] | None = None
+    prefix: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+_LAYOUTS = (
+    _Layout("ortho-fx' gpt2", "gpt2", "blocks.N.attention.qkv.weight"),
+    _Layout("ortho-fx' convnext", "convnext", "stages.N.N.depthwise.weight"),
+    _Layout(
+        "transformers' GPT-2",
+        "gpt2",
+        "h.N.attn.c_attn.weight",
+        {
+            "wte": "tokens",
+            "wpe": "positions",
+            "h.N.ln_1": "blocks.N.norm1",
+            "h.N.attn.c_attn": "blocks.N.attention.qkv",
+            "h.N.attn.c_proj": "blocks.N.attention.projection",
+            "h.N.ln_2": "blocks.N.norm2",
+            "h.N.mlp.c_fc": "blocks.N.mlp.expand",
+            "h.N.mlp.c_proj": "blocks.N.mlp.projection",
+            "ln_f": "norm",
+            "lm_head": "head",
+        },
+        prefix="transformer.",
+        left_out=("h.N.attn.bias", "h.N.attn.masked_bias"),  # the causal mask
+    ),
+    _Layout(
+        "timm's ConvNeXt",
+        "convnext",
+        "stages.N.blocks.N.conv_dw.weight",
+        {
+            "stem.0": "stages.0.0",
+            "stem.1": "stages.0.1",
+            "stages.N.downsample.0": "stages.N.0",
+            "stages.N.downsample.1": "stages.N.1",
+            "stages.N.blocks.M.conv_dw": "stages.N.M.depthwise",
+            "stages.N.blocks.M.norm": "stages.N.M.norm",
+            "stages.N.blocks.M.mlp.fc1": "stages.N.M.expand",
+            "stages.N.blocks.M.mlp.fc2": "stages.N.M.project",
+            "stages.N.blocks.M.gamma": "stages.N.M.scale",
+            "head.norm": "norm",
+            "head.fc": "head",
+        },
+    ),
+    _Layout(
+        "the ConvNeXt of its authors",
+        "convnext",
+        "stages.N.N.dwconv.weight",
+        {
+            "downsample_layers.N.0": "stages.N.0",
+            "downsample_layers.N.1": "stages.N.1",
+            "stages.N.M.dwconv": "stages.N.M.depthwise",
+            "stages.N.M.norm": "stages.N.M.norm",
+            "stages.N.M.pwconv1": "stages.N.M.expand",
+            "stages.N.M.pwconv2": "stages.N.M.project",
+            "stages.N.M.gamma": "stages.N.M.scale",
+            "norm": "norm",
+            "head": "head",
+        },
+    ),
+)
+# In our stages the blocks stand behind two layers of entry.
+_ENTRY = 2
+_HALF = (torch.float16, torch.bfloat16)
+# What a config.json may say of a GPT-2 that ours computes; where it says nothing, it means the first.
+_GPT2_FACTS: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    kind: str | None = None,
+    classes: int | None = None,
+    channels: int | None = None,
+    context: int | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
+) -> Pretrained:
+    """The model that a file or folder holds, on the CPU, in train mode and in float32 unless it has float64 weights.
+
+    Models of other libraries have their GELU; those that `save_weights` wrote come with their expansions.
+
+    Args:
+        path: a run's directory, a file of `save_weights`, a folder of transformers (config.json beside
+            model.safetensors, pytorch_model.bin, or either in parts with an index), or a state dict of ours, of
+            transformers' GPT-2 or of a ConvNeXt, in a .safetensors, .bin, .pth or .pt file, as it is or under "model"
+            or "state_dict".
+        kind: "gpt2" or "convnext", what it has to be; None for either.
+        classes: classes that a ConvNeXt has to tell apart; where it has another number, its head is initialised anew.
+        channels: channels that a ConvNeXt has to take; another number is an error.
+        context: tokens that a GPT-2 has to take at once; it keeps as many of its positions, and fewer are an error.
+        dropout, drop_path: what the model trains with, where it has such a thing (None: as the file says, or 0).
+
+    Raises:
+        OrthoFxError: a file that cannot be read, names of no known layout, tensors that fit none of our models, a
+            config.json of a model that ours does not compute, or settings that the model cannot meet.
+    """
+    path = Path(path)
+    read = [read_tensors(file) for file in files_of(path)]
+    with errors_naming(path):
+        weights, notes = _weights(path, read)
+        if kind not in (None, weights.kind):
+            raise OrthoFxError(f"it is a {weights.kind}, and has to be a {kind}")
+        weights, adapted = _adapted(weights, classes, channels, context)
+        weights = replace(weights, config=_regularised(weights.config, dropout, drop_path))
+        return Pretrained(weights.kind, weights.build(), (*notes, *adapted))
+
+
+def convert(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
+) -> tuple[str, ModelConfig, dict[str, Tensor]]:
+    """A state dict of any known layout as one of ours: the kind of model, its config, and the tensors by our names.
+
+    Args:
+        state: the tensors by name. Those of a rewritten model keep their expansions, which `expansions_of` reads.
+        settings: the config.json of a GPT-2 of transformers, which alone knows the number of its heads. Without, it is
+            that of the preset with as many layers of that width, or a head for each 64 of the width.
+
+    Raises:
+        OrthoFxError: names of no layout, or beside those of a layout, a head that is not tied, shapes that no config
+            has, or settings of a model that ours does not compute.
+    """
+    layout, state = _recognised(state)
+    if layout.names is not None:
+        state = _renamed(layout, state)
+    tensors = dict(state)
+    if layout.kind == "convnext":
+        return "convnext", _convnext_config(tensors), tensors
+    head = tensors.pop("head.weight", None)
+    if head is not None and not torch.equal(head, _of_rank(tensors, "tokens.weight", 2)):
+        raise OrthoFxError("the head is not tied: it differs from the embedding of the tokens, which GPT-2 has for it")
+    return "gpt2", _gpt2_config(tensors, settings), tensors
+
+
+def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
+    """The expansions whose parameters a state dict of ours holds, by site, as far as names and shapes tell.
+
+    What they do not tell is how an expansion started: init is "stable", and a clamp half the width between its bounds.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        site, _, parameter = name.rpartition(".")
+        found.setdefault(site, {})[parameter] = tensor
+    expansions = {}
+    for site, parameters in found.items():
+        config = _expansion_config(parameters)
+        # The layer before an activation is its neighbour in both models.
+        before = state.get(f"{site.rpartition('.')[0]}.expand.weight")
+        if config is not None and before is not None:
+            expansions[site] = _one_a_group(config, parameters, before.shape[0])
+    return expansions
+
+
+def _expansion_config(parameters: Mapping[str, Tensor]) -> ExpansionConfig | None:
+    """The config of a layer's expansion with parameters of these names and lengths; None where there is none."""
+    lengths = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in parameters.items()}
+    bounded = lengths.pop("bounds", None)
+    clamp = float(parameters["bounds"].diff()) / 2 if bounded == 2 else None
+    fitting: dict[str, ExpansionConfig] = {}
+    for basis in BASES.values():
+        if lengths.keys() != {parameter.name for parameter in basis.parameters} or bounded not in (None, 2):
+            continue
+        for tied, degree in itertools.product((False, True)[: 1 + basis.tieable], basis.degrees):
+            if all(parameter.size(degree, tied) == lengths[parameter.name] for parameter in basis.parameters):
+                fitting.setdefault(basis.name, ExpansionConfig(basis.name, degree, clamp=clamp, tied=tied))
+    if len(fitting) > 1:
+        names = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise OrthoFxError(f"parameters of these names and lengths ({names}) fit several bases: {', '.join(fitting)}")
+    return next(iter(fitting.values()), None)
+
+
+def _one_a_group(config: ExpansionConfig, parameters: Mapping[str, Tensor], channels: int) -> SiteExpansion:
+    first = parameters[BASES[config.basis].parameters[0].name]
+    if first.dim() == 1:
+        return SiteExpansion(config)
+    groups = first.shape[1]
+    granularity = "channel" if groups == channels else f"group:{groups}"
+    return SiteExpansion(replace(config, granularity=granularity), channels, -1)
+
+
+def _recognised(state: Mapping[str, Tensor]) -> tuple[_Layout, Mapping[str, Tensor]]:
+    """The layout of these names, and the tensors without its prefix."""
+    for layout in _LAYOUTS:
+        plain = {name.removeprefix(layout.prefix): tensor for name, tensor in state.items()}
+        if any(_pattern(layout.known_by).fullmatch(name) for name in plain):
+            return layout, plain
+    titles = ", ".join(layout.title for layout in _LAYOUTS)
+    raise OrthoFxError(f"names of no known layout ({shortened(state) or 'none'}); known are {titles}")
+
+
+def _pattern(names: str, suffix: str = "") -> re.Pattern[str]:
+    return re.compile(re.escape(names).replace("N", r"(\d+)").replace("M", r"(\d+)") + suffix)
+
+
+def _renamed(layout: _Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    assert layout.names is not None
+    rules = [(_pattern(theirs, r"(\.weight|\.bias|)"), ours) for theirs, ours in layout.names.items()]
+    left_out = [_pattern(names) for names in layout.left_out]
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        if any(pattern.fullmatch(name) for pattern in left_out):
+            continue
+        matches = ((pattern.fullmatch(name), ours) for pattern, ours in rules)
+        match, ours = next(((match, ours) for match, ours in matches if match), (None, ""))
+        if match is None:
+            unknown.append(name)
+            continue
+        *numbers, suffix = match.groups()
+        for placeholder, number in zip("NM", numbers, strict=False):
+            ours = ours.replace(placeholder, str(int(number) + (_ENTRY if placeholder == "M" else 0)))
+        renamed[ours + suffix] = _reshaped(layout, name, tensor)
+    if unknown:
+        raise OrthoFxError(f"not in {layout.title}: {shortened(unknown)}; variants of it are not supported")
+    return renamed
+
+
+def _reshaped(layout: _Layout, name: str, tensor: Tensor) -> Tensor:
+    if layout.kind == "gpt2" and ".c_" in name and tensor.dim() == 2:
+        return tensor.t().contiguous()  # transformers stores (in, out)
+    if ".mlp." in name and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+        return tensor.flatten(1)  # timm's small variants have 1 x 1 convolutions for linear layers
+    return tensor
+
+
+def _convnext_config(state: Mapping[str, Tensor]) -> ConvNeXtConfig:
+    block = _pattern("stages.N.N.depthwise.weight")
+    stages = [int(match[1]) for match in map(block.fullmatch, state) if match]
+    depths = tuple(stages.count(stage) for stage in sorted(set(stages)))
+    width, channels, patch, _ = _of_rank(state, "stages.0.0.weight", 4).shape
+    later = [_of_rank(state, f"stages.{stage}.1.weight", 4).shape[0] for stage in range(1, len(depths))]
+    classes = _of_rank(state, "head.weight", 2).shape[0]
+    return ConvNeXtConfig(channels, classes, patch, depths, (width, *later))
+
+
+def _gpt2_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> GPT2Config:
+    vocabulary, width = _of_rank(state, "tokens.weight", 2).shape
+    context = _of_rank(state, "positions.weight", 2).shape[0]
+    layers = len({match[1] for match in map(re.compile(r"blocks\.(\d+)\..*").fullmatch, state) if match})
+    heads = _heads(layers, width)[0] if settings is None else _stated_heads(settings, width)
+    return GPT2Config(vocabulary, context, layers, heads, width)
+
+
+def _stated_heads(settings: Mapping[str, Any], width: int) -> int:
+    for name, allowed in _GPT2_FACTS.items():
+        if settings.get(name, allowed[0]) not in allowed:
+            raise OrthoFxError(f"config.json has {name} {settings[name]!r}, and ortho-fx' GPT-2 has {allowed[0]!r}")
+    heads = settings.get("n_head", 12)  # what transformers takes where it is not said
+    if settings.get("n_embd", width) != width or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise OrthoFxError(
+            f"config.json has n_embd {settings.get('n_embd')!r} and n_head {heads!r}, which do not fit the tensors' "
+            f"width {width}"
+        )
+    return heads
+
+
+def _heads(layers: int, width: int) -> tuple[int, str]:
+    """The number of heads of a GPT-2 that does not tell it, and where that is from."""
+    for size, preset in gpt2.PRESETS.items():
+        if (preset.layers, preset.width) == (layers, width):
+            return preset.heads, f"as in {size}"
+    if width % 64:
+        raise OrthoFxError(
+            f"the tensors do not tell the number of heads, and width {width} is no multiple of 64: put transformers' "
+            "config.json beside them"
+        )
+    return width // 64, "width / 64"
+
+
+def _of_rank(state: Mapping[str, Tensor], name: str, rank: int) -> Tensor:
+    """The tensor of that name; an error where there is none with so many dimensions."""
+    if name not in state or state[name].dim() != rank:
+        came = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+        raise OrthoFxError(f"what becomes {name}, of {rank} dimensions, is {came}")
+    return state[name]
+
+
+def _adapted(
+    weights: Weights, classes: int | None, channels: int | None, context: int | None
+) -> tuple[Weights, tuple[str, ...]]:
+    """The weights for other data than they were trained on, and what that changed."""
+    config, state = weights.config, dict(weights.state)
+    asked = {"convnext": {"classes": classes, "channels": channels}, "gpt2": {"context": context}}
+    for kind, settings in asked.items():
+        for name, value in settings.items():
+            if value is not None and kind != weights.kind:
+                raise OrthoFxError(f"{name} is a setting of {kind}, and this is a {weights.kind}")
+            if value is not None and value < 1:
+                raise OrthoFxError(f"{name} must be 1 or more; got {value}")
+    if isinstance(config, GPT2Config):
+        if context is None or context == config.context:
+            return weights, ()
+        if context > config.context:
+            raise OrthoFxError(f"it knows {config.context} positions, and cannot take a context of {context} tokens")
+        state["positions.weight"] = state["positions.weight"][:context].clone()
+        note = f"it keeps the first {context} of its {config.context} positions"
+        return replace(weights, config=replace(config, context=context), state=state), (note,)
+    if channels not in (None, config.channels):
+        raise OrthoFxError(f"it takes images of {config.channels} channels; the data have {channels}")
+    if classes is None or classes == config.classes:
+        return weights, ()
+    fresh = state["head.weight"].new_empty(classes, config.widths[-1])
+    state |= {"head.weight": nn.init.trunc_normal_(fresh, std=0.02), "head.bias": fresh.new_zeros(classes)}
+    note = f"its head of {config.classes} classes is replaced by a fresh one of {classes}"
+    return replace(weights, config=replace(config, classes=classes), state=state), (note,)
+
+
+def _regularised(config: ModelConfig, dropout: float | None, drop_path: float | None) -> ModelConfig:
+    if isinstance(config, GPT2Config):
+        return config if dropout is None else replace(config, dropout=dropout)
+    return config if drop_path is None else replace(config, drop_path=drop_path)
+
+
+def _weights(
+    path: Path, read: Sequence[tuple[Mapping[str, Tensor], Mapping[str, str]]]
+) -> tuple[Weights, tuple[str, ...]]:
+    """What the files of a path hold, in float32 or float64, and what had to be decided for that."""
+    notes = []
+    tensors = {name: tensor for state, _ in read for name, tensor in state.items()}
+    own = next((metadata for _, metadata in read if "ortho_fx" in metadata), None)
+    if own is not None:
+        weights = described(tensors, own)
+    else:
+        settings = _settings(path)
+        kind, config, tensors = convert(tensors, settings)
+        weights = Weights(kind, config, expansions_of(tensors), tensors)
+        if isinstance(config, GPT2Config) and settings is None:
+            source = _heads(config.layers, config.width)[1]
+            notes.append(f"the file does not tell its number of heads, which is taken to be {config.heads}, {source}")
+    half = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values() if tensor.dtype in _HALF}
+    if half:
+        notes.append(f"its weights in {' and '.join(sorted(half))} are now in float32")
+        state = {name: t.float() if t.dtype in _HALF else t for name, t in weights.state.items()}
+        weights = replace(weights, state=state)
+    return weights, tuple(notes)
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """The config.json of a GPT-2 in a folder, or beside a file; None where there is none, or it is of another model."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    settings = read_json(file) if file.is_file() else {}
+    return settings if settings.get("model_type") == "gpt2" else None

@@ -1,0 +1,358 @@
+"""Activation modules: drop-in replacements for nn.GELU and its like, with learnable coefficients."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ortho_fx.activations import torchortho
+from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.numerics.fit import FittedExpansion, fit_expansion
+from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.numerics.initialisation import initial_parameters
+from ortho_fx.numerics.moments import Values
+from ortho_fx.operators import expand
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.sharded import whole
+
+
+class ExpansionActivation(LearnableExpansion):
+    """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
+
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters have the basis' names and
+    the shape (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+
+    Rounding: half-precision inputs are computed in float32 and the result is rounded once, by at most 4e-3 of it in
+    bfloat16 and 5e-4 in float16; there a result beyond +-65504 becomes +-65504, while a gradient that large is inf,
+    which gradient scalers look for. Nothing else saturates unless `clamp=` says so. The classes state the errors of
+    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as benchmarks/accuracy.py measures
+    them.
+
+    Args:
+        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
+        channels: number of channels, for a granularity other than "layer".
+        channel_dim: their dimension. When omitted, that of dimensions 1 and -1 which has this size; where both have,
+            dimension 1 of inputs of four and more dimensions, and -1 of others.
+        reference: the function that init="fit" fits: any elementwise one that autograd differentiates.
+
+    Raises:
+        OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
+            another number of channels.
+    """
+
+    basis: ClassVar[Basis]
+    bounds: Tensor | None
+
+    def __init__(
+        self,
+        degree: int | None = None,
+        init: str = "stable",
+        *,
+        granularity: str = "layer",
+        clamp: float | None = None,
+        tied: bool = False,
+        channels: int | None = None,
+        channel_dim: int | None = None,
+        reference: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
+        if init == "fit" and reference is None:
+            raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
+        # In a tuple, for a module to be no submodule: its parameters, if it had any, are not the expansion's.
+        self._reference = (reference,)
+        groups = self.config.groups(channels)
+        self.channels = None if groups is None else channels
+        self.channel_dim = channel_dim
+        assert self.config.degree is not None
+        for parameter in self.basis.parameters:
+            size = parameter.size(self.config.degree, tied)
+            values = torch.empty(size if groups is None else (size, groups), device=device, dtype=dtype)
+            if parameter.learnable:
+                self.register_parameter(parameter.name, nn.Parameter(values))
+            else:
+                self.register_buffer(parameter.name, values)
+        self.register_buffer("bounds", None if clamp is None else torch.empty(2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @property
+    def reference(self) -> Callable[[Tensor], Tensor] | None:
+        """The function that it took the place of, as far as it is known."""
+        return self._reference[0]
+
+    def reset_parameters(self, inputs: Histogram | None = None) -> None:
+        """Sets every parameter to its initial value, as `config.init` says.
+
+        Args:
+            inputs: the distribution of the inputs to start for; N(0, 1) when omitted.
+        """
+        self.set_parameters(self.initial_values(inputs)[0])
+
+    def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
+        """What `reset_parameters` sets, by name, and the fit that it comes from where `config.init` asks for one."""
+        mean, std = (0.0, 1.0) if inputs is None else (inputs.mean, inputs.std)
+        fitted = None
+        if self.config.init == "fit":
+            assert self.reference is not None
+            fitted = _fit(self.reference, self.config, inputs)
+            values = dict(fitted.parameters)
+        else:
+            values = self.basis.rescale(initial_parameters(self.config), mean, std)
+        if self.config.clamp is not None:
+            values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
+        return values, fitted
+
+    def set_parameters(self, values: Values) -> None:
+        """Copies these values, arrays by name, into the parameters and buffers of every group."""
+        with torch.no_grad():
+            for name, value in values.items():
+                parameter = getattr(self, name)
+                start = torch.from_numpy(np.asarray(value)).to(parameter.device, parameter.dtype)
+                if parameter.dim() > start.dim():
+                    start = start.unsqueeze(1).expand(parameter.shape)
+                if hasattr(parameter, "device_mesh"):  # a DTensor: FSDP has sharded it
+                    from torch.distributed.tensor import distribute_tensor
+
+                    start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.copy_(start)
+
+    def distinct_values(self) -> tuple[list[Values], list[int]]:
+        """The parameters in float64, once for each set of them that some group has, and how many groups have it."""
+        tensors = {parameter.name: whole(getattr(self, parameter.name)) for parameter in self.basis.parameters}
+        stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
+        columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
+        distinct, counts = np.unique(columns, axis=1, return_counts=True)
+        ends = np.cumsum([len(value) for value in stored.values()])[:-1]
+        sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
+        return sets, [int(count) for count in counts]
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """y(x). `inplace` is taken from callers of the functions that it stands for, and never done."""
+        # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
+        if not isinstance(x, fx.Proxy) and not x.is_floating_point():
+            raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        dim = 1 if self.channels is None else channel_dim_of(self, x)
+        if self.bounds is not None:
+            x = x.clamp(self.bounds[0], self.bounds[1])
+        parameters = (getattr(self, parameter.name) for parameter in self.basis.parameters)
+        return expand(self.basis, x, *parameters, channel_dim=dim)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            state_dict = torchortho.converted(self.basis.name, state_dict, prefix, self.config.tied)
+        except OrthoFxError as error:
+            error_msgs.append(str(error))
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
+
+    def extra_repr(self) -> str:
+        shown = f"degree={self.config.degree}, init={self.config.init!r}"
+        if self.channels is not None:
+            shown += f", granularity={self.config.granularity!r}, channels={self.channels}"
+        if self.config.clamp is not None:
+            shown += f", clamp={self.config.clamp:g}"
+        if self.config.tied:
+            shown += ", tied=True"
+        return shown
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    # TorchScript would read the source of the model around it, which still calls the old activations.
+    raise OrthoFxError(
+        f"TorchScript cannot compile {type(module).__name__}: use torch.export.export(model, ...) or torch.jit.trace"
+    )
+
+
+class _HasChannels(Protocol):
+    channels: int | None
+    channel_dim: int | None
+
+
+def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
+    """The dimension of an input that holds the module's channels.
+
+    Raises:
+        OrthoFxError: no dimension has that size, or not the one that the module names.
+    """
+    if isinstance(x, fx.Proxy):
+        if module.channel_dim is None:
+            raise OrthoFxError(f"{type(module).__name__} needs channel_dim= for torch.fx to trace it")
+        return module.channel_dim
+    likely = (1, -1) if x.dim() >= 4 else (-1, 1)
+    for dim in likely if module.channel_dim is None else (module.channel_dim,):
+        if -x.dim() <= dim < x.dim() and x.shape[dim] == module.channels:
+            return dim
+    where = "" if module.channel_dim is None else f" in dimension {module.channel_dim}"
+    raise OrthoFxError(f"{type(module).__name__} has {module.channels} channels{where}; got shape {tuple(x.shape)}")
+
+
+# A histogram with fewer filled bins, as after a global pooling, says less than its mean and deviation do.
+_NODES_A_COEFFICIENT = 4
+
+
+def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs: Histogram | None) -> FittedExpansion:
+    if inputs is not None:
+        few = np.count_nonzero(inputs.counts) < _NODES_A_COEFFICIENT * config.size
+        if few and inputs.finite and not inputs.constant:
+            return fit_expansion(reference, config, mean=inputs.mean, std=inputs.std)
+        return fit_expansion(reference, config, weight="measured", samples=inputs)
+    try:
+        return _standard_fit(reference, config)
+    except TypeError:  # a function that cannot be hashed
+        return fit_expansion(reference, config)
+
+
+def activation_at(result: FittedExpansion, **settings: Any) -> ExpansionActivation:
+    """The module that starts at a fit, whatever weight and interval that was made with."""
+    activation = make_activation(replace(result.config, init="stable"), **settings)
+    activation.config = result.config
+    activation._reference = (result.function,)
+    bounds = {} if result.bounds is None else {"bounds": np.array(result.bounds)}
+    activation.set_parameters({**result.parameters, **bounds})
+    return activation
+
+
+# A model has few activation functions and many sites; the fit is a pure function of both.
+_standard_fit = functools.lru_cache(maxsize=64)(fit_expansion)
+
+
+class HermiteActivation(ExpansionActivation):
+    r"""y(x) = \sum_{k=0}^n a_k He_k(x) / k!, with learnable `coefficients` a_0 .. a_n.
+
+    He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default.
+
+    Rounding in float32, started for N(0, 1): at most 5e-6 at degree 3, 7e-6 at degree 8, and 5e-5 at degrees 16 and 32;
+    the three-term recurrence is stable where a sum of powers of x is not. Inputs far outside of the range that the
+    coefficients are made for cancel: started for N(0, 0.2^2), where 10 is 50 deviations off, 5e-5 at degree 8, 7e-4 at
+    degree 16, and 0.2 at degree 32 in the gradient. A clamp keeps them from that.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
+
+    Example:
+        >>> activation = HermiteActivation(degree=3)
+        >>> activation(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    basis = HERMITE
+
+
+class FourierActivation(ExpansionActivation):
+    r"""y(x) = a_0 + \sum_{k=1}^n a_k cos(w_k x - p_k) / k!, with everything learnable.
+
+    Parameters: `constant` a_0 of shape (1,); `coefficients` a_k, `frequencies` w_k (radians per unit of x, starting
+    from 0.35 k) and `phases` p_k (radians, starting from pi / 2), each of shape (n,). Degrees 1 to 64; 5 by default.
+
+    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), is w alone.
+
+    Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. Bounded everywhere.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
+    """
+
+    basis = FOURIER
+
+
+class TropicalActivation(ExpansionActivation):
+    r"""y(x) = \max_{k=0}^n (s_k x + b_k), convex and piecewise linear, with learnable `offsets` b_0 .. b_n.
+
+    The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Degrees 1 to 64; 5 by default.
+
+    Rounding in float32: at most 3e-7 in value at degree 5, and 2e-6 at degree 64. At an input within rounding of a knot
+    the gradient can be that of the piece beside: it is off by a difference of two slopes there, and exact everywhere
+    else. It grows linearly.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247, whose scale * max_k (k x + b_k) this is with
+    s_k = scale * k and the scale multiplied into the offsets.
+    """
+
+    basis = TROPICAL
+
+
+class TropicalRationalActivation(ExpansionActivation):
+    r"""y(x) = \max_k (s_k x + b_k) - \max_k (t_k x + c_k), k = 0 .. n, piecewise linear, with everything learnable.
+
+    Parameters: `slopes` s, `offsets` b, `denominator_slopes` t and `denominator_offsets` c, each of shape (n + 1,); in
+    tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default.
+
+    Rounding in float32: at most 2e-6 in value at degree 6, and 3e-6 at degree 64; in the gradient as that of
+    `TropicalActivation`.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
+    """
+
+    basis = TROPICAL_RATIONAL
+
+
+CLASSES: dict[str, type[ExpansionActivation]] = {
+    cls.basis.name: cls
+    for cls in (HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation)
+}
+assert CLASSES.keys() == BASES.keys()
+
+
+class RegisteredActivation(ExpansionActivation):
+    """What the activations of bases from outside have in common: they are pickled by the name of their basis."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not CLASSES.get(self.basis.name):  # a class made of this one, which pickle finds by its name
+            return reduced
+        assert isinstance(reduced, tuple)
+        return _of_registered_basis, (self.basis.name,), *reduced[2:]
+
+
+def _of_registered_basis(name: str) -> ExpansionActivation:
+    """An activation without its state, for pickle.
+
+    Raises:
+        OrthoFxError: a basis that this process has not registered.
+    """
+    basis_named(name)
+    return CLASSES[name].__new__(CLASSES[name])
+
+
+def add_class(basis: Basis) -> type[ExpansionActivation]:
+    """Makes the module class of a basis from outside, `<title>Activation` in this module."""
+    text = f"{inspect.cleandoc(type(basis).__doc__ or basis.title)}\n\nThe activation of basis {basis.name!r}."
+    members = {"basis": basis, "__doc__": text, "__module__": __name__}
+    cls = type(class_name(basis), (RegisteredActivation,), members)
+    CLASSES[basis.name] = cls
+    globals()[cls.__name__] = cls
+    return cls
+
+
+def class_name(basis: Basis) -> str:
+    return f"{basis.title}Activation"
+
+
+def make_activation(config: ExpansionConfig, **settings: Any) -> ExpansionActivation:
+    """The activation module that a config describes; settings are the other arguments of `ExpansionActivation`."""
+    values = {name: value for name, value in asdict(config).items() if name != "basis"}
+    basis_named(config.basis)
+    return CLASSES[config.basis](**values, **settings)

@@ -1,0 +1,193 @@
+"""`freeze_`: expansions that are done learning, in the cheapest form that equals them, with constants folded.
+
+What a basis becomes is its own `fold`; `ortho_fx.bases.folded` has the forms. Everything is decided and folded in
+float64. With one expansion a channel or group, each keeps what it needs, and all are as long as the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of, refuse_scripting
+from ortho_fx.bases import basis_named
+from ortho_fx.bases.folded import FORMS
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.numerics.moments import Array, Bounds
+from ortho_fx.passes.vocabulary.expansions import Expansion
+
+# The form of a basis that folds into no other: its own formula, with constant parameters.
+_FORMULA = "formula"
+
+
+def freeze_(model: nn.Module) -> tuple[str, ...]:
+    """Replaces the expansions of a model by fixed functions that equal them at less cost, in place.
+
+    Expansions that the model shares stay shared. What is frozen has no parameters: freeze after training, for
+    inference. A second call finds nothing more to do.
+
+    Args:
+        model: a model that `rewrite_` or the compile backend has been over.
+
+    Returns:
+        The qualified names of the expansions that were frozen, a shared one under its first.
+
+    Raises:
+        OrthoFxError: a model without expansions, one that is itself an expansion, or parameters that have no values
+            or are not finite. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        >>> report = rewrite_(model, ExpansionConfig(basis="hermite", degree=3))
+        >>> freeze_(model)
+        ('1',)
+        >>> model[1]
+        FrozenExpansion(hermite 3, form='polynomial', terms=4)
+    """
+    modules = dict(model.named_modules())
+    if isinstance(model, ExpansionActivation):
+        raise OrthoFxError(f"the model itself is the {type(model).__name__}, and nothing holds it: freeze what does")
+    if not any(isinstance(module, Expansion) for module in modules.values()):
+        raise OrthoFxError(f"{type(model).__name__} holds no expansion to freeze: call rewrite_ first")
+    names, frozen = [], {}
+    for name, module in modules.items():
+        if isinstance(module, ExpansionActivation):
+            try:
+                frozen[module] = FrozenExpansion(module)
+            except OrthoFxError as error:
+                raise OrthoFxError(f"{name}: {error}") from None
+            names.append(name)
+    for owner in modules.values():
+        for key, child in owner._modules.items():
+            if isinstance(child, ExpansionActivation):
+                owner._modules[key] = frozen[child]
+    return tuple(names)
+
+
+class FrozenExpansion(Expansion):
+    """The function of an expansion, in the cheapest form that equals it. Made by `freeze_`.
+
+    Form and constants, of shape (terms,), or (terms, channels) with one expansion a channel or group:
+    - "polynomial": sum of c_k x^k, k = 0 .. terms - 1; `monomial_coefficients`.
+    - "recurrence": sum of a_k He_k(x) / k!; `hermite_coefficients`, which are a_k 8^k / k!.
+    - "waves": a_0 + sum of A_k cos(w_k x - p_k); `constant`, `amplitudes`, `frequencies`, `phases`.
+    - "harmonics": a_0 + sum of A_k cos(k w x) + B_k sin(k w x); `constant`, `cosine_amplitudes`, `sine_amplitudes`,
+      and w as `frequencies`.
+    - "maximum": max over k of (s_k x + b_k); `slopes`, `offsets`.
+    - "difference": such a maximum less another; `denominator_slopes` and `denominator_offsets` besides.
+    - "formula": that of its basis, with its parameters; for a basis that folds into none of these.
+
+    The constants are buffers, of the device and dtype that the parameters had, but in float32 where that was half
+    precision, and they stay so when the model is cast to that. A state dict loads where form and sizes agree.
+
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype, in the arithmetic of the expansion:
+    float32 inside for half precision, and at most +-65504 in float16. Derivatives of every order are autograd's, which
+    keeps intermediate results where the expansion keeps its input alone, unless it is compiled.
+
+    Rounding: the first-order bound on the error of Horner's rule is at most 4 times that of the recurrence, on the
+    whole line or within the clamp. Waves left out add less than the rounding of the others to value, slope and second
+    derivative. At an input within rounding of a knot, the gradient can be that of a piece beside.
+
+    Args:
+        expansion: what to freeze; it is left as it is.
+
+    Raises:
+        OrthoFxError: parameters without values or not finite; at the call, what an expansion raises.
+    """
+
+    bounds: Tensor | None
+
+    def __init__(self, expansion: ExpansionActivation) -> None:
+        super().__init__()
+        if type(expansion).forward is not ExpansionActivation.forward:
+            raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
+        self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
+        if hasattr(expansion, "_replaced"):  # what stood here before the expansion
+            self._replaced = expansion._replaced
+        first = getattr(expansion, expansion.basis.parameters[0].name)
+        dtype = _at_least_float32(first.dtype)
+        values, interval = _finite_values(expansion)
+        self.form, constants = expansion.basis.fold(values, interval, dtype) or (_FORMULA, values)
+        for name, value in constants.items():
+            if self.channels is None:
+                value = value[:, 0]
+            else:
+                value = value.repeat(self.channels // value.shape[1], axis=1)
+            self.register_buffer(name, torch.from_numpy(value).to(first.device, dtype))
+        self._constants = tuple(constants)
+        bounds = expansion.bounds
+        self.register_buffer("bounds", None if bounds is None else bounds.detach().to(dtype, copy=True))
+        self.train(expansion.training)
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """As that of the expansion."""
+        if isinstance(x, fx.Proxy):
+            raise OrthoFxError("torch.fx cannot trace a FrozenExpansion: trace before freeze_, or use torch.export")
+        if not x.is_floating_point():
+            raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        constants = [getattr(self, name).to(dtype) for name in self._constants]
+        evaluate: Callable[..., Tensor]
+        if self.form == _FORMULA:
+            basis = basis_named(self.config.basis)
+            constants = list(basis.prepare(dtype, *constants)[: len(constants)])
+            evaluate = basis.evaluate
+        else:
+            evaluate = FORMS[self.form]
+        if self.channels is not None:
+            dim = channel_dim_of(self, x)
+            behind = (1,) * (x.dim() - 1 - dim % x.dim())
+            constants = [constant.reshape(*constant.shape, *behind) for constant in constants]
+        z = x if self.bounds is None else x.clamp(self.bounds[0], self.bounds[1])
+        y = evaluate(z.to(dtype), *constants)
+        if x.dtype == torch.float16:
+            largest = torch.finfo(torch.float16).max
+            y = y.clamp(-largest, largest)
+        return y.to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenExpansion:
+        def moved(constant: Tensor) -> Tensor:
+            result = fn(constant)
+            return result if _at_least_float32(result.dtype) == result.dtype else constant.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
+
+    def extra_repr(self) -> str:
+        counted = [name for name in self._constants if name.endswith(("coefficients", "offsets")) or name in _COUNTED]
+        counted = counted or list(self._constants[:1])
+        terms = " - ".join(str(len(getattr(self, name))) for name in counted)
+        shown = f"{self.config}, form={self.form!r}, terms={terms}"
+        return shown if self.channels is None else f"{shown}, channels={self.channels}"
+
+
+# Of a form's constants, those whose length is its number of terms, beside coefficients and offsets.
+_COUNTED = ("amplitudes", "cosine_amplitudes")
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _finite_values(expansion: ExpansionActivation) -> tuple[dict[str, Array], Bounds | None]:
+    """The parameters in float64, each of shape (size, groups), and the interval of the clamp."""
+    names = [parameter.name for parameter in expansion.basis.parameters]
+    values = {}
+    for name in names if expansion.bounds is None else (*names, "bounds"):
+        tensor = getattr(expansion, name).detach()
+        if tensor.is_meta:
+            raise OrthoFxError(f"{name} is on the meta device, and has no values to freeze")
+        if not tensor.isfinite().all():
+            raise OrthoFxError(f"{name} has values that are not finite")
+        values[name] = tensor.to("cpu", torch.float64).numpy().reshape(len(tensor), -1)
+    if expansion.bounds is None:
+        return values, None
+    # Half-precision inputs are clamped to the bounds as their dtype rounds them.
+    low, high = (float(bound) for bound in values.pop("bounds")[:, 0])
+    margin = torch.finfo(torch.bfloat16).eps
+    return values, (low - margin * abs(low), high + margin * abs(high))

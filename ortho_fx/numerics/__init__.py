@@ -1,0 +1,1 @@
+"""Moments, samples, least squares, starts and fits: the numerics of any basis."""

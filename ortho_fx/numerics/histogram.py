@@ -1,0 +1,89 @@
+"""`Histogram`: the distribution of numbers that come in chunks, in constant memory and one pass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ortho_fx.numerics.moments import Array
+
+_BINS = 2048
+
+
+class Histogram:
+    """Mean and standard deviation (of the population), exact, and the counts of equal bins whose range grows.
+
+    The moments of chunks are merged in float64 (Chan, Golub and LeVeque, 1979). The first chunk sets the bins' range;
+    a number outside doubles it, by joining neighbouring bins, until it is inside.
+    """
+
+    def __init__(self) -> None:
+        self.samples, self.mean, self._squares = 0, 0.0, 0.0
+        self._low, self._width = 0.0, 0.0
+        self.counts: Array = np.zeros(_BINS)
+
+    def add(self, chunk: Tensor) -> None:
+        """Counts the numbers of a tensor in; one on the meta device has none."""
+        if chunk.numel() == 0 or chunk.is_meta:
+            return
+        # Devices without float64 (MPS) reduce in float32; chunks are merged in float64 on the host all the same.
+        dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
+        values = chunk.detach().flatten().to(dtype)
+        variance, mean = torch.var_mean(values, correction=0)
+        count, delta = values.numel(), mean.item() - self.mean
+        total = self.samples + count
+        self._squares += variance.item() * count + delta**2 * self.samples * count / total
+        self.mean += delta * count / total
+        self.samples = total
+        if math.isfinite(self._squares):
+            self._count(values)
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self._squares / self.samples) if self.samples else math.nan
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self._squares)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all numbers are equal, as far as float64 can tell."""
+        return self.std <= 1e-12 * max(abs(self.mean), 1e-30)
+
+    @property
+    def edges(self) -> Array:
+        """The edges of the bins: one more than `counts` has numbers."""
+        return self._low + self._width * np.arange(len(self.counts) + 1, dtype=np.float64)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """From the first bin that holds a number to the last, its end included."""
+        filled = np.flatnonzero(self.counts)
+        edges = self.edges
+        return float(edges[filled[0]]), float(edges[filled[-1] + 1])
+
+    def _count(self, values: Tensor) -> None:
+        low, high = (bound.item() for bound in torch.aminmax(values))
+        if not self._width:
+            # A bin's width is a power of two, for joined bins to keep exact edges.
+            span = max(high - low, abs(low) * 1e-6, 1e-30)
+            self._width = 2.0 ** math.ceil(math.log2(1.5 * span / _BINS))
+            self._low = self._width * math.floor((low - span / 4) / self._width)
+        while low < self._low or high >= self._low + self._width * _BINS:
+            self._double(downwards=low < self._low)
+        places = ((values - self._low) / self._width).long().clamp(0, _BINS - 1)
+        self.counts += torch.bincount(places, minlength=_BINS).cpu().numpy()
+
+    def _double(self, *, downwards: bool) -> None:
+        joined = self.counts.reshape(-1, 2).sum(1)
+        nothing = np.zeros(_BINS - len(joined))
+        if downwards:
+            self._low -= self._width * _BINS
+            self.counts = np.concatenate([nothing, joined])
+        else:
+            self.counts = np.concatenate([joined, nothing])
+        self._width *= 2

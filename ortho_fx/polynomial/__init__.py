@@ -1,0 +1,6 @@
+"""Networks that are polynomials: which one, and what it costs under encryption."""
+
+from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
+from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
+
+__all__ = ["Polynomial", "PolynomialReport", "polynomial_report", "to_polynomial"]

@@ -1,0 +1,57 @@
+"""`param_groups`: an optimizer's parameter groups for a model with expansions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.errors import OrthoFxError
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, expansion_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for `torch.optim`: weights that decay, parameters that do not, and expansions with a rate of their own.
+
+    Matrices and convolution kernels decay. Biases, scales and the parameters of normalisations do not, and neither
+    does any parameter of an expansion, whatever its shape: decay would pull the activation towards zero. Parameters
+    that need no gradient are left out, shared ones are listed once, and empty groups are dropped.
+
+    Args:
+        model: a model; rewritten or not.
+        lr: learning rate of the model's own parameters.
+        weight_decay: decay of the weights that decay.
+        expansion_lr: learning rate of the expansions; `lr` when omitted.
+
+    Returns:
+        Dicts with "name", "params", "lr" and "weight_decay".
+
+    Raises:
+        OrthoFxError: a rate or a decay below zero.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("expansion_lr", expansion_lr)):
+        if value is not None and not value >= 0:
+            raise OrthoFxError(f"{name} must be zero or more; got {value!r}")
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "expansions": []}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, ExpansionActivation):
+                group = "expansions"
+            elif name == "bias" or parameter.dim() < 2 or "norm" in type(module).__name__.lower():
+                group = "no_decay"
+            else:
+                group = "decay"
+            groups[group].append(parameter)
+    rates = {"decay": lr, "no_decay": lr, "expansions": lr if expansion_lr is None else expansion_lr}
+    decays = {"decay": weight_decay, "no_decay": 0.0, "expansions": 0.0}
+    return [
+        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decays[name]}
+        for name, parameters in groups.items()
+        if parameters
+    ]

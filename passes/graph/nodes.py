@@ -1,0 +1,106 @@
+"""Puts expansions in the place of a graph's nodes, alone or with their backward, and back."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ortho_fx.passes.graph.matches import Match, piece
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion, Replaced, Substitute, remember
+from ortho_fx.passes.vocabulary.targets import OPERATOR
+
+
+def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
+    """Replaces nodes of a graph by a call of a child module of that name."""
+
+    def put(expansion: nn.Module) -> None:
+        node = match.node
+        # Looked up now: the input may be a node that took the place of the one that was found.
+        (source,) = {other for part in match.nodes for other in part.all_input_nodes if other not in match.nodes}
+        remember(expansion, Replaced("node", piece(match.nodes, source)))
+        owner.add_module(name, expansion)
+        with owner.graph.inserting_before(node):
+            call = owner.graph.call_module(name, (source,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        if match.in_place:
+            # Whoever reads the input afterwards expects the changed tensor.
+            order = {other: index for index, other in enumerate(owner.graph.nodes)}
+            source.replace_all_uses_with(call, delete_user_cb=lambda user: order[user] > order[node])
+        # From the result upwards: a node goes once nobody uses it.
+        for part in match.nodes:
+            if not part.users:
+                owner.graph.erase_node(part)
+        owner.graph.lint()
+        owner.recompile()
+
+    return put
+
+
+def pair_in(owner: fx.GraphModule, match: Match, backward: fx.Node, name: str) -> Substitute:
+    """Replaces a node and its backward by the two operators of an expansion.
+
+    The parameters are a child module's of that name, read by `get_attr`: the inputs of the graph stay those that its
+    caller passes. Their gradients become the last outputs of the graph, in the order of the basis' learnable ones.
+    """
+
+    def put(expansion: nn.Module) -> None:
+        if not isinstance(expansion, LearnableExpansion):  # a probe, which computes the function itself
+            node_in(owner, match, name)(expansion)
+            return
+        remember(expansion, Replaced("pair"))
+        owner.add_module(name, expansion)
+        graph, node, basis = owner.graph, match.node, expansion.basis
+        source = match.argument
+        assert source is not None
+        with graph.inserting_before(node):
+            parameters = [graph.get_attr(f"{name}.{parameter.name}") for parameter in basis.parameters]
+            value = graph.call_function(_operator(basis.name), (source, *parameters))
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        with graph.inserting_before(backward):
+            arguments = (backward.args[0], source, *parameters)
+            gradients = graph.call_function(_operator(f"{basis.name}_backward"), arguments)
+            of_input, *of_parameters = (
+                graph.call_function(operator.getitem, (gradients, index)) for index in range(1 + len(basis.learnable))
+            )
+        of_input.meta = dict(backward.meta)
+        backward.replace_all_uses_with(of_input)
+        (output,) = (other for other in graph.nodes if other.op == "output")
+        returned = output.args[0]
+        output.args = (type(returned)((*returned, *of_parameters)),)
+        graph.erase_node(backward)
+        graph.erase_node(node)
+        _erase_unread_aliases(graph, value)
+        graph.lint()
+        owner.recompile()
+
+    return put
+
+
+def restore_nodes(owner: fx.GraphModule, key: str, replaced: fx.Graph) -> None:
+    """Puts the nodes that an expansion replaced in the place of its calls."""
+    for node in [node for node in owner.graph.nodes if node.op == "call_module" and node.target == key]:
+        with owner.graph.inserting_before(node):
+            (start,) = (part for part in replaced.nodes if part.op == "placeholder")
+            node.replace_all_uses_with(owner.graph.graph_copy(replaced, {start: node.args[0]}))
+        owner.graph.erase_node(node)
+    delattr(owner, key)
+    owner.graph.lint()
+    owner.recompile()
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.ortho_fx, name).default
+
+
+def _erase_unread_aliases(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases the aliases of a node that autograd made to save it, and that nobody reads now."""
+    for user in list(node.users):
+        if isinstance(user.target, OPERATOR) and user.target._schema.name in ("aten::alias", "aten::detach"):
+            _erase_unread_aliases(graph, user)
+            if not user.users:
+                graph.erase_node(user)

@@ -1,0 +1,1 @@
+"""Activations that are child modules, or functions kept as attributes: exchanged."""

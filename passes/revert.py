@@ -1,0 +1,54 @@
+"""Puts back what expansions replaced, whichever way they were put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.graph.nodes import restore_nodes
+from ortho_fx.passes.graph.operators import raise_calls
+from ortho_fx.passes.modules.exchange import restore_attribute, restore_module
+from ortho_fx.passes.source.calls import restore_call
+from ortho_fx.passes.vocabulary.expansions import Substitute
+
+
+def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
+    """Puts back what the chosen expansions replaced; their names."""
+    places = [
+        (f"{prefix}.{key}" if prefix else key, owner, key)
+        for prefix, owner in model.named_modules()
+        for key, child in owner._modules.items()
+        if child is not None and hasattr(child, "_replaced") and chosen(child)
+    ]
+    for name, owner, key in places:
+        if vars(owner._modules[key])["_replaced"][0].kind == "pair":
+            raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
+    for owner in model.modules():
+        if isinstance(owner, fx.GraphModule):
+            raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
+    for _, owner, key in places:
+        restore(owner, key)
+    return tuple(name for name, _, _ in places)
+
+
+def restore(owner: nn.Module, key: str) -> None:
+    """Puts what an expansion replaced back in one place that holds it."""
+    (replaced,) = vars(owner._modules[key])["_replaced"]
+    if replaced.kind == "module":
+        restore_module(owner, key, replaced.value)
+    elif replaced.kind == "attribute":
+        restore_attribute(owner, key, replaced.value)
+    elif replaced.kind == "call":
+        restore_call(owner, key)
+    else:
+        assert isinstance(owner, fx.GraphModule)
+        restore_nodes(owner, key, replaced.value)
+
+
+def put_in_copy(put: Substitute, expansion: nn.Module) -> None:
+    """Puts an expansion of a model into a copy of it as well; `restore` goes by the model itself all the same."""
+    replaced = expansion._replaced
+    put(expansion)
+    expansion._replaced = replaced

@@ -1,0 +1,90 @@
+"""Finds the activations of a model: child modules, functions kept as attributes, calls in source, nodes of FX graphs.
+
+What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Every kind is looked
+up in the one table of `targets`, and activations that the chosen targets leave out are found as well, with that as the
+reason. Nothing is changed; of the model's code only copies of leaf modules without parameters are run, to see whether
+they are activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from ortho_fx.passes.graph.occurrences import nodes
+from ortho_fx.passes.graph.pairs import holds_backward
+from ortho_fx.passes.modules.exchange import module_in
+from ortho_fx.passes.modules.occurrences import attributes, children, scripted
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.source.occurrences import calls
+from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.recognise import function_of
+from ortho_fx.passes.vocabulary.sites import Site
+from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTable
+
+
+def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
+    """Every activation of the model, in the order of `model.named_modules()`; those not of the table with that reason.
+
+    With `share`, a module that stands in several places or is called several times is one occurrence; without, each
+    place and each call is.
+    """
+    found = list_occurrences(model, share=share)
+    for occurrence in found:
+        occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence.site, table))
+    return found
+
+
+def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence]:
+    """Every activation of the model, whether or not it is a target."""
+    found = list(_find(model, share))
+    return _merge_shared(found) if share else found
+
+
+_NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
+
+
+def reason_not_chosen(site: Site, table: TargetTable) -> str:
+    """Why the targets leave a site out; empty where they do not."""
+    if site.function in table.names:
+        return ""
+    if not BY_NAME[site.function].gate:
+        return "it is not among the targets"
+    return _NOT_CHOSEN.get(site.function, "it is a gate unless it is named as a target")
+
+
+def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
+    target = EVERY_TARGET.modules.get(type(model))
+    if target is not None:
+        site = Site("", "module", target.name, reason="the model itself is the activation, and nothing holds it")
+        yield Occurrence(site, model, module_in(()))
+        return
+    modules = list(model.named_modules())
+    backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
+    for prefix, owner in modules:
+        if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
+            continue
+        if isinstance(owner, torch.jit.ScriptModule):
+            yield from scripted(prefix, owner)
+            continue
+        inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
+        yield from (*attributes(prefix, owner), *inside, *children(prefix, owner, share))
+
+
+def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
+    """One occurrence for a module that stands in several places, under its first name."""
+    merged: dict[int, Occurrence] = {}
+    for occurrence in occurrences:
+        owner, key = occurrence.places[0] if occurrence.places else (occurrence.owner, None)
+        identity = id(occurrence) if key is None else id(owner._modules[key])
+        first = merged.get(identity)
+        if first is None:
+            merged[identity] = occurrence
+        else:
+            places = (*first.places, *occurrence.places)
+            site = replace(first.site, aliases=(*first.site.aliases, occurrence.site.name))
+            merged[identity] = replace(first, site=site, substitute=module_in(places), places=places)
+    return list(merged.values())

@@ -1,0 +1,10 @@
+"""Activations that are calls in a module's code: edited there, for one instance.
+
+The last of the three front ends: it takes what modules and graphs cannot. This is its interface.
+"""
+
+from ortho_fx.passes.source.classes import Source, find_calls, may_activate, rewrite_class, set_class, source_of
+from ortho_fx.passes.source.classes import _restore as _restore  # pickles name it here
+from ortho_fx.passes.source.editor import Call
+
+__all__ = ["Call", "Source", "find_calls", "may_activate", "rewrite_class", "set_class", "source_of"]

@@ -1,0 +1,31 @@
+"""Puts an expansion in the place of a call in a module's code, for one instance, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ortho_fx.passes.source.classes import rewrite_class, set_class, source_of
+from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
+
+
+def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset()) -> Substitute:
+    """Replaces a call in the source of the module's class, for this instance."""
+
+    def put(expansion: nn.Module) -> None:
+        source = source_of(owner, split)
+        rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
+        remember(expansion, Replaced("call"))
+        owner.add_module(attribute, expansion)
+        set_class(owner, rewritten)
+
+    return put
+
+
+def restore_call(owner: nn.Module, key: str) -> None:
+    """Puts the call that an expansion replaced back into the module's code."""
+    delattr(owner, key)
+    source = source_of(owner)
+    left = replace(source, replaced=source.replaced - {key})
+    set_class(owner, rewrite_class(left) if left.replaced else left.cls)

@@ -1,0 +1,307 @@
+"""Activation calls in the source of a module's own methods, and classes in which some of them are learnable.
+
+A module that writes `F.gelu(x)`, `x.relu()`, `ACT2FN["silu"](x)` or `x * torch.sigmoid(1.702 * x)` in its forward is
+rewritten where that stands: the method's syntax tree gets `self.<expansion>(x)` in its place, and the module instance
+gets a subclass of its class with the methods so compiled. Everything else of the method stays what it was: branches on
+`self.training`, optional arguments and loops are not frozen as they would be by tracing, calls inside child modules are
+out of reach by construction, no example input is needed, and Dynamo traces the result like any other code.
+
+A function outside of the class that a method calls by its name is read in the same way, and becomes a method of the
+subclass where it holds an activation. Where a method cannot be rebuilt for certain (no source, source that is not what
+runs, an unknown kind of wrapper), its calls are reported with the reason and left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import copyreg
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.source.editor import Call, CallEditor
+from ortho_fx.passes.source.methods import UNRESOLVED, Method, Scalar
+from ortho_fx.passes.vocabulary.elementwise import bends
+from ortho_fx.passes.vocabulary.recognise import recognise
+from ortho_fx.passes.vocabulary.targets import EVERY_TARGET
+
+_SOURCE = "_ortho_fx_source"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The code that a module runs: its class, and what of the instance decides which activations that code calls.
+
+    Attributes:
+        cls: the class as it was written.
+        constants: plain values of attributes by which an activation is chosen, such as `self.config.hidden_act`.
+        split: children whose every call in the source is a site of its own.
+        replaced: the calls that are replaced by expansions, by the names of these.
+    """
+
+    cls: type
+    constants: frozenset[tuple[str, Scalar]] = frozenset()
+    split: frozenset[str] = frozenset()
+    replaced: frozenset[str] = frozenset()
+
+
+def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
+    """The source of a module, rewritten or not."""
+    cls = _underlying(module)
+    known = cls.__dict__.get(_SOURCE)
+    if known is not None:
+        return replace(known, split=known.split | split)
+    asked = _analyse(Source(cls, split=split)).asked
+    values = ((name, _value(module, name)) for name in asked)
+    # A plain value, for it to be part of what a class is looked up by.
+    constants = frozenset((name, value) for name, value in values if isinstance(value, Scalar))
+    source = Source(cls, constants, split)
+    used = _analyse(source).used
+    return replace(source, constants=frozenset((name, value) for name, value in constants if name in used))
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Puts another class in the place of that which the module's methods come from."""
+    module.__class__ = _with_base(type(module), _underlying(module), cls)
+
+
+def _underlying(module: nn.Module) -> type:
+    """The class that was written, or rewritten: below those that parametrize and FSDP derive from it."""
+    written = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not _is_pytorchs(cls))
+    return next(written, type(module))
+
+
+def _is_pytorchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "torch"
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """The class with `new` among its bases in the place of `old`, or `new` for `old` itself."""
+    if old not in cls.__mro__ or cls is old:
+        return new if cls is old else cls
+    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, {}, lambda body: body.update(members))
+
+
+def _value(module: nn.Module, dotted: str) -> object:
+    value: Any = module
+    for name in dotted.split(".")[1:]:
+        try:
+            value = vars(value)[name] if isinstance(value, nn.Module) and name in vars(value) else getattr(value, name)
+        except Exception:  # a property may raise anything
+            return UNRESOLVED
+    return value
+
+
+def find_calls(source: Source) -> tuple[Call, ...]:
+    """Every activation call in `forward`, in the methods that it reaches through `self` and in the functions that these
+    call; gates are included."""
+    return _analyse(source).calls
+
+
+@functools.lru_cache(maxsize=4096)
+def rewrite_class(source: Source) -> type:
+    """A subclass of `source.cls` that calls `self.<attribute>` in the place of each replaced activation call."""
+    cls, analysis = source.cls, _analyse(replace(source, replaced=frozenset()))
+    known = {call.attribute for call in analysis.calls}
+    if not source.replaced <= known:
+        missing = ", ".join(sorted(source.replaced - known))
+        raise OrthoFxError(f"the source of {cls.__qualname__} has no activation call {missing}; has it changed?")
+    # Helpers whose own calls, or whose helpers', are replaced.
+    helpers: dict[types.FunctionType, str] = {}
+    for method, calls in reversed(analysis.methods):
+        chosen = [call for call in calls if call.attribute in source.replaced]
+        for call in chosen:
+            if call.problem:
+                raise OrthoFxError(f"{call.attribute} of {cls.__qualname__} cannot be replaced: {call.problem}")
+        if method.cls is None and (chosen or any(h in helpers for h in analysis.helpers[method.outer])):
+            helpers[method.outer] = f"_{method.name}_with_expansions"
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
+        _SOURCE: source,
+    }
+    for method, calls in analysis.methods:
+        edits = any(call.attribute in source.replaced for call in calls)
+        if edits or any(helper in helpers for helper in analysis.helpers[method.outer]):
+            numbers: dict[str, int] = {}
+            for call in reversed(calls):
+                numbers[call.function] = int(call.attribute.rpartition("_")[2]) - 1
+            editor = CallEditor(method, numbers, source.split, source.replaced, helpers)
+            namespace[helpers.get(method.outer, method.name)] = method.rebuild(editor.visit)
+    return types.new_class(cls.__name__, (cls,), {}, lambda body: body.update(namespace))
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    # A rewritten class has no importable name: a pickle names the original class and the calls that were replaced.
+    source: Source = type(self).__dict__[_SOURCE]
+    reduced = super(type(self), self).__reduce_ex__(max(protocol, 2))
+    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise OrthoFxError(
+            f"{source.cls.__qualname__} has a pickling of its own, so its rewritten form cannot be copied"
+        )
+    return (_restore, (source,), *reduced[2:])
+
+
+def _restore(source: Source) -> nn.Module:
+    return nn.Module.__new__(rewrite_class(source))
+
+
+@dataclass
+class _Analysis:
+    """What a source holds: methods and helpers with the calls of each, in the order of the search."""
+
+    methods: list[tuple[Method, list[Call]]] = field(default_factory=list)
+    helpers: dict[types.FunctionType, list[types.FunctionType]] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return tuple(call for _, calls in self.methods for call in calls)
+
+
+@functools.lru_cache(maxsize=4096)
+def _analyse(source: Source) -> _Analysis:
+    analysis, numbers = _Analysis(), dict[str, int]()
+    constants = dict(source.constants)
+    waiting: list[tuple[str, type | None]] = [("forward", None)]
+    seen = set(waiting)
+    while waiting:
+        name, below = waiting.pop(0)
+        bases = source.cls.__mro__[source.cls.__mro__.index(below) + 1 :] if below else source.cls.__mro__
+        base = next((base for base in bases if name in base.__dict__), object)
+        function = base.__dict__.get(name)
+        if not isinstance(function, types.FunctionType) or _is_torchs(function):
+            continue
+        # A method that only super() reaches cannot be overridden in a subclass: its calls are read to be reported.
+        unreachable = "" if below is None else f"{name} is called through super()"
+        method = Method(name, function, constants, cls=source.cls, unreachable=unreachable)
+        _read(analysis, method, numbers, source.split)
+        for node in ast.walk(method.definition):
+            if isinstance(node, ast.Attribute):
+                by_super = isinstance(node.value, ast.Call) and method.is_super(node.value)
+                reached = (node.attr, base if by_super else None)
+                if (by_super or method.is_self(node.value)) and reached not in seen:
+                    seen.add(reached)
+                    waiting.append(reached)
+    return analysis
+
+
+def _read(analysis: _Analysis, method: Method, numbers: dict[str, int], split: frozenset[str]) -> None:
+    """Adds the calls of a method, and then of the helpers that it calls."""
+    analysis.helpers[method.outer] = []
+    calls = list(_calls_of(method, numbers, split, analysis))
+    analysis.methods.append((method, calls))
+    method.asked.clear()
+    helpers = _helpers_of(method)
+    passed = set(method.asked)
+    analysis.asked |= passed
+    for helper, constants in helpers.items():
+        analysis.helpers[method.outer].append(helper)
+        if helper not in analysis.helpers:
+            inner = Method(helper.__name__, helper, constants, cls=None, unreachable=method.unreachable)
+            _read(analysis, inner, numbers, frozenset())
+        if any(calls for read, calls in analysis.methods if read.outer is helper):
+            analysis.used |= passed
+
+
+def _calls_of(method: Method, numbers: dict[str, int], split: frozenset[str], analysis: _Analysis) -> Iterator[Call]:
+    if not method.available:
+        yield from _suspects(method, numbers)
+        return
+    editor = CallEditor(method, numbers, split)
+    for statement in method.definition.body:
+        editor.visit(statement)
+    analysis.asked |= method.asked
+    problem = method.problem() if editor.found else ""
+    for found in editor.found:
+        analysis.used |= found.constants
+        yield replace(found, problem=found.problem or problem)
+
+
+def _suspects(method: Method, numbers: dict[str, int]) -> Iterator[Call]:
+    """What may be activation calls in a method without source: names in its code that an activation function has."""
+    by_name = {function.__name__: target for function, target in EVERY_TARGET.functions.items()}  # type: ignore[attr-defined]
+    code = method.function.__code__
+    for name in code.co_names:
+        if name in by_name:
+            function = by_name[name].name
+            number = numbers[function] = numbers.get(function, -1) + 1
+            attribute = f"{function}_expansion_{number}"
+            problem = method.problem()
+            yield Call(
+                function,
+                "function",
+                code,
+                None,
+                None,
+                problem=problem,
+                attribute=attribute,
+                line=code.co_firstlineno,
+            )
+
+
+def _helpers_of(method: Method) -> dict[types.FunctionType, Mapping[str, Scalar]]:
+    """The functions that a method calls by name and that may hold activations, and their arguments that never vary."""
+    found: dict[types.FunctionType, dict[str, object]] = {}
+    for node in ast.walk(method.definition) if method.available else ():
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
+            continue
+        helper = method.resolve(node.func)
+        if not isinstance(helper, types.FunctionType) or recognise(helper) is not None or not may_activate(helper):
+            continue
+        given = _arguments(method, node, helper)
+        earlier = found.setdefault(helper, given)
+        found[helper] = {name: value for name, value in earlier.items() if given.get(name, UNRESOLVED) == value}
+    return {
+        helper: {name: value for name, value in given.items() if isinstance(value, Scalar)}
+        for helper, given in found.items()
+    }
+
+
+def _arguments(method: Method, call: ast.Call, helper: types.FunctionType) -> dict[str, object]:
+    """What is known of a helper's parameters in one call of it."""
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return {}
+    function = inspect.unwrap(helper)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    given = {name: method.constant(value) for name, value in zip(names, call.args, strict=False)}
+    given |= {keyword.arg: method.constant(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+    if any(keyword.arg is None for keyword in call.keywords):  # **kwargs may hold any other
+        return given
+    return (
+        dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (function.__kwdefaults__ or {}) | given
+    )
+
+
+_TORCHS_OWN = ("torch", "numpy", "builtins", "typing", "functools", "math")
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] in _TORCHS_OWN
+
+
+@functools.lru_cache(maxsize=4096)
+def may_activate(function: types.FunctionType, depth: int = 3) -> bool:
+    """Whether a function of somebody's may call an activation, itself or by functions that it calls; by its names."""
+    if _is_torchs(function) or depth == 0:
+        return False
+    inner = inspect.unwrap(function)
+    for name in inner.__code__.co_names:
+        value = inner.__globals__.get(name)
+        if bends(name) or isinstance(value, Mapping) or isinstance(value, nn.Module):
+            return True
+        if isinstance(value, types.FunctionType) and value is not function and may_activate(value, depth - 1):
+            return True
+    return False

@@ -1,0 +1,66 @@
+"""Activation formulas in source: an expression that computes a function of one tensor, elementwise.
+
+0.5 x (1 + tanh(...)), x * sigmoid(1.702 x), relu(x) ** 2: whatever the spelling, the largest expression is taken whose
+only ingredient besides constants is one tensor expression, rewritten in terms of `x`, and evaluated to see which
+function of the table it is. A product of x with a gate of x that is none of these keeps its formula as its name.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from ortho_fx.passes.source.methods import UNRESOLVED, Method, Scalar
+from ortho_fx.passes.vocabulary.elementwise import METHODS, bends, operation_of
+from ortho_fx.passes.vocabulary.formula import Formula
+
+_BINARY = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow
+_IGNORED = {"inplace", "out"}
+
+
+def formula_of(node: ast.expr, method: Method) -> Formula | None:
+    """The formula that an expression is; None where it has several ingredients, or does not bend."""
+    reader = _Reader(method)
+    tree = reader.read(node)
+    (argument, *others) = reader.arguments.values() or (None,)
+    if argument is None or others or argument is node or not reader.bends:
+        return None
+    return Formula(argument, ast.unparse(tree), reader.count > 1)
+
+
+class _Reader:
+    """Rewrites an expression in terms of `x`; collects what `x` stands for."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.arguments: dict[str, ast.expr] = {}
+        self.count, self.bends = 0, False
+
+    def read(self, node: ast.expr) -> ast.expr:
+        constant = self.method.constant(node)
+        if isinstance(constant, Scalar):
+            return ast.Constant(constant)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, _BINARY):
+            return ast.BinOp(self.read(node.left), node.op, self.read(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            return ast.UnaryOp(node.op, self.read(node.operand))
+        if isinstance(node, ast.Call) and not any(isinstance(argument, ast.Starred) for argument in node.args):
+            function = self._function(node.func)
+            if function is not None:
+                keywords = [
+                    ast.keyword(k.arg, self.read(k.value)) for k in node.keywords if k.arg not in _IGNORED and k.arg
+                ]
+                return ast.Call(function, [self.read(argument) for argument in node.args], keywords)
+        self.arguments.setdefault(ast.dump(node), node)
+        self.count += 1
+        return ast.Name("x", ast.Load())
+
+    def _function(self, node: ast.expr) -> ast.expr | None:
+        """The function of a call as the formula writes it; None where that is no elementwise operation."""
+        operation = operation_of(self.method.resolve(node)) if isinstance(node, ast.Name | ast.Attribute) else None
+        if operation is not None:
+            self.bends |= bends(operation.rpartition(".")[2]) and not operation.startswith("math.")
+            return ast.parse(operation, mode="eval").body
+        if isinstance(node, ast.Attribute) and node.attr in METHODS and self.method.resolve(node.value) is UNRESOLVED:
+            self.bends |= bends(node.attr)
+            return ast.Attribute(self.read(node.value), node.attr.removesuffix("_"), ast.Load())
+        return None

@@ -1,0 +1,53 @@
+"""The activations that are calls in the code of a module's methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.source.calls import call_in
+from ortho_fx.passes.source.classes import find_calls, source_of
+from ortho_fx.passes.vocabulary.recognise import function_of, recognise_module
+from ortho_fx.passes.vocabulary.sites import Site, join
+
+
+def calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
+    source = source_of(owner)
+    for call in find_calls(source):
+        if call.attribute in source.replaced or call.function in source.split:
+            continue
+        reason = call.problem
+        if "forward" in vars(owner):
+            reason = "the instance has a forward of its own, which is not the class'"
+        elif _holds(owner, call.attribute):
+            reason = f"the module has a {call.attribute} of its own"
+        name = join(prefix, call.attribute)
+        site = Site(name, call.kind, call.function, location=call.location, reason=reason)
+        yield Occurrence(site, owner, call_in(owner, call.attribute), call.reference)
+
+
+def _holds(owner: nn.Module, name: str) -> bool:
+    """As `hasattr`, which takes long on a module that has no such attribute."""
+    own = (vars(owner), owner._modules, owner._parameters, owner._buffers)
+    return any(name in names for names in own) or hasattr(type(owner), name)
+
+
+def calls_of_child(prefix: str, owner: nn.Module, key: str) -> tuple[Occurrence, ...]:
+    """The calls of a child in the source of its owner, where these are several."""
+    split = frozenset((key,))
+    calls = [call for call in find_calls(source_of(owner, split)) if call.function == key]
+    child = owner._modules[key]
+    function = function_of(child) if child is not None else None
+    if len(calls) < 2 or child is None or function is None:
+        return ()
+    return tuple(
+        Occurrence(
+            Site(join(prefix, call.attribute), "call", function, location=call.location, reason=call.problem),
+            owner,
+            call_in(owner, call.attribute, split),
+            recognise_module(child),
+        )
+        for call in calls
+    )

@@ -1,0 +1,110 @@
+"""Activations of a comparison, from their texts."""
+
+from pathlib import Path
+
+import pytest
+
+from ortho_fx import ExpansionConfig, OrthoFxError
+from ortho_fx.models.compare.activations import Activation, choose_activations
+from ortho_fx.models.recipe import TrainConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "slug"),
+    [
+        ("gelu", "gelu", "gelu"),
+        (" GELU , lr = 8e-3 ", "gelu,lr=0.008", "gelu-lr-0.008"),
+        ("hermite", "hermite:3", "hermite-3"),
+        ("hermite:08", "hermite:8", "hermite-8"),
+        ("fourier:5:tied", "fourier:5:tied", "fourier-5-tied"),
+        ("fourier:tied", "fourier:5:tied", "fourier-5-tied"),
+        (
+            "tropical_rational:6,init=fit,expansion_lr=0.02",
+            "tropical_rational:6,expansion_lr=0.02,init=fit",
+            "tropical_rational-6-expansion_lr-0.02-init-fit",
+        ),
+        ("tropical,granularity=group:4,calibrate=false", "tropical:5,calibrate=false,granularity=group:4", None),
+        ("hermite,clamp=none,warmup=5", "hermite:3,clamp=none,warmup=5", None),
+    ],
+)
+def test_an_activation_has_one_label_and_a_directory(text, label, slug):
+    activation = Activation.parse(text)
+    assert activation.label == label
+    assert Activation.parse(label) == activation
+    assert set(activation.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+    if slug is not None:
+        assert activation.slug == slug
+
+
+def test_a_run_has_what_is_common_and_what_is_its_own():
+    common = TrainConfig(basis="fourier", tied=True, clamp=4.0, steps=7, lr=1e-3, seed=3)
+    run = Activation.parse("hermite:8,lr=0.02,clamp=none").configure(common, 5, Path("out"))
+    assert run.expansion == ExpansionConfig("hermite", 8)
+    assert (run.lr, run.steps, run.seed, run.directory) == (
+        0.02,
+        7,
+        5,
+        Path("out/hermite-8-clamp-none-lr-0.02-seed5"),
+    )
+    untouched = Activation.parse("gelu").configure(common, 0, Path("out"))
+    assert untouched.expansion is None
+    assert untouched.lr == 1e-3
+
+
+def test_the_reference_comes_first_and_is_added_where_it_is_missing():
+    def labels(texts, reference):
+        return [activation.label for activation in choose_activations(texts, reference, TrainConfig())]
+
+    assert labels(["hermite", "fourier"], "gelu") == ["gelu", "hermite:3", "fourier:5"]
+    assert labels(["hermite", "gelu", "fourier"], "gelu") == ["gelu", "hermite:3", "fourier:5"]
+    assert labels(["hermite", "gelu"], "hermite:3") == ["hermite:3", "gelu"]
+    # The default learning rate: the same run by another name.
+    assert labels(["hermite", "gelu,lr=0.004"], "gelu") == ["gelu,lr=0.004", "hermite:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "an activation is gelu or one of hermite, fourier, tropical, tropical_rational, then its degree"),
+        ("bessel:3", "as in hermite:8,lr=0.01; got 'bessel:3'"),
+        ("hermite:x", "after hermite come its degree and tied, each with a colon before it; got 'hermite:x'"),
+        ("fourier:tied:5", "after fourier come its degree and tied, each with a colon before it; got 'fourier:tied:5'"),
+        ("hermite:99", "degree of hermite must be an integer from 1 to 32; got 99"),
+        ("hermite:3:tied", "tied is for the frequencies of fourier; hermite has none"),
+        ("hermite,init", "settings of an activation are NAME=VALUE, each once; got 'init' in 'hermite,init'"),
+        ("hermite,lr=1,lr=2", "settings of an activation are NAME=VALUE, each once; got 'lr=2' in 'hermite,lr=1,lr=2'"),
+        ("hermite,lr=fast", "lr must be a number; got 'fast' in 'hermite,lr=fast'"),
+        ("hermite,warmup=1.5", "warmup must be a whole number; got '1.5' in 'hermite,warmup=1.5'"),
+        ("hermite,calibrate=no", "calibrate must be true or false; got 'no' in 'hermite,calibrate=no'"),
+        ("hermite,lr=-1", "lr must be 0 or more; got -1.0"),
+        ("hermite,init=best", "init must be one of stable, paper, calibrated, fit; got 'best'"),
+        (
+            "hermite,speed=1",
+            "'speed' in 'hermite,speed=1' is no setting; an activation may set init, granularity, clamp",
+        ),
+        ("gelu:3", "gelu has no expansion that '3' could be of; got 'gelu:3'"),
+        ("gelu,init=fit", "gelu has no expansion that 'init' could be of; got 'gelu,init=fit'"),
+    ],
+)
+def test_wrong_texts_say_what_is_wrong(text, message):
+    with pytest.raises(OrthoFxError) as caught:
+        choose_activations([text], "gelu", TrainConfig())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "model size start_from dropout data image_size augment mixup steps batch_size accumulate seed dtype device compile "
+    "eval_every out".split(),
+)
+def test_what_all_have_in_common_is_no_setting_of_one(name):
+    with pytest.raises(OrthoFxError, match=rf"'{name}' in 'hermite,{name}=1' is the same for all activations"):
+        Activation.parse(f"hermite,{name}=1")
+
+
+@pytest.mark.parametrize("second", ["hermite:3", "hermite,lr=0.004", "hermite,clamp=none"])
+def test_an_activation_that_is_there_twice_is_an_error(second):
+    with pytest.raises(OrthoFxError, match=f"activations 'hermite' and '{second}' are the same"):
+        choose_activations(["hermite", "gelu", second], "gelu", TrainConfig())

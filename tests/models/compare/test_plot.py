@@ -1,0 +1,40 @@
+"""Pictures of comparisons that were made by hand."""
+
+import pytest
+
+from ortho_fx import OrthoFxError
+from ortho_fx.models.compare.plot import plot_comparison
+from ortho_fx.models.compare.report import ComparedRun, Comparison
+
+LABELS = ["gelu", "hermite:3", "tropical_rational:6,expansion_lr=0.02,init=fit", *(f"fourier:{n}" for n in range(1, 8))]
+
+
+def comparison(images):
+    """Two seeds of ten activations; the second seed of the last one diverged before its first validation."""
+    runs = []
+    for seed in range(2):
+        for number, label in enumerate(LABELS):
+            validations = {step: {"validation_loss": 3 - step / 400 + number / 10 + seed / 20} for step in (200, 400)}
+            for measured in validations.values() if images else ():
+                measured["accuracy"] = 0.5 + number / 20
+            diverged = seed == 1 and label == LABELS[-1]
+            ended = "the loss is nan" if diverged else None
+            runs.append(ComparedRun(label, seed, "", 100, 0, {} if diverged else validations, 0.1, ended))
+    return Comparison({"steps": 400}, "gelu", LABELS, {}, runs)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("ending", ["png", "pdf"])
+def test_a_picture_of_what_finished(tmp_path, images, ending):
+    path = tmp_path / f"picture.{ending}"
+    plot_comparison(comparison(images), path)
+    assert path.stat().st_size > 10_000
+
+
+def test_a_picture_needs_a_run_that_finished_and_a_place(tmp_path):
+    drawn = comparison(False)
+    with pytest.raises(OrthoFxError, match=r"^cannot write .*nowhere/picture\.png: "):
+        plot_comparison(drawn, tmp_path / "nowhere" / "picture.png")
+    drawn.runs = drawn.runs[-1:]
+    with pytest.raises(OrthoFxError, match=r"^there is no finished run to draw$"):
+        plot_comparison(drawn, tmp_path / "picture.png")
