@@ -1,18 +1,24 @@
 """Releases of PyTorch to come, each in a process of its own: one that lacks a private name, one whose parts raise.
 
-Started as a process by tests/ortho_fx/test_support.py. It imports PyTorch and its compiler once, and forks for every
-case that it reads, a JSON object a line: {"absent": path, "groups": titles} or {"raises": where}. It answers with a
-line of JSON: what went wrong, or the largest relative errors of values and gradients, why bases are not lowered, the
-warnings, and what the hook did.
+Started as a process by tests/ortho_fx/operators/test_support.py. It imports PyTorch and its compiler once, and forks
+for every case that it reads, a JSON object a line; ortho_fx is imported in the fork. It answers with a line of JSON:
+{"failed": what went wrong}, or for
+
+    {"absent": path, ...} or {"raises": where}   the largest relative error of values and gradients, why bases are not
+                                                 lowered, the warnings, and what the hook did
+    {"release": version, "path": folder}         why Hermite expansions are not lowered there, and the warnings
+    {"command": arguments, "absent": path}       what the command line returns and prints
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +36,8 @@ def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
     cases: list[tuple[str, list[Tensor]]] = []
     for name, basis in BASES.items():
         for granularity in granularities:
-            module = make_activation(ExpansionConfig(name, granularity=granularity), channels=24)
+            # Of a low degree: formulas are unrolled, and g++ takes most of the time.
+            module = make_activation(ExpansionConfig(name, 2, granularity=granularity), channels=24)
             parameters = [getattr(module, parameter.name).detach() for parameter in basis.parameters]
             noisy = [p + 0.1 * torch.randn(p.shape, generator=generator) for p in parameters]
             cases.append((name, [torch.randn(32, 24, generator=generator), *noisy]))
@@ -77,13 +84,12 @@ def _break(where: str) -> None:
     def boom(*_: Any, **__: Any) -> Any:
         raise RuntimeError("boom")
 
-    # Graphs that a case before this one compiled are not to be found in the caches.
-    torch.compiler.config.cache_key_tag = where
-
     lowerings = sys.modules[torch_private.load(torch_private.INDUCTOR).register_lowering.__module__]
     if where == "registration":
         lowerings.register_lowering = boom
         return
+    # Graphs that a case before this one compiled are not to be found in the caches.
+    torch.compiler.config.cache_key_tag = where
     from ortho_fx.operators import lowering, support
 
     support.load_lowering()
@@ -103,30 +109,69 @@ def _break(where: str) -> None:
             lowerings.lowerings[twin] = boom
 
 
-def _answer(case: dict[str, Any]) -> dict[str, Any]:
-    groups = case.get("groups", [])
-    os.environ["ORTHO_FX_ABSENT_NAMES"] = case.get("absent", "")
+@contextlib.contextmanager
+def _our_warnings() -> Iterator[list[str]]:
+    texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        yield texts
+    texts += [str(w.message) for w in caught if str(w.message).startswith("ortho_fx")]
+
+
+def _step(release: str, path: str) -> dict[str, Any]:
+    """One step of an expansion on a release of that version; processes that it starts import from the path first."""
+    torch.__version__ = type(torch.__version__)(release)
+    os.environ["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _our_warnings() as texts:
+        from ortho_fx import HermiteActivation
+        from ortho_fx.bases import BASES
+        from ortho_fx.operators import support
+
+        activation, x = HermiteActivation(3), torch.randn(8, 16)
+        results = []
+        for call in (activation, torch.compile(activation)):
+            y = call(x.requires_grad_())
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *activation.parameters()])])
+        torch.testing.assert_close(*results)
+    return {"reason": support.reason(BASES["hermite"]), "warnings": texts}
+
+
+def _command(arguments: list[str]) -> dict[str, Any]:
+    """The command line, with what it writes to the standard output and to the standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        from ortho_fx import cli
+
+        code = cli.main(arguments)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def _answer(case: dict[str, Any]) -> dict[str, Any]:
+    os.environ["ORTHO_FX_ABSENT_NAMES"] = case.get("absent", "")
+    if "release" in case:
+        return _step(case["release"], case["path"])
+    if "command" in case:
+        return _command(case["command"])
+    with _our_warnings() as texts:
         import ortho_fx
         from ortho_fx.bases import BASES
         from ortho_fx.operators import support
 
         if "raises" in case:
             _break(case["raises"])
-        # Compiling takes most of the time; both granularities lose the same.
+        # Both granularities lose the same, and a graph of its own takes long. Other cases find theirs in the caches.
         dynamic = case.get("dynamic", False)
-        granularities = ["layer"] if dynamic or "raises" in case else ["layer", "channel"]
+        cached = case.get("raises") in (None, "registration")
+        granularities = ["layer", "channel"] if cached and not dynamic else ["layer"]
         errors = [error for _ in range(2) for error in _errors(granularities, dynamic)]
         hook = _hook() if case.get("hook") else {}
         if case.get("checked"):
             model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
             ortho_fx.rewrite_(model, ortho_fx.ExpansionConfig("hermite")).check(torch.randn(64, 8))
     return {
-        "groups": groups,
         "error": max(errors),
         "reasons": {name: support.reason(basis) for name, basis in BASES.items()},
-        "warnings": [str(w.message) for w in caught if str(w.message).startswith("ortho_fx")],
+        "warnings": texts,
         "hook": hook,
     }
 
