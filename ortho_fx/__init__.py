@@ -12,7 +12,7 @@ from ortho_fx.activations.expansion import (
     TropicalRationalActivation,
 )
 from ortho_fx.activations.fit import Fit, fit
-from ortho_fx.activations.freeze import FrozenExpansion, freeze_
+from ortho_fx.activations.freeze import FreezeReport, FrozenExpansion, freeze_
 from ortho_fx.activations.gains import Gains, gains
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
@@ -26,7 +26,7 @@ from ortho_fx.rewriting.anneal import Annealing
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.check import Check
 from ortho_fx.rewriting.optimizer import param_groups
-from ortho_fx.rewriting.rewrite import RewriteReport, find_sites, revert_, rewrite_
+from ortho_fx.rewriting.rewrite import RevertReport, RewriteReport, find_sites, revert_, rewrite_
 from ortho_fx.version import __version__
 
 __all__ = [
@@ -39,12 +39,14 @@ __all__ = [
     "Export",
     "Fit",
     "FourierActivation",
+    "FreezeReport",
     "FrozenExpansion",
     "Gains",
     "HermiteActivation",
     "OrthoFxError",
     "Polynomial",
     "PolynomialReport",
+    "RevertReport",
     "RewriteReport",
     "Site",
     "TropicalActivation",

@@ -11,7 +11,7 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.occurrence import Occurrence
-from ortho_fx.passes.vocabulary.expansions import Calibrate, Factory
+from ortho_fx.passes.vocabulary.expansions import Maker
 from ortho_fx.passes.vocabulary.targets import TargetTable
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
@@ -37,7 +37,7 @@ class Context:
         table: the activation functions to replace.
         share: whether an activation that several places share stays one.
         example_inputs: what to run a copy of the model with; None where no config asks for it.
-        factory, calibrate: how expansions are made, and started for measured inputs.
+        maker: how expansions are made, and started for measured inputs.
         replaces: whether the run comes to `substitute`; if so, a model with nothing to replace is an error.
         graphs: the graph modules in the model: itself, and those of regions such as checkpointed ones.
         occurrences: the sites, in the order of the model's modules and of the nodes of a graph.
@@ -49,8 +49,7 @@ class Context:
     table: TargetTable
     share: bool
     example_inputs: Batch | None
-    factory: Factory
-    calibrate: Calibrate
+    maker: Maker
     replaces: bool = True
     graphs: tuple[fx.GraphModule, ...] = ()
     occurrences: list[Occurrence] = field(default_factory=list)

@@ -109,8 +109,7 @@ def run(
     disable: Iterable[str] = (),
     until: str | None = None,
     graphs: str | os.PathLike[str] | None = None,
-    factory: expansions.Factory | None = None,
-    calibrate: expansions.Calibrate | None = None,
+    maker: expansions.Maker | None = None,
 ) -> Record:
     """Takes a model through `PASSES`, in place.
 
@@ -120,7 +119,7 @@ def run(
         disable: names of passes to leave out.
         until: the last pass to run; all of them when omitted. One that comes before substitute only looks.
         graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
-        factory, calibrate: what makes and calibrates expansions, if not ortho_fx's own.
+        maker: what makes and calibrates expansions, if not ortho_fx's own.
 
     Raises:
         OrthoFxError: a pass, a target or a sharing that is not known, a model with nothing to replace, and what the
@@ -134,8 +133,7 @@ def run(
         table=choose_targets(targets),
         share=shares(sharing),
         example_inputs=example_inputs,
-        factory=factory or expansions.provided_factory(),
-        calibrate=calibrate or expansions.provided_calibration(),
+        maker=maker or expansions.provided(),
         replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),

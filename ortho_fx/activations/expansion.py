@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, ClassVar, NoReturn, Protocol
 
 import numpy as np
@@ -227,9 +227,17 @@ def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs:
         return fit_expansion(reference, config)
 
 
-def activation_at(result: FittedExpansion, **settings: Any) -> ExpansionActivation:
+def activation_at(
+    result: FittedExpansion,
+    *,
+    channels: int | None = None,
+    channel_dim: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ExpansionActivation:
     """The module that starts at a fit, whatever weight and interval that was made with."""
-    activation = make_activation(replace(result.config, init="stable"), **settings)
+    start = replace(result.config, init="stable")
+    activation = make_activation(start, channels=channels, channel_dim=channel_dim, device=device, dtype=dtype)
     activation.config = result.config
     activation._reference = (result.function,)
     bounds = {} if result.bounds is None else {"bounds": np.array(result.bounds)}
@@ -351,8 +359,26 @@ def class_name(basis: Basis) -> str:
     return f"{basis.title}Activation"
 
 
-def make_activation(config: ExpansionConfig, **settings: Any) -> ExpansionActivation:
-    """The activation module that a config describes; settings are the other arguments of `ExpansionActivation`."""
-    values = {name: value for name, value in asdict(config).items() if name != "basis"}
+def make_activation(
+    config: ExpansionConfig,
+    *,
+    channels: int | None = None,
+    channel_dim: int | None = None,
+    reference: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ExpansionActivation:
+    """The activation module that a config describes; the other arguments are those of `ExpansionActivation`."""
     basis_named(config.basis)
-    return CLASSES[config.basis](**values, **settings)
+    return CLASSES[config.basis](
+        config.degree,
+        config.init,
+        granularity=config.granularity,
+        clamp=config.clamp,
+        tied=config.tied,
+        channels=channels,
+        channel_dim=channel_dim,
+        reference=reference,
+        device=device,
+        dtype=dtype,
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from ortho_fx.activations.expansion import ExpansionActivation, activation_at
@@ -18,9 +18,16 @@ from ortho_fx.plots import plot_fit
 class Fit(FittedExpansion):
     __doc__ = FittedExpansion.__doc__
 
-    def activation(self, **settings: Any) -> ExpansionActivation:
-        """A module that starts at this fit; settings (device, channels ...) are those of `ExpansionActivation`."""
-        return activation_at(self, **settings)
+    def activation(
+        self,
+        *,
+        channels: int | None = None,
+        channel_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ExpansionActivation:
+        """A module that starts at this fit; the arguments are those of `ExpansionActivation`."""
+        return activation_at(self, channels=channels, channel_dim=channel_dim, device=device, dtype=dtype)
 
     def plot(self, path: str | Path) -> None:
         """Draws value and derivative beside those of the function, over the interval; needs matplotlib."""

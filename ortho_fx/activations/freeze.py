@@ -7,6 +7,7 @@ float64. With one expansion a channel or group, each keeps what it needs, and al
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -18,12 +19,31 @@ from ortho_fx.bases.folded import FORMS
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.tables import table
 
 # The form of a basis that folds into no other: its own formula, with constant parameters.
 _FORMULA = "formula"
 
 
-def freeze_(model: nn.Module) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class FreezeReport:
+    """What `freeze_` did; `print(report)` is a table.
+
+    Attributes:
+        names: the qualified names of the expansions that were frozen, a shared one under its first.
+        functions: what each is now, in the same order: "hermite 3, form='polynomial', terms=4".
+    """
+
+    names: tuple[str, ...]
+    functions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.names:
+            return "nothing to freeze: every expansion is frozen"
+        return table([("name", "function"), *zip(self.names, self.functions, strict=True)])
+
+
+def freeze_(model: nn.Module) -> FreezeReport:
     """Replaces the expansions of a model by fixed functions that equal them at less cost, in place.
 
     Expansions that the model shares stay shared. What is frozen has no parameters: freeze after training, for
@@ -32,9 +52,6 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
     Args:
         model: a model that `rewrite_` or the compile backend has been over.
 
-    Returns:
-        The qualified names of the expansions that were frozen, a shared one under its first.
-
     Raises:
         OrthoFxError: a model without expansions, one that is itself an expansion, or parameters that have no values
             or are not finite. The model is then as it was.
@@ -42,8 +59,9 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> report = rewrite_(model, ExpansionConfig(basis="hermite", degree=3))
-        >>> freeze_(model)
-        ('1',)
+        >>> print(freeze_(model))
+        name  function
+        1     hermite 3, form='polynomial', terms=4
         >>> model[1]
         FrozenExpansion(hermite 3, form='polynomial', terms=4)
     """
@@ -52,7 +70,7 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
         raise OrthoFxError(f"the model itself is the {type(model).__name__}, and nothing holds it: freeze what does")
     if not any(isinstance(module, Expansion) for module in modules.values()):
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to freeze: call rewrite_ first")
-    names, frozen = [], {}
+    names, functions, frozen = [], [], {}
     for name, module in modules.items():
         if isinstance(module, ExpansionActivation):
             try:
@@ -60,11 +78,12 @@ def freeze_(model: nn.Module) -> tuple[str, ...]:
             except OrthoFxError as error:
                 raise OrthoFxError(f"{name}: {error}") from None
             names.append(name)
+            functions.append(frozen[module].extra_repr())
     for owner in modules.values():
         for key, child in owner._modules.items():
             if isinstance(child, ExpansionActivation):
                 owner._modules[key] = frozen[child]
-    return tuple(names)
+    return FreezeReport(tuple(names), tuple(functions))
 
 
 class FrozenExpansion(Expansion):

@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace) -> int:
     batch_size = 2 if parsed.dynamic_batch else parsed.batch_size
     inputs = _example_inputs(pretrained.model, batch_size, parsed.image_size, Path(parsed.weights))
     if parsed.freeze:
-        print(f"{len(freeze_(pretrained.model))} expansions frozen")
+        print(f"{len(freeze_(pretrained.model).names)} expansions frozen")
     export = export_onnx if out.suffix == ".onnx" else export_program
     print(export(pretrained.model, inputs, out, dynamic_batch=parsed.dynamic_batch))
     return 0

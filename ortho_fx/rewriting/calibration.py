@@ -20,6 +20,7 @@ from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
 
 
 def calibrate_expansions(
-    model: nn.Module, expansions: Mapping[str, ExpansionActivation], batches: Iterable[Batch]
+    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
 ) -> Calibration:
     """The same for some of the model's expansions, by their names."""
     inputs = {name: Histogram() for name in expansions}

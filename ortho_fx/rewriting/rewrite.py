@@ -24,7 +24,7 @@ from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
 
-expansions.provide(make_activation, calibrate_expansions)
+expansions.provide(expansions.Maker(make_activation, calibrate_expansions))
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,26 @@ def rewrite_(
     return RewriteReport(record.sites, record.earlier, model)
 
 
-def revert_(model: nn.Module) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class RevertReport:
+    """What `revert_` did; `print(report)` is a line each.
+
+    Attributes:
+        names: the qualified names of the expansions, frozen ones as well, that are gone.
+        kept: those of the expansions that stay, since they were built into the model.
+    """
+
+    names: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"{name}: reverted" for name in self.names), *(f"{name}: kept" for name in self.kept)])
+
+
+def revert_(model: nn.Module) -> RevertReport:
     """Puts back every activation that `rewrite_` replaced: the model as it was, with what it has learned elsewhere.
 
-    Returns:
-        The names of the expansions, frozen ones as well, that are gone; those that were built into the model stay.
+    Expansions that were built into the model, and replaced nothing, stay.
 
     Raises:
         OrthoFxError: a model in which no activation was replaced.
@@ -167,7 +182,8 @@ def revert_(model: nn.Module) -> tuple[str, ...]:
     names = revert_expansions(_checked(model), lambda expansion: True)
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")
-    return names
+    kept = (name for name, module in model.named_modules() if isinstance(module, expansions.Expansion))
+    return RevertReport(names, tuple(kept))
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -57,5 +57,5 @@ def _calibrate(context: Context) -> None:
             put_in_copy(twin.substitute, one.expansion)
             if one.config is not None and one.config.init == "calibrated":
                 pending[one.site.name] = one.expansion
-    context.calibrate(trial, pending, [context.example_inputs])
+    context.maker.calibrate(trial, pending, [context.example_inputs])
     context.unchanged = None

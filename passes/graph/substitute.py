@@ -39,10 +39,10 @@ def substitute(model: nn.Module, context: Context) -> int:
 def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:
     device, dtype = _placement(model, one)
     try:
-        expansion = context.factory(
+        expansion = context.maker.make(
             config,
-            channels=one.seen and one.seen.channels,
-            channel_dim=one.seen and one.seen.channel_dim,
+            channels=None if one.seen is None else one.seen.channels,
+            channel_dim=None if one.seen is None else one.seen.channel_dim,
             reference=one.reference,
             device=device,
             dtype=dtype,

@@ -6,15 +6,19 @@ activation derives from `Expansion`; whoever runs the passes hands them a `Facto
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ortho_fx.bases import Basis
+from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
+from ortho_fx.numerics.fit import FittedExpansion
 from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.numerics.moments import Values
 
 
 class Expansion(nn.Module):
@@ -27,11 +31,11 @@ class LearnableExpansion(Expansion):
     config: ExpansionConfig
     basis: ClassVar[Basis]
 
-    def initial_values(self, inputs: Histogram | None = None) -> tuple[Any, Any]:
+    def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
         """The values that `config.init` asks for, by name, and the fit that they come from or None."""
         raise NotImplementedError
 
-    def set_parameters(self, values: Any) -> None:
+    def set_parameters(self, values: Values) -> None:
         """Copies values, arrays by name, into the parameters."""
         raise NotImplementedError
 
@@ -59,26 +63,42 @@ Substitute = Callable[[nn.Module], None]
 class Factory(Protocol):
     """Makes the expansion that a config describes, with the arguments of `ExpansionActivation`."""
 
-    def __call__(self, config: ExpansionConfig, **settings: Any) -> LearnableExpansion: ...
+    def __call__(
+        self,
+        config: ExpansionConfig,
+        *,
+        channels: int | None = None,
+        channel_dim: int | None = None,
+        reference: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LearnableExpansion: ...
 
 
 class Calibrate(Protocol):
     """Starts some expansions of a model, by their names, for the inputs that the batches give them."""
 
-    def __call__(self, model: nn.Module, expansions: Any, batches: Any) -> object: ...
+    def __call__(
+        self, model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+    ) -> object: ...
 
 
-_PROVIDED: dict[str, Callable[..., Any]] = {}
+@dataclass(frozen=True)
+class Maker:
+    """How a run of the passes gets expansions, and calibrates them."""
+
+    make: Factory
+    calibrate: Calibrate
 
 
-def provide(factory: Factory, calibrate: Calibrate) -> None:
-    """Sets the factory and the calibration of the runs that are given none."""
-    _PROVIDED.update(factory=factory, calibrate=calibrate)
+_provided: list[Maker] = []
 
 
-def provided_factory() -> Factory:
-    return _PROVIDED["factory"]
+def provide(maker: Maker) -> None:
+    """Sets the maker of the runs that are given none."""
+    _provided[:] = [maker]
 
 
-def provided_calibration() -> Calibrate:
-    return _PROVIDED["calibrate"]
+def provided() -> Maker:
+    (maker,) = _provided
+    return maker
