@@ -39,6 +39,7 @@ from ortho_fx.polynomial.graph import (
     trace,
 )
 from ortho_fx.tables import table
+from ortho_fx.watch import watching
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,12 @@ def _observe(model: nn.Module, expansions: Mapping[str, nn.Module], batches: Ite
     seen: dict[str, _Inputs] = {}
     batch = -1
 
-    def watch(name: str) -> Any:
-        return lambda _, args: seen.setdefault(name, _Inputs()).add(args[0], batch)
+    def see(name: str, x: Tensor, _: Tensor) -> None:
+        seen.setdefault(name, _Inputs()).add(x, batch)
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in expansions.items()]
-    try:
-        with torch.no_grad():
-            for batch, values in enumerate(batches):  # noqa: B007 the hooks read it
-                call(model, values)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(expansions, see):
+        for batch, values in enumerate(batches):  # noqa: B007 `see` reads it
+            call(model, values)
     if not seen:
         raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
     for name, inputs in seen.items():

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation
+from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation, one_input
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -42,8 +42,9 @@ class AnnealedActivation(HermiteActivation):
     reach: float
     excesses: list[Tensor]
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         assert self.reference is not None
+        x = one_input(self, x, named)
         if self.training and torch.is_grad_enabled():
             deviations = ((x.float() - self.mean) / self.std).abs()
             self.excesses.append(F.relu(deviations - self.reach).square().mean())

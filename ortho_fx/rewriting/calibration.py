@@ -21,6 +21,7 @@ from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.watch import watching
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,9 @@ def calibrate_expansions(
 ) -> Calibration:
     """The same for some of the model's expansions, by their names."""
     inputs = {name: Histogram() for name in expansions}
-    handles = [
-        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
-        for name, expansion in expansions.items()
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
+        for batch in batches:
+            call(model, batch)
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
         raise OrthoFxError(
