@@ -192,10 +192,14 @@ def one_input(module: nn.Module, x: Tensor | None, named: Mapping[str, Tensor]) 
     Raises:
         OrthoFxError: no input, or more than one.
     """
-    if x is not None and not named:
-        return x
     if x is None and len(named) == 1:
-        return next(iter(named.values()))
+        (x,), named = named.values(), {}
+    if x is not None and not named:
+        if not isinstance(x, Tensor):
+            raise OrthoFxError(f"{type(module).__name__} takes a tensor; got {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise OrthoFxError(f"{type(module).__name__} takes a dense tensor; got one of layout {x.layout}")
+        return x
     given = ", ".join([*(["one tensor"] if x is not None else []), *(f"{name}=" for name in named)]) or "none"
     raise OrthoFxError(f"{type(module).__name__} takes one tensor; got {given}")
 

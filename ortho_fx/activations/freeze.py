@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of, one_input, refuse_scripting
+from ortho_fx.arguments import checked_model
 from ortho_fx.bases import basis_named
 from ortho_fx.bases.folded import FORMS
 from ortho_fx.errors import OrthoFxError
@@ -66,7 +67,7 @@ def freeze_(model: nn.Module) -> FreezeReport:
         >>> model[1]
         FrozenExpansion(hermite 3, form='polynomial', terms=4)
     """
-    modules = dict(model.named_modules())
+    modules = dict(checked_model(model).named_modules())
     if isinstance(model, ExpansionActivation):
         raise OrthoFxError(f"the model itself is the {type(model).__name__}, and nothing holds it: freeze what does")
     if not any(isinstance(module, Expansion) for module in modules.values()):

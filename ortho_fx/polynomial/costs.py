@@ -18,6 +18,7 @@ from numpy.polynomial import Chebyshev, HermiteE
 from numpy.polynomial import Polynomial as Powers
 from torch import Tensor, fx, nn
 
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
@@ -142,7 +143,9 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
 
     Source: Paterson and Stockmeyer, SIAM Journal on Computing 2(1), 1973.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, Expansion)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, Expansion)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
     seen = _observe(model, expansions, batches)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
@@ -78,7 +79,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
         OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite; the
             model is then as it was.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, ExpansionActivation)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
     return calibrate_expansions(model, expansions, batches)

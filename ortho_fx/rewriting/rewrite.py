@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import make_activation
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -213,8 +214,7 @@ def revert_(model: nn.Module) -> RevertReport:
 
 
 def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise OrthoFxError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
+    checked_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise OrthoFxError(f"{model.original_name} is scripted: rewrite the module that it was scripted from")
     return model

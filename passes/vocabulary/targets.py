@@ -196,6 +196,9 @@ def choose_targets(names: Iterable[str] | None) -> TargetTable:
         return TargetTable(target for target in TARGETS if not target.gate)
     if isinstance(names, str):
         names = (names,)
+    if not isinstance(names, Iterable):
+        raise OrthoFxError(f"targets must be names of activation functions; got {names!r}")
+    names = tuple(names)
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(BY_NAME)}")
