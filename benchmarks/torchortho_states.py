@@ -1,4 +1,4 @@
-"""Makes tests/ortho_fx/torchortho_states.json: what torchortho 0.1.2 saves and computes, for a test without it.
+"""Makes tests/ortho_fx/activations/torchortho_states.json: what torchortho 0.1.2 saves, for a test without it.
 
     pip install torchortho==0.1.2
     python benchmarks/torchortho_states.py
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torchortho
 
-FIXTURE = Path(__file__).parents[1] / "tests" / "ortho_fx" / "torchortho_states.json"
+FIXTURE = Path(__file__).parents[1] / "tests" / "ortho_fx" / "activations" / "torchortho_states.json"
 CASES = [
     ("HermiteActivation", "hermite", (1, 3, 8), {}),
     ("HermiteActivation", "hermite", (3,), {"use_numba": True}),

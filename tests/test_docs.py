@@ -1,6 +1,7 @@
 """README and guides run: their Python in order, as one reader would run it, and their commands, shortened, in a row."""
 
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ortho_fx
-from ortho_fx import cli
+from ortho_fx import cli, moved
 from ortho_fx.models import gpt2
 from tests.kinds import activations_from_outside, bases_from_outside
 
@@ -120,10 +121,49 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     assert [command.split()[0] for command in commands] == ["train", "plot", "export", "compare"]
 
 
-@pytest.mark.parametrize(
-    "page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str
-)
+OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")]
+
+
+@pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "architecture.md", *PAGES], ids=str)
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
     for link in LINK.findall(text):
         assert (page.parent / link).exists(), link
+
+
+def readme_tree():
+    """The folders of the tree in the README, by their paths."""
+    tree = (ROOT / "README.md").read_text().split("## The folders")[1].split("```")[1]
+    path = []
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        path = [*path[: len(indent) // 2], name]
+        yield "/".join(path)
+
+
+def test_the_readme_and_the_architecture_page_name_every_folder():
+    top = [ROOT / name for name in ("ortho_fx", "passes", "models")]
+    inside = [child for folder in top for child in folder.iterdir() if child.is_dir() and child.name[0].isalpha()]
+    package = {str(folder.relative_to(ROOT)) for folder in (*top, *inside)}
+    rest = {"tests", "benchmarks", "docs", "examples"}
+    assert set(readme_tree()) == package | rest
+
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+)/`", architecture))
+    assert package | rest <= named
+    assert [folder for folder in named if not (ROOT / folder).is_dir()] == []
+
+
+# Paths and dotted names between backticks, such as `passes/graph/find.py` and `ortho_fx.passes.pipeline.PASSES`.
+PATH = re.compile(r"`((?:ortho_fx|passes|models|tests|benchmarks|docs|examples)/[\w/.-]*)`")
+DOTTED = re.compile(r"(?<![\w.])(ortho_fx(?:\.\w+)+)(?=[`\s.:(])")
+
+
+@pytest.mark.parametrize("page", sorted([*OTHERS, *ROOT.glob("docs/**/*.md"), ROOT / "passes" / "README.md"]), ids=str)
+def test_paths_and_names_are_those_of_today(page):
+    text = page.read_text()
+    for path in PATH.findall(text):
+        # The placeholders of instructions.
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for name in set(DOTTED.findall(text)):
+        assert not any(name == old or name.startswith(f"{old}.") for old in moved.MOVED), name
+        pkgutil.resolve_name(name)

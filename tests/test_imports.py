@@ -1,6 +1,7 @@
 """What imports what: no module imports itself through others, and the passes stand below the public API."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,24 @@ def test_numerics_and_vocabulary_know_nothing_of_rewriting():
     below = {name for name in MODULES if name.startswith(("ortho_fx.numerics", "ortho_fx.bases"))}
     below |= {name for name in MODULES if name.startswith("ortho_fx.passes.vocabulary")}
     assert [name for name in sorted(reached(below)) if name.startswith(("ortho_fx.rewriting", "ortho_fx.models"))] == []
+
+
+def architecture() -> list[list[str]]:
+    """The layers that the architecture page lists, the highest first, as names of modules."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    lines = re.findall(r"^\d\. (`.*)$", page.split("## Which way imports point")[1].split("##")[0], re.MULTILINE)
+    return [["ortho_fx." + name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", line)] for line in lines]
+
+
+def test_folders_import_downwards_as_the_architecture_page_says():
+    layers = architecture()
+    assert len(layers) == 7
+    height = {name: -number for number, line in enumerate(layers) for name in line}
+    folders = {".".join(name.split(".")[:2]) for name in MODULES if name.count(".") == 2}
+    assert folders <= set(height)
+    for name, others in IMPORTS.items():
+        folder = ".".join(name.split(".")[:2])
+        above = [other for other in others if height.get(".".join(other.split(".")[:2]), -9) > height.get(folder, 9)]
+        assert above == [], name
+    assert not any(name.startswith("ortho_fx.operators") for name in reached(PASSES))
+    assert not {name for name in MODULES if name.startswith("ortho_fx.operators") and reached({name}) & PASSES}
