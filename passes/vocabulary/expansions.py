@@ -1,7 +1,7 @@
-"""What the passes know of an expansion: the base classes by which they tell it, and how they get one.
+"""What the passes know about an expansion: its base classes, and how to make one.
 
-The passes stand below the modules that are learned, so they import none of them. A module that takes the place of an
-activation derives from `Expansion`; whoever runs the passes hands them a `Factory`.
+The passes are a lower layer than the activation modules, so they import none of them. A module that replaces an
+activation derives from `Expansion`. The caller of the passes gives them a `Factory`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from ortho_fx.numerics.histogram import Histogram
 
 
 class Expansion(nn.Module):
-    """A module that took the place of an activation, learned or frozen: no pass finds an activation in it."""
+    """A module that replaces an activation, learnable or frozen. The passes look for no activation inside it."""
 
 
 class LearnableExpansion(Expansion):
-    """An expansion with parameters, which the passes start and lower."""
+    """An expansion with parameters, which the passes initialise and lower."""
 
     config: ExpansionConfig
     basis: ClassVar[Basis]
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Any, Any]:
-        """The values that `config.init` asks for, by name, and the fit that they come from or None."""
+        """The initial values that `config.init` asks for, by name, and the fit that gave them; None without a fit."""
         raise NotImplementedError
 
     def set_parameters(self, values: Any) -> None:
-        """Copies values, arrays by name, into the parameters."""
+        """Copies values (arrays by parameter name) into the parameters."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What an expansion took the place of: "module" and "attribute" keep it, "call" needs nothing, "node" a graph.
+    """What an expansion replaced.
 
-    "pair" is a node and its backward, which are not put back.
+    "module" and "attribute" keep the replaced object, "node" keeps a graph of the replaced nodes, and "call" needs to
+    keep nothing. "pair" is a node with its backward, which cannot be put back.
     """
 
     kind: str
@@ -48,8 +49,8 @@ class Replaced:
 
 
 def remember(expansion: nn.Module, replaced: Replaced) -> None:
-    """Notes on an expansion what it replaces."""
-    # In a tuple, for a module in it to be no submodule.
+    """Stores on an expansion what it replaces."""
+    # In a tuple, so that a replaced module does not become a submodule.
     expansion._replaced = (replaced,)  # type: ignore[assignment]
 
 
@@ -57,13 +58,13 @@ Substitute = Callable[[nn.Module], None]
 
 
 class Factory(Protocol):
-    """Makes the expansion that a config describes, with the arguments of `ExpansionActivation`."""
+    """Makes the expansion of a config; takes the arguments of `ExpansionActivation`."""
 
     def __call__(self, config: ExpansionConfig, **settings: Any) -> LearnableExpansion: ...
 
 
 class Calibrate(Protocol):
-    """Starts some expansions of a model, by their names, for the inputs that the batches give them."""
+    """Initialises some expansions of a model, by name, for the inputs that they get from the batches."""
 
     def __call__(self, model: nn.Module, expansions: Any, batches: Any) -> object: ...
 
@@ -72,7 +73,7 @@ _PROVIDED: dict[str, Callable[..., Any]] = {}
 
 
 def provide(factory: Factory, calibrate: Calibrate) -> None:
-    """Sets the factory and the calibration of the runs that are given none."""
+    """Sets the default factory and calibration of the passes."""
     _PROVIDED.update(factory=factory, calibrate=calibrate)
 
 
