@@ -1,4 +1,4 @@
-"""The activations that are child modules, or functions that a module keeps as attributes."""
+"""Finds the activations that are child modules, or functions that a module keeps as attributes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]
 
 
 def _inside(module: nn.Module) -> Iterator[Occurrence]:
-    """The activations of a module's own that are no gates, and are listed under its name."""
+    """The activations, without gates, that are attributes of a module or calls in its own code."""
     for occurrence in (*attributes("", module), *calls("", module)):
         target = BY_NAME.get(occurrence.site.function)
         if target is not None and not target.gate:
@@ -53,7 +53,7 @@ def _inside(module: nn.Module) -> Iterator[Occurrence]:
 
 
 def _may_compute_one(kept: object) -> bool:
-    """Whether what a module keeps as an attribute is a function, or is called like one, and may hold activations."""
+    """Whether an attribute of a module is a function or another callable that may hold activations."""
     code = kept if isinstance(kept, types.FunctionType) else type(kept).__dict__.get("__call__")
     return not isinstance(kept, nn.Module | type) and isinstance(code, types.FunctionType) and may_activate(code)
 
@@ -87,7 +87,7 @@ def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
 
 
 def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:
-    """What a scripted module calls; its children are listed by themselves."""
+    """The activations that a scripted module calls itself; its children are listed separately."""
     try:
         code = owner.graph
     except Exception:  # a container has no forward
