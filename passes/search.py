@@ -17,7 +17,8 @@ from torch import fx, nn
 from ortho_fx.passes.graph.occurrences import nodes
 from ortho_fx.passes.graph.pairs import holds_backward
 from ortho_fx.passes.modules.exchange import module_in
-from ortho_fx.passes.modules.occurrences import attributes, children, scripted
+from ortho_fx.passes.modules.fused import fused, scripted
+from ortho_fx.passes.modules.occurrences import attributes, children
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source.occurrences import calls
 from ortho_fx.passes.vocabulary.expansions import Expansion
@@ -64,14 +65,17 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
         return
     modules = list(model.named_modules())
     backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
+    scripts: list[str] = []
     for prefix, owner in modules:
         if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
-            yield from scripted(prefix, owner)
+            if not any(prefix.startswith(f"{outer}.") for outer in scripts if outer) and "" not in scripts:
+                yield from scripted(prefix, owner)
+            scripts.append(prefix)
             continue
         inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
-        yield from (*attributes(prefix, owner), *inside, *children(prefix, owner, share))
+        yield from (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share))
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -84,23 +83,3 @@ def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
                     )
                     site = Site(f"{join(prefix, key)}[{item!r}]", "attribute", function, reason=reason)
                     yield Occurrence(site, owner, module_in(()))
-
-
-def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:
-    """The activations that a scripted module calls itself; its children are listed separately."""
-    try:
-        code = owner.graph
-    except Exception:  # a container has no forward
-        return
-    for node in _script_nodes(code.nodes()):
-        function = node.kind().removeprefix("aten::").removesuffix("_")
-        if node.kind().startswith("aten::") and function in BY_NAME:
-            site = Site(join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
-            yield Occurrence(site, owner, module_in(()))
-
-
-def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for block in node.blocks():
-            yield from _script_nodes(block.nodes())
