@@ -12,8 +12,15 @@ from torch import nn
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Sets eval mode, and afterwards restores the earlier mode of every module."""
+    with keeping_modes(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Restores the mode, train or eval, of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

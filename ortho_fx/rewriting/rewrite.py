@@ -62,7 +62,7 @@ class RewriteReport:
             OrthoFxError: a model that holds no expansion any more, or that cannot be copied.
         """
         assert self.model is not None
-        return check_model(self.model, inputs)
+        return check_model(self.model, inputs, self.sites)
 
     def to_json(self) -> str:
         """The sites as a JSON list, each with the fields of `Site`."""
