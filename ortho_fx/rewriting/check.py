@@ -1,4 +1,4 @@
-"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and none is gone round."""
+"""`RewriteReport.check`: runs a rewritten model to verify that every replacement is called, and none is bypassed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MODES = ("train", "eval")
 
 @dataclass(frozen=True)
 class Check:
-    """What running a rewritten model showed.
+    """The result of running a rewritten model in train and in eval mode; `RewriteReport.check` makes it.
 
     Attributes:
-        calls: how often each expansion was called in train and in eval mode.
-        uncalled: the expansions that neither mode called.
-        only_in: those that one mode alone called, with that mode.
-        mutations: the activations that worked in place before they were replaced, and whose changed input the model
-            reads again: the rewritten model computes with the unchanged one.
+        calls: the number of calls of each expansion in each mode.
+        uncalled: the expansions that were called in no mode.
+        only_in: the expansions that were called in one mode only, with that mode.
+        mutations: replaced in-place activations whose changed input the original model reads again; the rewritten model
+            reads the unchanged input there.
         not_finite: whether an output of the rewritten model is not finite.
     """
 
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every expansion is called in both modes, and nothing else is to be said."""
+        """Whether every expansion is called in both modes, without mutations, and all outputs are finite."""
         return not (self.uncalled or self.only_in or self.mutations or self.not_finite)
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Check:
 
 
 def check_model(model: nn.Module, inputs: Batch) -> Check:
-    """Runs copies of a rewritten model in train and in eval mode, without gradients; the model is left alone.
+    """Runs copies of a rewritten model in train and in eval mode, without gradients; the model is not changed.
 
     Raises:
         OrthoFxError: a model without expansions, or one that cannot be copied.
@@ -87,7 +87,7 @@ def check_model(model: nn.Module, inputs: Batch) -> Check:
 
 
 def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
-    """The replaced in-place activations without which the original model computes something else."""
+    """The replaced in-place activations that change the original model's outputs if they are not in place."""
     original = copied(model).eval()
     reverted = revert_expansions(original, lambda _: True)
     in_place = [n for n in reverted if getattr(_held(original, n), "inplace", False) is True]
@@ -101,19 +101,19 @@ def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
             _held(trial, name).inplace = False
         return not all(map(torch.equal, _run(trial, inputs), expected))
 
-    # One run tells whether any does, which is rare; only then each is tried alone.
+    # One run finds whether there is any, which is rare. Only then is each activation tried alone.
     if differs(in_place):
         yield from (name for name in in_place if differs([name]))
 
 
 def _held(model: nn.Module, name: str) -> Any:
-    """What the original holds where the rewritten model has this expansion; None for a call in source."""
+    """The activation of the original model in the place of this expansion; None for a call in source."""
     owner, _, key = name.rpartition(".")
     return getattr(model.get_submodule(owner), key, None)
 
 
 def _run(model: nn.Module, inputs: Batch) -> list[Tensor]:
-    """The floating outputs, with the same random numbers at each call."""
+    """The floating-point outputs, with the same random numbers at each call."""
     with torch.no_grad(), _same_numbers():
         outputs = call(model, copy.deepcopy(inputs))
     values = outputs.values() if isinstance(outputs, dict) else outputs
