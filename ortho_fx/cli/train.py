@@ -101,7 +101,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _side_by_side(results: Sequence[Result]) -> str:
-    """A table with a column per run: training loss at the first step and at each validation, and the last validation."""
+    """A table with a column per run: training loss at the first step and each validation, and the last validation."""
     names = [str(result.config.expansion or "gelu") for result in results]
     shown = [1, *(step for step in results[0].validations if step > 1)]
     rows = [("step", *(f"{name} loss" for name in names))]
