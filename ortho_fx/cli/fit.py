@@ -1,4 +1,4 @@
-"""`ortho-fx fit`: an expansion fitted to a known activation."""
+"""`ortho-fx fit`: fits an expansion to a known activation."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""`calibrate_`: expansions initialised for the pre-activations that a model really has.
+"""`calibrate_`: initialises expansions for the measured pre-activations of a model.
 
-A stable expansion f_1 is made for inputs N(0, 1). GPT-2's weights start at a standard deviation of 0.02, which gives
-its pre-activations one of about 0.2 to 0.6, and there f_1 is little more than a large constant. One pass over real
-batches measures the mean mu and the standard deviation sigma at every site, and
+A stable expansion f_1 is made for inputs N(0, 1). But GPT-2's weights start with a standard deviation of 0.02, so its
+pre-activations have a standard deviation of about 0.2 to 0.6, where f_1 is almost a large constant. One pass over real
+batches measures the mean mu and the standard deviation sigma at every site. Then
     f(x) = sigma f_1((x - mu) / sigma)
-has the gains of f_1 for inputs N(mu, sigma^2): E[f'^2] = 1, and E[f^2] = sigma^2. Each basis holds f exactly in its own
-parameters.
+has the gains of f_1 for inputs N(mu, sigma^2): E[f'^2] = 1, and E[f^2] = sigma^2. Each of our bases represents f
+exactly.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ortho_fx.watch import watching
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What came into one expansion.
+    """The measured inputs of one expansion.
 
     Attributes:
         name: qualified name of the expansion.
         mean, std: mean and standard deviation (of the population).
-        samples: how many numbers were seen.
-        fit_rmse: root mean square error, over these inputs, of the fit that init="fit" starts from; else None.
+        samples: the number of inputs.
+        fit_rmse: root mean square error, over these inputs, of the fit for init="fit"; None for any other init.
     """
 
     name: str
@@ -45,7 +45,12 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate_` measured, printed as a table; `uncalled` are the expansions that no batch reached."""
+    """The measurements of `calibrate_`; `print(calibration)` shows a table.
+
+    Attributes:
+        sites: the measured inputs of each expansion.
+        uncalled: the expansions that no batch reached; they are unchanged.
+    """
 
     sites: tuple[SiteStatistics, ...]
     uncalled: tuple[str, ...]
@@ -63,21 +68,24 @@ class Calibration:
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
-    """Runs the model over batches and initialises each expansion for the inputs that it got, in place.
+    """Runs a model on batches, and initialises each expansion for its inputs: f(x) = sigma f_1((x - mu) / sigma).
 
-    Every expansion starts again from its `config.init`: what it had learned is gone. "stable", "calibrated" and
-    "paper" are rescaled to the mean and deviation, "fit" fits the replaced function anew, weighted by the histogram of
-    the inputs. Clamps move with them. The model runs without gradients, in the mode (train or eval) that it is in; one
-    with batch normalisation that has not been trained yet should be in train mode, since in eval mode it normalises by
-    running statistics that are not its data's.
+    The change is in place. mu and sigma are the mean and standard deviation of the inputs, and f_1 is the expansion for
+    N(0, 1) that `config.init` asks for ("stable", "calibrated" or "paper"). For init "fit", the replaced function is
+    fitted again, weighted by the histogram of the inputs. Bounds of a clamp are set for the same inputs. Learned values
+    are lost. The model runs without gradients, in its current mode (train or eval). A model with untrained batch
+    normalisation should be in train mode, because in eval mode it uses running statistics that do not fit the data.
 
     Args:
         model: a model with expansions.
         batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
 
+    Returns:
+        The measured inputs of each expansion, and the expansions that were not called.
+
     Raises:
-        OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite; the
-            model is then as it was.
+        OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite. The
+            model is then unchanged.
     """
     expansions = {
         name: module for name, module in checked_model(model).named_modules() if isinstance(module, ExpansionActivation)
@@ -90,7 +98,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
 def calibrate_expansions(
     model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
 ) -> Calibration:
-    """The same for some of the model's expansions, by their names."""
+    """As `calibrate_`, for some of the model's expansions, by their names."""
     inputs = {name: Histogram() for name in expansions}
     with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
         for batch in batches:

@@ -1,4 +1,4 @@
-"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and none is gone round."""
+"""`RewriteReport.check`: runs a rewritten model to verify that every replacement is called, and none is bypassed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MODES = ("train", "eval")
 
 @dataclass(frozen=True)
 class Check:
-    """What running a rewritten model showed.
+    """The result of running a rewritten model in train and in eval mode; `RewriteReport.check` makes it.
 
     Attributes:
-        calls: how often each expansion was called in train and in eval mode.
-        uncalled: the expansions that neither mode called.
-        only_in: those that one mode alone called, with that mode.
-        mutations: the activations that worked in place before they were replaced, and whose changed input the model
-            reads again: the rewritten model computes with the unchanged one.
+        calls: the number of calls of each expansion in each mode.
+        uncalled: the expansions that were called in no mode.
+        only_in: the expansions that were called in one mode only, with that mode.
+        mutations: replaced in-place activations whose changed input the original model reads again; the rewritten model
+            reads the unchanged input there.
         not_finite: whether an output of the rewritten model is not finite.
         unlisted: the activations that ran and that the report does not name, neither as replaced nor as left. They are
             those that `ortho_fx.rewriting.oracle` sees.
@@ -116,7 +116,7 @@ def _copy_of(model: nn.Module) -> nn.Module | None:
 
 
 def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
-    """The replaced in-place activations without which the model before the rewrite computes something else.
+    """The replaced in-place activations that change the outputs of the model before the rewrite if they are not in place.
 
     `original` is a copy of the rewritten model; it is reverted here.
     """
@@ -134,7 +134,7 @@ def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
         # NaN is equal to itself here: what is not finite is told apart.
         return not all(map(_equal, _run(trial, inputs), expected))
 
-    # One run tells whether any does, which is rare; only then each is tried alone.
+    # One run finds whether there is any, which is rare. Only then is each activation tried alone.
     if differs(in_place):
         yield from (name for name in in_place if differs([name]))
 
@@ -144,13 +144,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _held(model: nn.Module, name: str) -> Any:
-    """What the original holds where the rewritten model has this expansion; None for a call in source."""
+    """The activation of the original model in the place of this expansion; None for a call in source."""
     owner, _, key = name.rpartition(".")
     return getattr(model.get_submodule(owner), key, None)
 
 
 def _run(model: nn.Module, inputs: Batch) -> list[Tensor]:
-    """The floating outputs, with the same random numbers at each call."""
+    """The floating-point outputs, with the same random numbers at each call."""
     with torch.no_grad(), _same_numbers():
         outputs = call(model, copy.deepcopy(inputs))
     values = outputs.values() if isinstance(outputs, dict) else outputs

@@ -14,20 +14,20 @@ from ortho_fx.errors import OrthoFxError
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, expansion_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for `torch.optim`: weights that decay, parameters that do not, and expansions with a rate of their own.
+    """Groups for `torch.optim`: weights with decay, parameters without, and expansions with their own learning rate.
 
-    Matrices and convolution kernels decay. Biases, scales and the parameters of normalisations do not, and neither
-    does any parameter of an expansion, whatever its shape: decay would pull the activation towards zero. Parameters
-    that need no gradient are left out, shared ones are listed once, and empty groups are dropped.
+    Matrices and convolution kernels decay. Biases, scales, the parameters of normalisations, and all parameters of
+    expansions do not: decay would pull an activation towards zero. Parameters that need no gradient are left out,
+    shared parameters are listed once, and empty groups are dropped.
 
     Args:
-        model: a model; rewritten or not.
+        model: a model, rewritten or not.
         lr: learning rate of the model's own parameters.
-        weight_decay: decay of the weights that decay.
+        weight_decay: decay of matrices and convolution kernels.
         expansion_lr: learning rate of the expansions; `lr` when omitted.
 
     Returns:
-        Dicts with "name", "params", "lr" and "weight_decay".
+        Up to three dicts with "name", "params" (a list of parameters), "lr" and "weight_decay".
 
     Raises:
         OrthoFxError: a rate or a decay below zero.
