@@ -3,11 +3,11 @@
     python benchmarks/anneal.py [--depth 12] [--steps 500] [--fine-tune 150] [--seeds 6]
 
 A plain network of width 64, without normalisation or residuals, learns 1,000 of scikit-learn's digits; accuracy is on
-the other 797. Its ReLUs are replaced by the closest polynomials under the inputs that they get. Then it is fine-tuned
-with the same batches, learning rates and number of steps: with the polynomials in place from the start, or annealed
-over the first three tenths of the steps; and each of these with and without the penalty on inputs beyond three
-deviations. A run whose loss is no longer finite is lost, and has the accuracy of guessing. Writes
-results/anneal.json and prints a table.
+the other 797. Its ReLUs are replaced by polynomials that are fitted under the inputs that they get. Then it is
+fine-tuned. The polynomials are in place from the start, or annealed over the first three tenths of the steps; each with
+and without the penalty on inputs beyond three deviations. Batches, learning rates and number of steps are the same. A
+run whose loss is no longer finite is lost and has the accuracy of guessing. Writes results/anneal.json and prints a
+table.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def train(
     annealing: Annealing | None = None,
     penalty: float = 0.0,
 ) -> float:
-    """Accuracy after the steps; that of guessing where the loss or a weight is no longer finite."""
+    """Accuracy after the steps, or that of guessing if the loss or a weight is not finite."""
     images, labels = data
     groups = param_groups(model, lr=lr, weight_decay=WEIGHT_DECAY)
     rates = [group["lr"] for group in groups]
@@ -121,7 +121,7 @@ def compare(trained: nn.Module, data: tuple[Tensor, Tensor], steps: int, seed: i
         rewrite_(model, ExpansionConfig("hermite", degree, "fit"), example_inputs=batch)
         row[f"degree {degree}, replaced"] = accuracy(model, data)
         row[f"degree {degree}, replaced and fine-tuned"] = train(model, data, **settings)
-        # In one step it is a replacement; the others share the training with it.
+        # Annealing in a single step is a replacement, so all variants share this code.
         for name, taken, penalty in (
             ("replaced and fine-tuned with penalty", 1, PENALTY),
             ("annealed", round(SHARE * steps), 0.0),

@@ -1,10 +1,11 @@
-"""Makes tests/ortho_fx/activations/torchortho_states.json: what torchortho 0.1.2 saves, for a test without it.
+"""Makes tests/ortho_fx/activations/torchortho_states.json: what torchortho 0.1.2 saves and returns, for a test without it.
 
     pip install torchortho==0.1.2
     python benchmarks/torchortho_states.py
 
-For each of its activations, at several degrees: the state dict after noise of N(0, 0.3^2) on every parameter, and the
-results at inputs from -4 to 4. It is only constructed and called; a state is its keys and numbers.
+For each of its activations, at several degrees, the file has the state dict after noise of N(0, 0.3^2) on every
+parameter, and the results at inputs from -4 to 4. Activations are only constructed and called; a state is keys and
+numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Releases of PyTorch to come, each in a process of its own: one that lacks a private name, one whose parts raise.
+"""Imitates future releases of PyTorch, each in a process of its own: they lack a private name, or a part raises.
 
-Started as a process by tests/ortho_fx/test_support.py. It imports PyTorch and its compiler once, and forks for every
-case that it reads, a JSON object a line: {"absent": path, "groups": titles} or {"raises": where}. It answers with a
-line of JSON: what went wrong, or the largest relative errors of values and gradients, why bases are not lowered, the
-warnings, and what the hook did.
+tests/ortho_fx/test_support.py starts it as a process. It imports PyTorch and its compiler once and forks for every case
+that it reads. A case is a line of JSON: {"absent": path, "groups": titles} or {"raises": where}. The answer is a line
+of JSON: the failure, or the largest relative errors of values and gradients, the reasons why bases are not lowered, the
+warnings, and the results of the hook.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
-    """Of every basis, compiled in one graph: against the formulas in float64."""
+    """Relative errors of every basis, compiled in one graph, compared with the formulas in float64."""
     from ortho_fx.activations.expansion import make_activation
     from ortho_fx.bases import BASES
     from ortho_fx.config import ExpansionConfig
@@ -53,7 +53,7 @@ def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
 
 
 def _hook() -> dict[str, str]:
-    """What the hook makes of a model with an activation, and of one that was rewritten."""
+    """The results of the hook for a plain model and for a rewritten one."""
     import ortho_fx
 
     done = {}
@@ -71,13 +71,13 @@ def _hook() -> dict[str, str]:
 
 
 def _break(where: str) -> None:
-    """Has the lowering raise at its registration, in `lower` of a forward or backward, or while code is generated."""
+    """Makes the lowering raise: at its registration, in `lower` of a forward or backward, or in code generation."""
     from ortho_fx import torch_private
 
     def boom(*_: Any, **__: Any) -> Any:
         raise RuntimeError("boom")
 
-    # Graphs that a case before this one compiled are not to be found in the caches.
+    # The caches must not return graphs that an earlier case compiled.
     torch.compiler.config.cache_key_tag = where
 
     lowerings = sys.modules[torch_private.load(torch_private.INDUCTOR).register_lowering.__module__]
@@ -114,7 +114,7 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
 
         if "raises" in case:
             _break(case["raises"])
-        # Compiling takes most of the time; both granularities lose the same.
+        # Compiling takes most of the time, and both granularities lose the same.
         dynamic = case.get("dynamic", False)
         granularities = ["layer"] if dynamic or "raises" in case else ["layer", "channel"]
         errors = [error for _ in range(2) for error in _errors(granularities, dynamic)]
@@ -132,7 +132,7 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.compile(lambda t: t.sin())(torch.ones(2))  # brings in the compiler, and its precompiled headers
+    torch.compile(lambda t: t.sin())(torch.ones(2))  # imports the compiler and precompiles its headers
     for line in sys.stdin:
         reader, writer = os.pipe()
         child = os.fork()

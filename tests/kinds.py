@@ -1,4 +1,4 @@
-"""What tests of every kind of expansion run over: the bases, and Fourier with tied frequencies."""
+"""The kinds of expansions for parametrised tests: the bases, and Fourier with tied frequencies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def config_of(kind: str, degree: int | None = None, init: str = "stable", **sett
 
 @contextlib.contextmanager
 def bases_from_outside() -> Iterator[None]:
-    """Forgets the bases that are registered inside: all but their operators, so that each name serves once."""
+    """Removes bases that are registered in the block. Their operators stay, so a name can be used only once."""
     known = set(BASES)
     try:
         yield

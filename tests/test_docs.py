@@ -1,4 +1,4 @@
-"""README and guides run: their Python in order, as one reader would run it, and their commands, shortened, in a row."""
+"""README and guides run: their Python blocks in order, as a reader would run them, then their shortened commands."""
 
 import os
 import pkgutil
@@ -24,12 +24,12 @@ GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [ROOT / "docs" / "index.md", *GUIDES, ROOT / "passes" / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
-# What a page tells a reader to wait for, a test need not.
+# Options that shorten the commands of a page, which take long.
 SHORT = "--no-compile --steps 2 --batch-size 8 --eval-every 1 --warmup 1".split()
 SMALL = gpt2.GPT2Config(vocabulary=256, context=16, layers=1, heads=2, width=32)
 
 
-# The file that a block of Python is, where its first line says so.
+# The first line of a Python block that is a file.
 FILE = re.compile(r"# ([\w/]+\.py)\n")
 
 
@@ -43,14 +43,14 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def read(page):
-    """Does what a page says; returns what its Python leaves behind, and the commands."""
+    """Runs the blocks of a page; returns the namespace of its Python, and its commands."""
     namespace, commands = {"__name__": page.stem}, []
     for language, text in BLOCK.findall(page.read_text()):
         if language == "python" and (named := FILE.match(text)):
             Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(named[1]).write_text(text)
         elif language == "python":
-            # Classes are rewritten by their source, which a file has.
+            # The block is a file, since the rewrite reads the source of classes from their files.
             file = Path(f"block{len(namespace)}.py").absolute()
             file.write_text(text)
             exec(compile(text, str(file), "exec"), namespace)

@@ -1,4 +1,4 @@
-"""What imports what: no module imports itself through others, and the passes stand below the public API."""
+"""The imports: no module imports itself through others, and the passes do not import the public API."""
 
 import ast
 import re
@@ -23,14 +23,14 @@ MODULES = modules()
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, wherever in it: late and for type checkers as well."""
+    """The modules of the package that a file imports anywhere, also inside functions and for type checkers."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                # `from package import module` reads the module, and the package only for a name that is none.
+                # `from package import name` imports a module of that name; if there is none, the package has the name.
                 yield name if name in MODULES else node.module
 
 
@@ -38,7 +38,7 @@ IMPORTS = {name: set(imported(path)) for name, path in MODULES.items()}
 
 
 def reached(names: set[str]) -> set[str]:
-    """What these modules import, directly or not."""
+    """The modules that these import, directly or indirectly."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -54,7 +54,7 @@ PASSES = {name for name in MODULES if name.startswith("ortho_fx.passes")}
 def test_the_walk_sees_the_imports():
     assert len(MODULES) > 100
     assert "ortho_fx.passes.pipeline" in IMPORTS["ortho_fx.rewriting.rewrite"]
-    assert "ortho_fx.operators.lowering" in IMPORTS["ortho_fx.operators.support"]  # a late one
+    assert "ortho_fx.operators.lowering" in IMPORTS["ortho_fx.operators.support"]  # inside a function
     assert "ortho_fx.passes.graph.matches" in reached({"ortho_fx.rewriting.hook"})
     assert "ortho_fx.passes.source.classes" in reached({"ortho_fx.passes.pipeline"})
 

@@ -1,11 +1,11 @@
-"""Checkpoints: one directory a step, written beside its place and renamed into it, so that a failed save loses nothing.
+"""Checkpoints: one directory for each step. It gets its name only when it is complete, so a failed save loses nothing.
 
-    checkpoints/step-00000500/state.json    what it is of: configuration, step, processes, versions
+    checkpoints/step-00000500/state.json    configuration, step, processes, versions
     checkpoints/step-00000500/*.distcp      the tensors, written by torch.distributed.checkpoint
 
-Tensors are stored under their qualified names, each process writing its shards, so that a run goes on with another
-number of processes, wrapped by DDP, sharded by FSDP2 or alone. PyTorch reads the directory's index with pickle: go on
-only from checkpoints that you trust; weights to pass on are in model.safetensors.
+Tensors have their qualified names, and each process writes its shards. So a run can resume with another number of
+processes, wrapped by DDP, sharded by FSDP2 or alone. PyTorch reads the directory's index with pickle: resume only from
+checkpoints that you trust. To share weights, use model.safetensors.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of a step, flushed to the disk, and removes all but the newest `keep`.
 
-    `skipped` is how many steps were left out so far.
-
-    Every process has to call it, with its own shards in `state`.
+    Every process has to call it, with its own shards in `state`. `skipped` is the number of skipped steps so far.
 
     Raises:
         OrthoFxError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -89,16 +87,16 @@ def save_checkpoint(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a directory, the newest last."""
+    """The complete checkpoints in a directory, the newest last."""
     return sorted(path.parent for path in directory.glob("step-*/state.json") if path.parent.suffix != ".partial")
 
 
 def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint and its state.json, if it is of this configuration.
+    """The newest checkpoint and its state.json.
 
     Raises:
-        OrthoFxError: no checkpoint, one that cannot be read, or one of another version or configuration, with every
-            field that differs.
+        OrthoFxError: no checkpoint, one that cannot be read, one of another version, or one of another configuration;
+            the error then lists the fields that differ.
     """
     found = checkpoints(directory)
     if not found:
@@ -123,20 +121,20 @@ def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple
 
 
 def load_tensors(path: Path, state: dict[str, Any], processes: Processes) -> None:
-    """Fills `state`, a template of what `save_checkpoint` got, from a checkpoint; every process has to call it.
+    """Reads a checkpoint into `state`, whose tensors are like those that were saved. Every process has to call it.
 
     Raises:
-        OrthoFxError: a checkpoint that cannot be read, or that holds other tensors than the template.
+        OrthoFxError: a checkpoint that cannot be read, or that holds other tensors than `state`.
     """
     try:
         with _one_process_is_meant():
             load(state, storage_reader=FileSystemReader(path), no_dist=processes.count == 1)
-    except (Exception, CheckpointException) as error:  # a damaged index makes pickle raise whatever it likes
+    except (Exception, CheckpointException) as error:  # a damaged index can make pickle raise any exception
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Removes every checkpoint of a directory, and what interrupted ones left."""
+    """Removes every checkpoint of a directory, unfinished ones too."""
     for path in directory.glob("step-*"):
         _remove(path)
 
@@ -154,7 +152,7 @@ def _one_process_is_meant() -> Iterator[None]:
 
 
 def _flush(directory: Path) -> None:
-    # A rename is on the disk once its directory is.
+    # The rename is safe on the disk only after the directory itself is flushed.
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -164,6 +162,6 @@ def _flush(directory: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
-        # It keeps each process' error with its traceback, and its own text is pages of them.
+        # Its own text is long: the error and traceback of each process. One process' error is enough.
         error = next((failure[0] for failure in error.failures.values()), error)
     return reason(error)

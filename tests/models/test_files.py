@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what cannot be read says so in one line."""
+"""Files are written whole or not at all; a file that cannot be read gives an error of one line."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_the_weights_of_a_folder(tmp_path):
         assert error() == f"HERE/{index.name} must map names to files beside it, under weight_map"
     index.write_text(json.dumps({"weight_map": {"a": "2.bin", "b": "1.bin", "c": "2.bin"}}))
     assert files_of(tmp_path) == [tmp_path / "1.bin", tmp_path / "2.bin"]
-    for name in ("pytorch_model.bin", "model.safetensors"):  # each goes before those above
+    for name in ("pytorch_model.bin", "model.safetensors"):  # each takes precedence over the earlier ones
         (tmp_path / name).touch()
         assert files_of(tmp_path) == [tmp_path / name]
 

@@ -1,4 +1,4 @@
-"""A run's directory read back as it was written, and what is missing from one named."""
+"""A run's directory is read as it was written; errors name the missing file."""
 
 import json
 import math

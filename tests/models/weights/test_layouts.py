@@ -1,4 +1,4 @@
-"""State dicts of other libraries become our models, which compute what the references of `foreign_layouts` do."""
+"""State dicts of other libraries become our models, which agree with the references in `foreign_layouts`."""
 
 import json
 from dataclasses import replace

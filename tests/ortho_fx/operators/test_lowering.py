@@ -1,7 +1,7 @@
-"""What torch.compile makes of the operators: the code for a CPU and for an H100, its numbers, memory and caches.
+"""The operators under torch.compile: code for a CPU and for an H100, its results, memory and caches.
 
-Where the shape of the code is what is asked for, it is generated and not built. Where numbers are, it runs, with many
-inputs in one graph, and is compared with the eager operator in float64.
+Tests of the code's structure generate it without building it. Tests of results run it, with many inputs in one graph,
+and compare it with the eager operator in float64.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def noise(*shape, seed=0, dtype=torch.float32):
 
 
 def expansion(basis, degree=3, granularity="layer", channels=None, seed=0, dtype=None):
-    """An activation in which no two groups have the same expansion."""
+    """An activation whose groups all have different expansions."""
     config = ExpansionConfig(basis, degree, granularity=granularity)
     activation = make_activation(config, channels=channels, dtype=dtype)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def expansion(basis, degree=3, granularity="layer", channels=None, seed=0, dtype
 
 
 class Around(nn.Module):
-    """An activation with something around it."""
+    """An activation with other operations around it."""
 
     def __init__(self, activation, function):
         super().__init__()
@@ -86,7 +86,7 @@ AROUND = {
 
 @dataclass(frozen=True)
 class Nest:
-    """One nest of loops: how often its text loads from, and stores to, tensors with so many elements."""
+    """A nest of loops: how often its text loads from tensors and stores to them, by their number of elements."""
 
     loads: Counter
     stores: Counter
@@ -94,9 +94,9 @@ class Nest:
 
 @dataclass(frozen=True)
 class CPUGraph:
-    """The code of one graph: the wrapper's source, the nests of loops of its kernels, and what the graph calls.
+    """The code of one graph: the wrapper's source, the nests of loops in its kernels, and the operators of the graph.
 
-    `kept` holds the elements of each tensor that a backward graph gets from the forward one, inputs of it aside.
+    `kept` holds the number of elements of each tensor that the forward graph computes and saves for the backward one.
     """
 
     source: str
@@ -105,7 +105,7 @@ class CPUGraph:
     kept: list[int]
 
     def over(self, numel):
-        """Loads and stores of tensors of that size, for the nests that have any."""
+        """Loads and stores of tensors of that size, for each nest that has any."""
         return [(n.loads[numel], n.stores[numel]) for n in self.nests if n.loads[numel] or n.stores[numel]]
 
 
@@ -117,7 +117,7 @@ def without_caches():
 
 
 def cpu_code(function, *inputs, dynamic=None):
-    """The code that `torch.compile` would run, forward and backward, on one thread."""
+    """The code that `torch.compile` would run on one thread: the forward and the backward graph."""
     graphs = {}
 
     def keep(graph, wrapper):
@@ -185,7 +185,7 @@ def nest(lines, sizes):
     return Nest(loads, stores)
 
 
-# No parameter and no sum has as many elements as the tensors, whose rows are whole vectors.
+# Parameters and sums must have fewer elements than these tensors, to tell them apart. Rows are whole vectors.
 ROWS, IMAGES = (64, 48), (3, 16, 8, 8)
 WHOLE = math.prod(ROWS)
 assert math.prod(IMAGES) == WHOLE
@@ -211,7 +211,7 @@ def test_cpu_code_passes_over_the_tensor_once_in_each_direction(basis, degree):
 
 @pytest.mark.parametrize(("basis", "degree", "sums"), [("fourier", 16, 49)])
 def test_cpu_code_reads_again_for_more_sums_than_registers_hold(basis, degree, sums):
-    """One pass for the input gradient and the first sums, then one for every 18 of the others or so."""
+    """One pass computes the input gradient and the first sums; about 18 other sums fit into each further pass."""
     forward, backward = rows_code(basis, degree)
     assert forward.over(WHOLE) == [(1, 1)]
     (first, *others) = backward.over(WHOLE)
@@ -225,7 +225,7 @@ def test_cpu_code_reads_again_for_more_sums_than_registers_hold(basis, degree, s
     [*(("hermite", around) for around in ("residual", "dropout", "gate")), *((basis, "all") for basis in BASES)],
 )
 def test_cpu_code_of_what_is_around_is_that_of_gelu(basis, around):
-    # Of a low degree: with what is around, a tropical rational of degree 3 is more than one pass computes.
+    # The degree is low: with the operations around it, a tropical rational of degree 3 takes more than one pass.
     ours, gelu = rows_code(basis, 2, around), rows_code(None, None, around)
     for graph, reference in zip(ours, gelu, strict=True):
         assert graph.over(WHOLE) == reference.over(WHOLE)
@@ -250,12 +250,12 @@ def test_cpu_code_of_groups_passes_over_the_tensor_once(basis, granularity, shap
 
 @every_basis
 def test_a_site_is_one_node_in_each_graph_whatever_its_degree(basis):
-    """What Inductor's time goes by: the formulas are unrolled while kernels are written, not in its graphs."""
+    """Inductor's time depends on the nodes; formulas are unrolled while kernels are written, not in its graphs."""
     low, high = rows_code(basis, 3), rows_code(basis, 16)
     for graph, other in zip(low, high, strict=True):
         for calls in (graph.calls, other.calls):
             assert sum("ortho_fx" in call for call in calls) == 1
-        # A few for parameters that their loops are or are not unrolled for.
+        # Parameters may take a few nodes more or less, as their loops are unrolled or not.
         assert abs(len(graph.calls) - len(other.calls)) <= 8
         assert len(graph.calls) <= 100
 
@@ -280,7 +280,7 @@ def test_as_much_memory_is_kept_as_for_gelu(around):
 # Numbers.
 
 LAST = torch.channels_last
-# Inputs by what is special about them, with the granularity and the number of channels of the expansion.
+# Special inputs by name, with the granularity and the number of channels of the expansion.
 INPUTS = {
     "four by five": (lambda: noise(4, 5), "layer", None),
     "odd": (lambda: noise(33, 7), "layer", None),
@@ -336,13 +336,13 @@ def assert_near(actual, expected, tolerance, label=None):
 
 
 def compiled_together(bases, dtype, labels, degree=3):
-    """What one graph with an activation for each basis and input computes: (label, activation, outcome, exact)."""
+    """Runs one graph with an activation for each basis and input; yields (label, activation, outcome, exact)."""
     cases = []
     for number, (basis, label) in enumerate((basis, label) for basis in bases for label in labels):
         make, granularity, channels = INPUTS[label]
         activation = expansion(basis, degree, granularity, channels, number, dtype if dtype.itemsize == 8 else None)
         x = make().to(dtype)
-        # Every other gradient is what `y.sum().backward()` hands over.
+        # Every other gradient is an expanded scalar, as `y.sum().backward()` passes it.
         seed = noise(*x.shape, seed=1, dtype=dtype) if number % 2 else torch.ones((), dtype=dtype).expand(x.shape)
         cases.append((f"{basis}, {label}", activation, x.requires_grad_(), seed))
     compiled = torch.compile(lambda *xs: [case[1](x) for case, x in zip(cases, xs, strict=True)], fullgraph=True)
@@ -372,8 +372,8 @@ def test_float64_is_that_of_the_eager_operator_up_to_rounding():
 def test_half_precision_is_rounded_once(dtype, bases):
     """Values and input gradients are within 2 units in the last place of the exact ones.
 
-    Where an exact one is below a thousandth of the largest, its terms cancel and the unit is that of the thousandth.
-    Parameters stay in float32, so their gradients are as near as in float32.
+    If an exact value is below a thousandth of the largest, its terms cancel; then the unit is that of the thousandth.
+    Parameters stay in float32, so their gradients are as close as in float32.
     """
     for label, _, actual, expected in compiled_together(bases, dtype, ("a channel, channels last",)):
         for tensor, reference in zip(actual[:2], expected[:2], strict=True):
@@ -391,7 +391,7 @@ def test_bfloat16_over_a_wide_range_and_with_parameters_of_that_dtype(basis):
     seed = noise(4001, dtype=torch.bfloat16)
     actual = outcome(activation, torch.compile(activation, fullgraph=True), x, seed)
     expected = exact(activation, x, seed)
-    # 1e-6 of the largest value is what float32 leaves of it where the exact value cancels.
+    # If the exact value cancels, float32 leaves an error of about 1e-6 of the largest value.
     ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** expected[0].abs().clamp(min=1e-30).log2().floor()
     assert ((actual[0].double() - expected[0]).abs() <= 2 * ulp + 1e-6 * expected[0].abs().max()).all()
     assert {t.dtype for t in actual} == {torch.bfloat16}
@@ -416,7 +416,7 @@ def test_no_elements(granularity, channels):
 
 
 def test_several_threads():
-    """Each adds up sums of its own."""
+    """Each thread adds up sums of its own."""
     activation, x, seed = expansion("fourier", 5), noise(517, 300), noise(517, 300, seed=1)
     with without_caches():
         compiled = torch.compile(activation, fullgraph=True, options={"cpp.threads": 4})
@@ -428,7 +428,7 @@ def test_several_threads():
 
 
 class CountedInductor:
-    """Inductor as a backend, which counts the graphs that it compiles."""
+    """Inductor as a backend that counts the graphs which it compiles."""
 
     def __init__(self):
         self.graphs = 0
@@ -521,7 +521,7 @@ def rewritten(**keywords):
 
 
 def assert_trains_as(reference, model, call):
-    """Value and gradients of the model, called so, are those of the reference in float64."""
+    """Asserts that `call` gives the value and gradients of the reference in float64."""
     x = noise(8, 16)
     y = call(x)
     y.square().sum().backward()
@@ -538,7 +538,7 @@ def whole(gradient):
 
 
 def test_the_backend_and_rewrite_make_the_same_kernels():
-    """The numbers are compared in test_backend.py."""
+    """test_backend.py compares the results."""
     x = noise(8, 16)
     with generated_code() as codes:
         torch.compile(rewritten())(x).sum().backward()
@@ -559,7 +559,7 @@ def test_modes(mode, backend):
 
 
 def test_compiled_autograd_lowers_the_backward():
-    """What it traces is the same as in test_interoperability.py, where Inductor has no part."""
+    """It traces the same as in test_interoperability.py, which does not use Inductor."""
     model = rewritten()
     with _compiler.dynamo.patch(compiled_autograd=True):
         assert_trains_as(rewritten(), model, torch.compile(model))
@@ -579,7 +579,7 @@ def process_group(tmp_path):
 
 @pytest.mark.usefixtures("process_group")
 def test_graphs_that_are_split_at_the_buckets_of_ddp():
-    # The first bucket holds a megabyte, which is one of these linear layers.
+    # The first bucket holds one megabyte, the size of one of these linear layers.
     model = nn.Sequential(rewritten(), nn.Linear(16, 1 << 14), nn.Linear(1 << 14, 16), rewritten())
     reference = copy.deepcopy(model)
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
@@ -651,15 +651,15 @@ print(json.dumps([ortho_fx.__file__, results]))
 
 
 def in_a_new_process(folder, *degrees, package=""):
-    """Compiles a small model for each degree, with what earlier processes have left in the caches of the folder.
+    """Compiles a small model for each degree, with the caches that earlier processes left in the folder.
 
-    For each: the number of hits, the values, the gradients and the values of the eager model.
+    The result has, for each degree, the number of cache hits, the values, the gradients and the eager model's values.
     """
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "PYTHONPATH": str(package),
-        # What the processor can do is taken from the system, and not found out by building something.
+        # Inductor asks the system for the processor's features instead of building a test program.
         "TORCHINDUCTOR_VEC_ISA_OK": "1",
     }
     command = [sys.executable, "-c", SCRIPT, *map(str, degrees)]
@@ -670,7 +670,7 @@ def in_a_new_process(folder, *degrees, package=""):
 
 
 def changed_package(folder, addition):
-    """A copy of the package as it installs, with this at the end of its lowering."""
+    """A copy of the installed package with `addition` at the end of its lowering."""
     for name in ("ortho_fx", "ortho_fx.passes", "ortho_fx.models"):
         (source,) = find_spec(name).submodule_search_locations
         target = folder / name.replace(".", "/")
@@ -716,12 +716,12 @@ def gpu_code(activation, *inputs, around="alone", **keywords):
 
 
 def small_kernels(basis, parameters=torch.float32):
-    """How many kernels a backward has for its sums at most: a rational orders its lines anew, and casts gradients."""
+    """The most kernels that a backward may have for its sums; a rational reorders its lines and casts gradients too."""
     return 2 + (basis == "tropical_rational") * (1 if parameters == torch.float32 else 2)
 
 
 def assert_one_pass(code, basis, loads=2, stores=1, forward=1):
-    """One kernel over the tensor in each direction, which touches each element once, and few for the sums."""
+    """Asserts one kernel over the tensor in each direction that touches each element once, and few for the sums."""
     (kernel,) = code.forward.big
     assert (kernel.kind, kernel.loads, kernel.stores) == ("pointwise", forward, 1), str(code)
     (kernel,) = code.backward.big
@@ -761,7 +761,7 @@ def test_gpu_code_of_an_mlp_is_that_of_gelu_and_few_kernels_for_the_sums(basis, 
     ours, gelu = code(expansion(basis)), code(nn.GELU())
     assert [(k.kind, k.loads, k.stores) for k in ours.forward.big] == [("pointwise", 1, 1)]
     assert ours.backward.externs == gelu.backward.externs
-    # One of these is the gradient of the bias.
+    # One of these kernels computes the gradient of the bias.
     assert [(k.loads, k.stores) for k in ours.backward.big] == [(k.loads, k.stores) for k in gelu.backward.big]
     assert len(ours.backward.small) <= len(gelu.backward.small) + small_kernels(basis, dtype), str(ours)
 

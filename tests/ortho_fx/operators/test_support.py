@@ -1,4 +1,4 @@
-"""Releases of PyTorch that nobody has seen yet: without a private name, with one that behaves otherwise."""
+"""Future releases of PyTorch: a private name is missing, or behaves differently."""
 
 import json
 import math
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 SERVER = Path(__file__).parents[2] / "future_server.py"
 NAMES = sorted({entry.path for group in torch_private.GROUPS for entry in group.names})
-# What reads generated code raises, and the name of a compiler has a substitute: nothing is lost without a word.
+# Without these names nothing is lost silently: tools that read generated code raise, and the compiler's name has a
+# substitute. So there is no warning.
 SILENT = (torch_private.TOOLS, torch_private.TOOLCHAIN)
 
 
@@ -32,7 +33,7 @@ def ask(tmp_path_factory):
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    # Not by its path: tests/, which has a folder ortho_fx, would come first among the paths of imports.
+    # Its text, not its path: with a path, imports would look in tests/ first, which has a folder ortho_fx.
     command = [sys.executable, "-c", SERVER.read_text()]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -123,7 +124,7 @@ def test_on_a_release_of_the_future_the_lowering_is_checked_once(future):
     assert step(future)[0] == ["2.99.0", None]
     (file,) = Path(future["TORCHINDUCTOR_CACHE_DIR"], "ortho_fx").glob("lowering-*.json")
     assert json.loads(file.read_text()) == {"hermite": None}
-    # Whatever the check found is believed from then on.
+    # Later processes trust the result of the check.
     file.write_text('{"hermite": "the numbers are wrong"}')
     (version, reason), errors = step(future)
     assert (version, reason) == ("2.99.0", "the numbers are wrong")

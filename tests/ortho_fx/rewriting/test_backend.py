@@ -1,4 +1,4 @@
-"""The hook: whatever way a model is compiled, the outcome is that of `rewrite_` before the compile."""
+"""The hook: in any way of compiling a model, the result is that of `rewrite_` before the compilation."""
 
 import copy
 import warnings
@@ -48,7 +48,7 @@ class Network(nn.Module):
 
 
 class Own(nn.Module):
-    """Calls activations in the very method that is compiled, twice on a line and in a loop."""
+    """Calls activations in the compiled method itself, twice in a line and in a loop."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
     rewrite_(reference, ExpansionConfig(**OPTIONS))
     x = torch.randn(4, 8, dtype=torch.float64)
     compiled = compile_it(model)
-    for _ in range(2):  # the first call rewrites, the second runs what has been rewritten
+    for _ in range(2):  # the first call rewrites the model, the second runs the rewritten model
         output, expected = compiled(x), reference(x)
         torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
@@ -263,7 +263,7 @@ def chosen(x, name):
 
 
 class Formulas(nn.Module):
-    """Spells activations out, picks them by name, and calls a function that does so."""
+    """Writes activations as formulas, picks them by name, and calls a function that does so."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`revert_`, and a rewrite that fails half-way: the model as it was."""
+"""After `revert_`, and after a rewrite that fails half-way, the model is as it was."""
 
 import copy
 import functools
@@ -89,7 +89,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     def broken(source):
         raise RuntimeError("no such class")
 
-    # Modules and attributes come before calls in the source, which fail.
+    # Modules and attributes are replaced before calls in the source, which fail here.
     monkeypatch.setattr(calls, "rewrite_class", broken)
     model.register_module("last", nn.GELU())
     with pytest.raises(RuntimeError, match="no such class"):
