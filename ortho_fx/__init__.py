@@ -18,6 +18,7 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.export import Export, export_onnx, export_program
+from ortho_fx.passes.vocabulary.register import register_activation
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
@@ -62,6 +63,7 @@ __all__ = [
     "gains",
     "param_groups",
     "polynomial_report",
+    "register_activation",
     "register_basis",
     "revert_",
     "rewrite_",

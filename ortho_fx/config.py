@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ortho_fx.arguments import is_integer, is_number
 from ortho_fx.bases import BASES, basis_named
 from ortho_fx.errors import OrthoFxError
 
@@ -51,7 +51,7 @@ class ExpansionConfig:
         basis = basis_named(self.basis)
         if self.degree is None:
             object.__setattr__(self, "degree", basis.default_degree)
-        elif isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree not in basis.degrees:
+        elif not is_integer(self.degree) or self.degree not in basis.degrees:
             raise OrthoFxError(
                 f"degree of {self.basis} must be an integer from {basis.degrees[0]} to {basis.degrees[-1]}; "
                 f"got {self.degree!r}"
@@ -64,7 +64,7 @@ class ExpansionConfig:
         if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
             raise OrthoFxError(f'granularity must be "layer", "channel" or "group:N"; got {self.granularity!r}')
         if self.clamp is not None:
-            if isinstance(self.clamp, bool) or not isinstance(self.clamp, int | float) or not 0 < self.clamp < math.inf:
+            if not is_number(self.clamp) or self.clamp <= 0:
                 raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
             object.__setattr__(self, "clamp", float(self.clamp))
         if not isinstance(self.tied, bool):
@@ -88,6 +88,8 @@ class ExpansionConfig:
             return None
         if channels is None:
             raise OrthoFxError(f"granularity {self.granularity!r} needs the number of channels")
+        if not is_integer(channels):
+            raise OrthoFxError(f"channels must be an integer; got {channels!r}")
         groups = channels if self.granularity == "channel" else int(self.granularity.removeprefix("group:"))
         if channels < 1 or channels % groups:
             raise OrthoFxError(f"{channels} channels do not divide into {groups} groups")
@@ -100,6 +102,8 @@ class ExpansionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExpansionConfig:
         """The config of such values; unknown fields and versions from the future are errors."""
+        if not isinstance(values, Mapping):
+            raise OrthoFxError(f"expansion config must be a map of its fields; got {type(values).__name__}")
         values = dict(values)
         version = values.pop("version", VERSION)
         if version != VERSION:

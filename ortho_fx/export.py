@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ortho_fx import trees
+from ortho_fx.arguments import checked_model
 from ortho_fx.bases import BASES
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
-from ortho_fx.modes import evaluating
+from ortho_fx.modes import evaluating, keeping_buffers
 from ortho_fx.operators import by_position, operator
 from ortho_fx.operators.formulas import forward_formula
 
@@ -95,11 +96,12 @@ def export_onnx(
         >>> export_onnx(model, torch.randn(2, 8), "model.onnx", dynamic_batch=True).inputs  # doctest: +SKIP
         ('input (batch, 8) float32',)
     """
+    checked_model(model)
     path, onnxruntime = _checked_path(path, ".onnx"), _onnxruntime()
     half = next((name for name, value in model.state_dict().items() if value.dtype.itemsize == 2), None)
     if half is not None:
         raise OrthoFxError(f"ONNX files are for float32 and float64, and {half} is half precision: call model.float()")
-    with evaluating(model):
+    with evaluating(checked_model(model)), keeping_buffers(model):
         program = _program(model, example_inputs, dynamic_batch)
         _fold_lgamma(program)
         with _quiet(), _naming(model, "an ONNX model"):
@@ -139,7 +141,7 @@ def export_program(
             by more than the tolerance, or a disk that cannot be written.
     """
     path = _checked_path(path, ".pt2")
-    with evaluating(model):
+    with evaluating(checked_model(model)), keeping_buffers(model):
         program = _program(model, example_inputs, dynamic_batch)
         with atomic_file(path) as temporary, _quiet():
             torch.export.save(program, temporary)

@@ -36,7 +36,9 @@ class _Probe(nn.Module):
         self._function, self._layers = (function,), layers
         self.seen = Observation(Histogram())
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
+        if x is None:  # by a name of its own, as in self.act(input=x)
+            (x,) = named.values()
         seen, dim = self.seen, self._layers.channel_dim
         if dim is None or not -x.dim() <= dim < x.dim():
             dim = 1 if x.dim() >= 4 else -1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import ortho_fx
 from ortho_fx import cli, moved
 from ortho_fx.models import gpt2
-from tests.kinds import bases_from_outside
+from tests.kinds import activations_from_outside, bases_from_outside
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(gpt2.PRESETS, "tiny", SMALL)
-    with bases_from_outside():
+    with bases_from_outside(), activations_from_outside():
         yield
 
 

@@ -19,6 +19,7 @@ from ortho_fx.models.weights.expansions import SiteInputs, write_expansions
 from ortho_fx.modes import evaluating
 from ortho_fx.numerics.moments import Array
 from ortho_fx.sharded import whole
+from ortho_fx.watch import watching
 
 # Inputs that are kept of each call for the picture of their density, and its bins.
 _SAMPLES, _BINS, _OUTLIERS = 16384, 100, 2e-4
@@ -82,18 +83,12 @@ class SiteMonitor:
             step: how many steps are done.
         """
         calls: dict[str, list[_Call]] = defaultdict(list)
-        handles = [
-            site.register_forward_hook(
-                lambda _, inputs, output, seen=calls[name]: seen.append(_Call(inputs[0], output))
-            )
-            for name, site in self._sites.items()
-        ]
-        try:
-            with probing(self._model), evaluating(self._model):
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def see(name: str, x: Tensor, y: Tensor) -> None:
+            calls[name].append(_Call(x, y))
+
+        with probing(self._model), evaluating(self._model), watching(self._sites, see):
+            forward()
         found = [call for seen in calls.values() for call in seen]
         self._now, values = self._parameters([tensor for call in found for tensor in (call.statistics, call.sample)])
         host = dict(zip(found, zip(values[::2], values[1::2], strict=True), strict=True))

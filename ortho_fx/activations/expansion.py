@@ -137,11 +137,16 @@ class ExpansionActivation(LearnableExpansion):
         sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
         return sets, [int(count) for count in counts]
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """y(x). `inplace` is taken from callers of the functions that it stands for, and never done."""
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
+        """y(x); the input may have any name, as callers of what it stands for call it.
+
+        `inplace` is taken from callers of the functions that it stands for, and never done.
+        """
         # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
-        if not isinstance(x, fx.Proxy) and not x.is_floating_point():
-            raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        if not isinstance(x, fx.Proxy):
+            x = one_input(self, x, named)
+            if not x.is_floating_point():
+                raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
         dim = 1 if self.channels is None else channel_dim_of(self, x)
         if self.bounds is not None:
             x = x.clamp(self.bounds[0], self.bounds[1])
@@ -179,6 +184,24 @@ class ExpansionActivation(LearnableExpansion):
         if self.config.tied:
             shown += ", tied=True"
         return shown
+
+
+def one_input(module: nn.Module, x: Tensor | None, named: Mapping[str, Tensor]) -> Tensor:
+    """The input of a call that may have passed it under any name.
+
+    Raises:
+        OrthoFxError: no input, or more than one.
+    """
+    if x is None and len(named) == 1:
+        (x,), named = named.values(), {}
+    if x is not None and not named:
+        if not isinstance(x, Tensor):
+            raise OrthoFxError(f"{type(module).__name__} takes a tensor; got {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise OrthoFxError(f"{type(module).__name__} takes a dense tensor; got one of layout {x.layout}")
+        return x
+    given = ", ".join([*(["one tensor"] if x is not None else []), *(f"{name}=" for name in named)]) or "none"
+    raise OrthoFxError(f"{type(module).__name__} takes one tensor; got {given}")
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:

@@ -13,11 +13,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of, refuse_scripting
+from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of, one_input, refuse_scripting
+from ortho_fx.arguments import checked_model
 from ortho_fx.bases import basis_named
 from ortho_fx.bases.folded import FORMS
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds
+from ortho_fx.passes.modules.exchange import move_hooks
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.tables import table
 
@@ -65,7 +67,7 @@ def freeze_(model: nn.Module) -> FreezeReport:
         >>> model[1]
         FrozenExpansion(hermite 3, form='polynomial', terms=4)
     """
-    modules = dict(model.named_modules())
+    modules = dict(checked_model(model).named_modules())
     if isinstance(model, ExpansionActivation):
         raise OrthoFxError(f"the model itself is the {type(model).__name__}, and nothing holds it: freeze what does")
     if not any(isinstance(module, Expansion) for module in modules.values()):
@@ -79,6 +81,7 @@ def freeze_(model: nn.Module) -> FreezeReport:
                 raise OrthoFxError(f"{name}: {error}") from None
             names.append(name)
             functions.append(frozen[module].extra_repr())
+            move_hooks(module, frozen[module])
     for owner in modules.values():
         for key, child in owner._modules.items():
             if isinstance(child, ExpansionActivation):
@@ -141,10 +144,11 @@ class FrozenExpansion(Expansion):
         self.register_buffer("bounds", None if bounds is None else bounds.detach().to(dtype, copy=True))
         self.train(expansion.training)
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         """As that of the expansion."""
         if isinstance(x, fx.Proxy):
             raise OrthoFxError("torch.fx cannot trace a FrozenExpansion: trace before freeze_, or use torch.export")
+        x = one_input(self, x, named)
         if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

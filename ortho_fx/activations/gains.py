@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.arguments import checked_function, is_number
 from ortho_fx.bases import Basis
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.config import ExpansionConfig
@@ -67,8 +68,8 @@ def gains(
 
     Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
-    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
-        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
+    if not (is_number(mean) and is_number(std) and std > 0):
+        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if isinstance(activation, ExpansionConfig):
         if activation.init == "fit":
             raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
@@ -76,7 +77,7 @@ def gains(
     if isinstance(activation, ExpansionActivation):
         unit, layer_map = _of_expansion(activation, mean, std)
     else:
-        unit, layer_map = _quadrature(activation, mean, std)
+        unit, layer_map = _quadrature(checked_function(activation), mean, std)
     return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
 
 

@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load_plugins() -> None:
-    """Imports the modules that installed packages name in the entry points `ortho_fx.bases`: they register bases."""
-    for entry in importlib.metadata.entry_points(group="ortho_fx.bases"):
-        try:
-            entry.load()
-        except Exception as error:
-            raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of ortho_fx.bases: {error}") from error
+    """Imports the modules that installed packages name in our entry points: they register bases and activations."""
+    for group in ("ortho_fx.bases", "ortho_fx.activations"):
+        for entry in importlib.metadata.entry_points(group=group):
+            try:
+                entry.load()
+            except Exception as error:
+                raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of {group}: {error}") from error
 
 
 def _complete(parser: Parser) -> None:

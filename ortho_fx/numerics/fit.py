@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ortho_fx.arguments import checked_function, is_number
 from ortho_fx.bases import basis_named
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -89,6 +90,11 @@ def fit_expansion(
     samples: Tensor | Histogram | None = None,
 ) -> FittedExpansion:
     """The fit that `ortho_fx.fit` describes, without what it needs of modules and pictures."""
+    checked_function(function)
+    if config is not None and not isinstance(config, ExpansionConfig):
+        raise OrthoFxError(f"config must be an ExpansionConfig; got {config!r}")
+    if not isinstance(samples, Tensor | Histogram | None):
+        raise OrthoFxError(f"samples must be a tensor; got {type(samples).__name__}")
     config = _with_fit(config or ExpansionConfig())
     if isinstance(samples, Histogram) or weight != "measured" or samples is None:
         seen = samples
@@ -169,14 +175,16 @@ def _check(
 ) -> None:
     if weight not in WEIGHTS:
         raise OrthoFxError(f"weight must be one of {', '.join(WEIGHTS)}; got {weight!r}")
-    if interval is not None and not (len(interval) == 2 and -math.inf < interval[0] < interval[1] < math.inf):
-        raise OrthoFxError(f"interval must be two finite numbers, the lower one first; got {interval}")
+    if interval is not None:
+        two = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
+        if not two or interval[0] >= interval[1]:
+            raise OrthoFxError(f"interval must be two finite numbers, the lower one first; got {interval!r}")
     if weight == "uniform" and interval is None:
         raise OrthoFxError("weight 'uniform' needs an interval")
-    if not 0 <= derivative_weight < math.inf:
+    if not (is_number(derivative_weight) and derivative_weight >= 0):
         raise OrthoFxError(f"derivative_weight must be zero or more; got {derivative_weight}")
-    if not (0 < std < math.inf and math.isfinite(mean)):
-        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
+    if not (is_number(mean) and is_number(std) and std > 0):
+        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if (weight == "measured") != (seen is not None):
         raise OrthoFxError("weight 'measured' needs samples, and samples need weight 'measured'")
     if isinstance(seen, Histogram):

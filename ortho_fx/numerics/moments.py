@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ortho_fx.errors import OrthoFxError
+
 Array = NDArray[np.float64]
 Values = Mapping[str, Array]
 Bounds = tuple[float, float]
@@ -23,6 +25,8 @@ Sampled = Callable[[Array], tuple[Array, Array]]
 # Nodes of a panel of the adaptive quadrature; how often a panel of 0.1 is halved around a kink: its width is 1e-10
 # then.
 _NODES, _HALVINGS = 9, 30
+# Of one width at a time; a kink or a jump makes a few.
+_MOST_PANELS = 100_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, A
         halves = np.stack([left, left + width / 2], axis=1)
         z, weight, parts = rule(halves.ravel(), width / 2)
         parts = parts.reshape(2, -1, 2).sum(2)
+        if len(left) > _MOST_PANELS:
+            raise OrthoFxError("the function is noisy or oscillates too fast for its gains to be computed")
         coarse = (np.abs(parts - whole) > 1e-13 * (1 + np.abs(parts))).any(0)
         fine = np.repeat(~coarse, 2)
         done.append((z[fine].ravel(), weight[fine].ravel()))

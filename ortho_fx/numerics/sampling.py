@@ -30,6 +30,8 @@ def differentiated(function: Callable[[Tensor], Tensor], points: Tensor) -> tupl
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise OrthoFxError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
+        if not y.is_floating_point():
+            raise OrthoFxError(f"{name} must return real floating-point numbers; got {y.dtype}")
         if y.isnan().any():
             raise OrthoFxError(f"{name} returns NaN at x = {x.detach()[y.isnan()][0].item():g}")
         if not y.requires_grad:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from torch import fx, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.arguments import is_integer
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array
 from ortho_fx.polynomial.graph import NotPolynomial, described, run_node, trace
@@ -112,8 +113,8 @@ class Polynomial:
         Raises:
             OrthoFxError: an input that is not there.
         """
-        if not 0 <= input < self.inputs:
-            raise OrthoFxError(f"input must be from 0 to {self.inputs - 1}; got {input}")
+        if not is_integer(input) or not 0 <= input < self.inputs:
+            raise OrthoFxError(f"input must be an integer from 0 to {self.inputs - 1}; got {input!r}")
         held = self.exponents[:, input] > 0
         if not held.any():
             return Polynomial(np.zeros((1, self.inputs), dtype=np.int64), np.zeros((1, self.outputs)))

@@ -18,6 +18,7 @@ from numpy.polynomial import Chebyshev, HermiteE
 from numpy.polynomial import Polynomial as Powers
 from torch import Tensor, fx, nn
 
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
@@ -39,6 +40,7 @@ from ortho_fx.polynomial.graph import (
     trace,
 )
 from ortho_fx.tables import table
+from ortho_fx.watch import watching
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
 
     Source: Paterson and Stockmeyer, SIAM Journal on Computing 2(1), 1973.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, Expansion)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, Expansion)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
     seen = _observe(model, expansions, batches)
@@ -193,17 +197,12 @@ def _observe(model: nn.Module, expansions: Mapping[str, nn.Module], batches: Ite
     seen: dict[str, _Inputs] = {}
     batch = -1
 
-    def watch(name: str) -> Any:
-        return lambda _, args: seen.setdefault(name, _Inputs()).add(args[0], batch)
+    def see(name: str, x: Tensor, _: Tensor) -> None:
+        seen.setdefault(name, _Inputs()).add(x, batch)
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in expansions.items()]
-    try:
-        with torch.no_grad():
-            for batch, values in enumerate(batches):  # noqa: B007 the hooks read it
-                call(model, values)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(expansions, see):
+        for batch, values in enumerate(batches):  # noqa: B007 `see` reads it
+            call(model, values)
     if not seen:
         raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
     for name, inputs in seen.items():

@@ -13,14 +13,15 @@ makes too large the next one makes larger. So there is a penalty on inputs outsi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation
+from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation, one_input
+from ortho_fx.arguments import checked_model, is_integer, is_number
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -42,8 +43,9 @@ class AnnealedActivation(HermiteActivation):
     reach: float
     excesses: list[Tensor]
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         assert self.reference is not None
+        x = one_input(self, x, named)
         if self.training and torch.is_grad_enabled():
             deviations = ((x.float() - self.mean) / self.std).abs()
             self.excesses.append(F.relu(deviations - self.reach).square().mean())
@@ -108,16 +110,26 @@ class Annealing:
         granularity: str = "layer",
         targets: Iterable[str] | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        checked_model(model)
+        if not is_integer(steps) or steps < 1:
             raise OrthoFxError(f"steps must be an integer above zero; got {steps!r}")
-        if not reach > 0:
-            raise OrthoFxError(f"reach must be above zero; got {reach!r}")
+        if not is_number(reach) or reach <= 0:
+            raise OrthoFxError(f"reach must be a number above zero; got {reach!r}")
         config = ExpansionConfig("hermite", degree, "fit", granularity)
         batches = list(batches)
         if not batches:
             raise OrthoFxError("batches is empty: the fits need inputs")
         earlier = {id(module) for module in model.modules()}
         self.report = rewrite_(model, config, targets=targets, example_inputs=batches[0])
+        try:
+            self._start(model, batches, reach, earlier)
+        except BaseException:
+            revert_expansions(model, lambda module: id(module) not in earlier)
+            raise
+        self.steps, self.steps_taken = steps, 0
+
+    def _start(self, model: nn.Module, batches: Iterable[Batch], reach: float, earlier: Collection[int]) -> None:
+        """Makes the new expansions annealed, and measures their inputs."""
         self._sites: dict[str, ExpansionActivation] = {
             name: module
             for name, module in model.named_modules()
@@ -125,18 +137,13 @@ class Annealing:
         }
         if not self._sites:
             raise OrthoFxError(f"{type(model).__name__} has no activation to replace, only expansions from before")
-        self.steps, self.steps_taken = steps, 0
         for site in self._sites.values():
             for name, start in (("share", 0.0), ("mean", 0.0), ("std", 1.0)):
                 site.register_buffer(name, site.get_parameter("coefficients").new_full((), start), persistent=False)
             site.__class__ = AnnealedActivation
             site.reach, site.excesses = reach, []  # type: ignore[assignment]
-        try:
-            # With a share of 0, every site gets what it got in the model as it was.
-            measured = calibrate_expansions(model, self._sites, batches)
-        except OrthoFxError:
-            revert_expansions(model, lambda module: id(module) not in earlier)
-            raise
+        # With a share of 0, every site gets what it got in the model as it was.
+        measured = calibrate_expansions(model, self._sites, batches)
         for statistics in measured.sites:
             site = self._sites[statistics.name]
             site.get_buffer("mean").fill_(statistics.mean)

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.watch import watching
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
         OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite; the
             model is then as it was.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, ExpansionActivation)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
     return calibrate_expansions(model, expansions, batches)
@@ -88,17 +92,9 @@ def calibrate_expansions(
 ) -> Calibration:
     """The same for some of the model's expansions, by their names."""
     inputs = {name: Histogram() for name in expansions}
-    handles = [
-        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
-        for name, expansion in expansions.items()
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
+        for batch in batches:
+            call(model, batch)
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
         raise OrthoFxError(

@@ -17,6 +17,7 @@ from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.observe import copied
 from ortho_fx.passes.revert import revert_expansions
+from ortho_fx.watch import watching
 
 _MODES = ("train", "eval")
 
@@ -68,13 +69,12 @@ def check_model(model: nn.Module, inputs: Batch) -> Check:
     finite = True
     for mode in _MODES:
         trial = copied(model).train(mode == "train")
-        for name in names:
 
-            def count(*_: Any, name: str = name, mode: str = mode) -> None:
-                calls[name][mode] += 1
+        def count(name: str, *_: Tensor, mode: str = mode) -> None:
+            calls[name][mode] += 1
 
-            trial.get_submodule(name).register_forward_pre_hook(count)
-        outputs = _run(trial, inputs)
+        with watching({name: trial.get_submodule(name) for name in names}, count):
+            outputs = _run(trial, inputs)
         finite &= all(bool(value.isfinite().all()) for value in outputs)
     only = {name: [mode for mode in _MODES if counts[mode]] for name, counts in calls.items()}
     return Check(
@@ -99,11 +99,16 @@ def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
         trial = copy.deepcopy(original)
         for name in names:
             _held(trial, name).inplace = False
-        return not all(map(torch.equal, _run(trial, inputs), expected))
+        # NaN is equal to itself here: what is not finite is told apart.
+        return not all(map(_equal, _run(trial, inputs), expected))
 
     # One run tells whether any does, which is rare; only then each is tried alone.
     if differs(in_place):
         yield from (name for name in in_place if differs([name]))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _held(model: nn.Module, name: str) -> Any:

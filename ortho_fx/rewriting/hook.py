@@ -50,7 +50,6 @@ _ShortenTraceback: Any = _dynamo.ShortenTraceback
 _RestartAnalysis: Any = _dynamo.TensorifyScalarRestartAnalysis
 # Classes that average parameters: PyTorch's AveragedModel, timm's ModelEma, diffusers' EMAModel and their like.
 _AVERAGE = re.compile("[Aa]verag|Ema|EMA|^ema")
-_TARGETS = choose_targets(None).names
 # Without one of these nothing is replaced.
 _NEEDED = ("find", "choose", "substitute")
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
@@ -132,8 +131,9 @@ def _read_options(
 
 def _activations(record: pipeline.Record) -> Iterator[Match]:
     """The activations that are nodes of the graph, or of graphs inside it such as checkpointed regions."""
+    names = choose_targets(None).names
     for occurrence in record.occurrences:
-        if occurrence.match is not None and occurrence.match.function in _TARGETS:
+        if occurrence.match is not None and occurrence.match.function in names:
             yield occurrence.match
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.arguments import checked_model, is_number
 from ortho_fx.errors import OrthoFxError
 
 
@@ -32,11 +33,11 @@ def param_groups(
         OrthoFxError: a rate or a decay below zero.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("expansion_lr", expansion_lr)):
-        if value is not None and not value >= 0:
-            raise OrthoFxError(f"{name} must be zero or more; got {value!r}")
+        if value is not None and not (is_number(value) and value >= 0):
+            raise OrthoFxError(f"{name} must be a number, zero or more; got {value!r}")
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "expansions": []}
     seen: set[int] = set()
-    for module in model.modules():
+    for module in checked_model(model).modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue

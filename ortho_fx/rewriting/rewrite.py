@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import make_activation
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -19,7 +21,8 @@ from ortho_fx.passes.observe import observe
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary import expansions
-from ortho_fx.passes.vocabulary.sites import Site, format_sites
+from ortho_fx.passes.vocabulary.recognise import OWN_ATTRIBUTES
+from ortho_fx.passes.vocabulary.sites import Site, format_sites, join
 from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
@@ -35,11 +38,13 @@ class RewriteReport:
         sites: the sites in the order of the model's modules, those that were left with the reason.
         earlier: how many expansions the model held before.
         model: the model.
+        notes: what has to be done besides, a sentence each; each was a warning as well.
     """
 
     sites: tuple[Site, ...]
     earlier: int = 0
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> tuple[Site, ...]:
@@ -68,6 +73,7 @@ class RewriteReport:
         summary = f"{len(self.replaced)} replaced, {len(self.left)} left, {parameters} new parameters"
         if self.earlier:
             summary += f"; the model already held {self.earlier} expansions"
+        summary = "\n".join([summary, *self.notes])
         return f"{format_sites(self.sites)}\n{summary}" if self.sites else summary
 
 
@@ -152,7 +158,28 @@ def rewrite_(
         # Hooks, `freeze_` and `calibrate_` reach the calls of the modules, which whatever compiles the model lowers.
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
     )
-    return RewriteReport(record.sites, record.earlier, model)
+    notes = tuple(_optimizers_that_miss(model, record)) if record.replaced else ()
+    for note in notes:
+        warnings.warn(f"ortho_fx: {note}", stacklevel=2)
+    return RewriteReport(record.sites, record.earlier, model, notes)
+
+
+def _optimizers_that_miss(model: nn.Module, record: pipeline.Record) -> Iterator[str]:
+    """A sentence for each optimizer that a module of the model keeps, and that does not have the new parameters."""
+    new = [one.expansion for one in record.occurrences if one.expansion is not None]
+    ours = {id(parameter) for expansion in new for parameter in expansion.parameters()}
+    parameters = {id(parameter) for parameter in model.parameters()} - ours
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for optimizer in held if key not in OWN_ATTRIBUTES else ():
+                if isinstance(optimizer, torch.optim.Optimizer):
+                    has = {id(one) for group in optimizer.param_groups for one in group["params"]}
+                    if has & parameters and not ours <= has:
+                        yield (
+                            f"the optimizer {join(prefix, key)} ({type(optimizer).__name__}) was made before the "
+                            "rewrite and does not have the new parameters, which would not learn: make it anew"
+                        )
 
 
 @dataclass(frozen=True)
@@ -187,8 +214,7 @@ def revert_(model: nn.Module) -> RevertReport:
 
 
 def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise OrthoFxError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
+    checked_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise OrthoFxError(f"{model.original_name} is scripted: rewrite the module that it was scripted from")
     return model

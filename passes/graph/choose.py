@@ -102,6 +102,8 @@ def _configs(
         raise OrthoFxError(f"config must be an ExpansionConfig or a map of names to them; got {type(config).__name__}")
     names = [name for site in sites for name in (site.name, *site.aliases)]
     for pattern, value in config.items():
+        if not isinstance(pattern, str):
+            raise OrthoFxError(f"config must map names of sites, or patterns of them; got {pattern!r}")
         if value is not None and not isinstance(value, ExpansionConfig):
             raise OrthoFxError(f"the config of {pattern!r} must be an ExpansionConfig or None; got {value!r}")
         if strict and not any(_matches(pattern, name) for name in names):

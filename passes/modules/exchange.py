@@ -16,10 +16,28 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
     def put(expansion: nn.Module) -> None:
         for owner, key in places:
             remember(expansion, Replaced("module", owner._modules[key]))
+            move_hooks(owner._modules[key], expansion)
             _exchange(owner, key, expansion)
             _leave_fast_path(owner)
 
     return put
+
+
+# Where a module keeps what is called when it runs.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
+
+def move_hooks(old: nn.Module | None, new: nn.Module) -> None:
+    """Has a module call the hooks of the one that it replaces.
+
+    Both hold the same dictionaries, so the handles of the hooks still remove them.
+    """
+    for name in _HOOKS:
+        if vars(old).get(name):
+            vars(new)[name] = vars(old)[name]
 
 
 def attribute_of(owner: nn.Module, key: str) -> Substitute:
@@ -36,7 +54,10 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 
 def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
     """Puts the module that an expansion replaced back in one place that holds it."""
-    _exchange(owner, key, replaced.train(owner._modules[key].training))  # type: ignore[union-attr]
+    expansion = owner._modules[key]
+    assert expansion is not None
+    move_hooks(expansion, replaced)
+    _exchange(owner, key, replaced.train(expansion.training))
     _enter_fast_path(owner, key)
 
 

@@ -29,7 +29,7 @@ from ortho_fx.passes.source.editor import Call, CallEditor
 from ortho_fx.passes.source.methods import UNRESOLVED, Method, Scalar
 from ortho_fx.passes.vocabulary.elementwise import bends
 from ortho_fx.passes.vocabulary.recognise import recognise
-from ortho_fx.passes.vocabulary.targets import EVERY_TARGET
+from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, cached
 
 _SOURCE = "_ortho_fx_source"
 
@@ -170,7 +170,7 @@ class _Analysis:
         return tuple(call for _, calls in self.methods for call in calls)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def _analyse(source: Source) -> _Analysis:
     analysis, numbers = _Analysis(), dict[str, int]()
     constants = dict(source.constants)
@@ -292,7 +292,7 @@ def _is_torchs(function: types.FunctionType) -> bool:
     return (function.__module__ or "").split(".")[0] in _TORCHS_OWN
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def may_activate(function: types.FunctionType, depth: int = 3) -> bool:
     """Whether a function of somebody's may call an activation, itself or by functions that it calls; by its names."""
     if _is_torchs(function) or depth == 0:
@@ -300,7 +300,8 @@ def may_activate(function: types.FunctionType, depth: int = 3) -> bool:
     inner = inspect.unwrap(function)
     for name in inner.__code__.co_names:
         value = inner.__globals__.get(name)
-        if bends(name) or isinstance(value, Mapping) or isinstance(value, nn.Module):
+        known = EVERY_TARGET.of_function(value) is not None
+        if known or bends(name) or isinstance(value, Mapping) or isinstance(value, nn.Module):
             return True
         if isinstance(value, types.FunctionType) and value is not function and may_activate(value, depth - 1):
             return True

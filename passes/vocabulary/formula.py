@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ortho_fx.passes.vocabulary.recognise import evaluated, match
-from ortho_fx.passes.vocabulary.targets import Reference, self_gated
+from ortho_fx.passes.vocabulary.targets import Reference, cached, self_gated
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def _repeatable(node: ast.expr) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def _match(text: str) -> Reference | None:
     return match(functools.partial(self_gated, formula=text))
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def _gated(text: str) -> Reference | None:
     if sum(_mentions_x(factor) for factor in _factors(ast.parse(text, mode="eval").body)) < 2:
         return None

@@ -23,22 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from ortho_fx.passes.vocabulary.elementwise import METHODS, bends, operation_of
-from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, Reference
+from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OURS, TARGETS, Reference, cached
 
 _TOLERANCE = 2e-6
 # Multiples of 1/12 up to |x| = 8, beyond which a clipped GELU may differ; shuffled, for an operation that mixes its
 # elements to be noticed. Settings are read off at some of them.
-_POINTS = (torch.randperm(192, generator=torch.Generator()).double() - 96) / 12
-_PROBES = tuple(int((_POINTS == x).nonzero()) for x in (-8.0, -1.0, 0.0, 1.0, 7.0))
+POINTS = (torch.randperm(192, generator=torch.Generator()).double() - 96) / 12
+_PROBES = tuple(int((POINTS == x).nonzero()) for x in (-8.0, -1.0, 0.0, 1.0, 7.0))
 
 
 def match(function: Callable[[Tensor], Tensor]) -> Reference | None:
     """The scalar function of the table that an elementwise function computes; None for none of them."""
-    value = evaluated(function, _POINTS)
+    value = evaluated(function, POINTS)
     if value is None:
         return None
     for reference in _candidates(*value[list(_PROBES)].tolist()):
-        if torch.allclose(reference(_POINTS), value, rtol=_TOLERANCE, atol=_TOLERANCE):
+        if torch.allclose(reference(POINTS), value, rtol=_TOLERANCE, atol=_TOLERANCE):
             return reference
     return None
 
@@ -62,6 +62,8 @@ def _candidates(lowest: float, minus: float, zero: float, plus: float, highest: 
         yield Reference("elu", (("alpha", _rounded(minus / math.expm1(-1.0))),))
     if lowest < highest:
         yield Reference("hardtanh", (("min_val", lowest), ("max_val", highest)))
+    for target in TARGETS[OURS:]:
+        yield Reference(target.name)
 
 
 def _rounded(setting: float) -> float:
@@ -113,7 +115,7 @@ def recognise_module(module: nn.Module) -> Reference | None:
     key = _key(module)
     if key is None:
         return _probed(module)
-    return _of_module(type(module), key, _Unhashed(module))  # type: ignore[arg-type]
+    return _of_module(type(module), key, _Unhashed(module))
 
 
 # What every module has.
@@ -159,7 +161,7 @@ class _Unhashed:
         return 0
 
 
-@functools.lru_cache(maxsize=1024)
+@cached(maxsize=1024)
 def _of_module(cls: type, key: tuple[Hashable, ...], module: _Unhashed) -> Reference | None:
     return _probed(module.value)
 
@@ -203,7 +205,7 @@ def _of_class(cls: type, module: _Unhashed) -> bool:
         copied = _copied(module.value).eval()
     except Exception:
         return False
-    x = _POINTS.reshape(2, 4, 4, 6).to(next(copied.parameters(), _POINTS))
+    x = POINTS.reshape(2, 4, 4, 6).to(next(copied.parameters(), POINTS))
     inputs = (x, x.flatten().roll(1).reshape(x.shape), -x, x / 2, torch.zeros_like(x))
     values = [evaluated(copied, points) for points in inputs]
     if any(value is None for value in values):
@@ -213,7 +215,7 @@ def _of_class(cls: type, module: _Unhashed) -> bool:
     return torch.equal(mixed, y.roll(1)) and not linear
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def recognise_function(function: types.FunctionType) -> Reference | None:
     """The scalar function that a Python function of one tensor computes; it is run only if it is arithmetic alone."""
     if not (_takes_one(function, skip=0) and _may_bend(function) and is_arithmetic(function)):

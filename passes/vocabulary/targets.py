@@ -7,10 +7,11 @@ like are gates more often than activations, so they are replaced only when they 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class Reference:
     settings: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.target not in BY_NAME:
+            raise OrthoFxError(f"activation {self.target!r} is not known here: call register_activation first")
         return BY_NAME[self.target].functions[0](x, **dict(self.settings))
 
     def __str__(self) -> str:
@@ -79,7 +82,7 @@ def self_gated(x: Tensor, formula: str) -> Tensor:
     return eval(formula, {"__builtins__": {}, "torch": torch, "F": F, "math": math, "x": x})
 
 
-TARGETS: tuple[Target, ...] = (
+TARGETS: list[Target] = [
     Target("relu", (nn.ReLU,), (F.relu, torch.relu), (F.relu_, torch.relu_), ("relu", "relu_")),
     Target("relu6", (nn.ReLU6,), (F.relu6,)),
     Target("leaky_relu", (nn.LeakyReLU,), (F.leaky_relu,), (F.leaky_relu_,), settings=("negative_slope",)),
@@ -101,20 +104,30 @@ TARGETS: tuple[Target, ...] = (
     Target("tanh", (nn.Tanh,), (F.tanh, torch.tanh), (torch.tanh_,), ("tanh", "tanh_"), gate=True),
     Target("hardtanh", (nn.Hardtanh,), (F.hardtanh,), (F.hardtanh_,), gate=True, settings=("min_val", "max_val")),
     Target("softsign", (nn.Softsign,), (F.softsign,), gate=True),
-)
-BY_NAME: Mapping[str, Target] = {target.name: target for target in TARGETS}
+]
+# Those after these are from outside.
+OURS = len(TARGETS)
+BY_NAME: dict[str, Target] = {target.name: target for target in TARGETS}
 
 
 class TargetTable:
     """The targets chosen for one rewrite, indexed by everything that a search can meet."""
 
     def __init__(self, targets: Iterable[Target]) -> None:
-        self.targets = tuple(targets)
-        self.names = frozenset(t.name for t in self.targets)
-        self.modules: Mapping[type[nn.Module], Target] = {cls: t for t in self.targets for cls in t.modules}
-        self.functions: Mapping[Hashable, Target] = {f: t for t in self.targets for f in (*t.functions, *t.in_place)}
-        self.in_place = frozenset(f for t in self.targets for f in t.in_place)
-        self.methods: Mapping[str, Target] = {method: t for t in self.targets for method in t.methods}
+        self.names: set[str] = set()
+        self.modules: dict[type[nn.Module], Target] = {}
+        self.functions: dict[Hashable, Target] = {}
+        self.in_place: set[Hashable] = set()
+        self.methods: dict[str, Target] = {}
+        for target in targets:
+            self.add(target)
+
+    def add(self, target: Target) -> None:
+        self.names.add(target.name)
+        self.modules |= dict.fromkeys(target.modules, target)
+        self.functions |= dict.fromkeys((*target.functions, *target.in_place), target)
+        self.in_place.update(target.in_place)
+        self.methods |= dict.fromkeys(target.methods, target)
 
     def of_node(self, node: fx.Node) -> Target | None:
         """The target that a node of a graph computes, as a function, an ATen operator or a method."""
@@ -136,7 +149,28 @@ class TargetTable:
 OPERATOR = type(torch.ops.aten.relu.default)
 
 EVERY_TARGET = TargetTable(TARGETS)
-_IN_PLACE = EVERY_TARGET.in_place
+_caches: list[Any] = []
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+
+
+def cached(maxsize: int) -> Callable[[_Cached], _Cached]:
+    """As `functools.lru_cache`, for what depends on the table: a new target empties it."""
+
+    def decorate(function: _Cached) -> _Cached:
+        kept: Any = functools.lru_cache(maxsize)(function)
+        _caches.append(kept)
+        return kept
+
+    return decorate
+
+
+def add_target(target: Target) -> None:
+    """Adds a target to the table of every target."""
+    TARGETS.append(target)
+    BY_NAME[target.name] = target
+    EVERY_TARGET.add(target)
+    for kept in _caches:
+        kept.cache_clear()
 
 
 def _operator_name(operator: Any) -> str:
@@ -149,7 +183,7 @@ def may_change_input(node: fx.Node) -> bool:
         return str(node.target).endswith("_")
     if isinstance(node.target, OPERATOR):
         return node.target._schema.is_mutable
-    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+    return node.target in EVERY_TARGET.in_place or bool(node.kwargs.get("inplace", False))
 
 
 def choose_targets(names: Iterable[str] | None) -> TargetTable:
@@ -162,6 +196,9 @@ def choose_targets(names: Iterable[str] | None) -> TargetTable:
         return TargetTable(target for target in TARGETS if not target.gate)
     if isinstance(names, str):
         names = (names,)
+    if not isinstance(names, Iterable):
+        raise OrthoFxError(f"targets must be names of activation functions; got {names!r}")
+    names = tuple(names)
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(BY_NAME)}")

@@ -176,7 +176,7 @@ def test_derivatives_are_those_of_the_network():
         np.testing.assert_allclose(polynomial.derivative(i)(x.detach())[:, 0], gradient[:, i], rtol=1e-10, atol=1e-12)
     constant = polynomial.derivative(0).derivative(0).derivative(0).derivative(0)
     assert constant([1.0, 2.0, 3.0]).tolist() == [0.0]
-    with pytest.raises(OrthoFxError, match="input must be from 0 to 2; got 3"):
+    with pytest.raises(OrthoFxError, match="input must be an integer from 0 to 2; got 3"):
         polynomial.derivative(3)
 
 
