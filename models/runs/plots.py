@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.models.runs.files import Row, Run
+from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import Reference
 from ortho_fx.plots import load_pyplot, save

@@ -9,11 +9,11 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, rewrite_
 from ortho_fx.models.runs import plots as run_plots
-from ortho_fx.models.weights.expansions import SavedExpansion
-from ortho_fx.models.training.log import RunLog
-from ortho_fx.models.training.monitor import SiteMonitor
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.runs.plots import plot_runs
+from ortho_fx.models.training.log import RunLog
+from ortho_fx.models.training.monitor import SiteMonitor
+from ortho_fx.models.weights.expansions import SavedExpansion
 
 pytestmark = pytest.mark.slow
 
