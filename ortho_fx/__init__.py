@@ -2,7 +2,7 @@
 
 from ortho_fx import (
     moved,  # noqa: F401
-    torch_private,  # noqa: F401  -- before all else: it refuses a PyTorch that is too old
+    torch_private,  # noqa: F401  -- first of all: it refuses a PyTorch that is too old
 )
 from ortho_fx.activations.expansion import (
     ExpansionActivation,

@@ -1,7 +1,7 @@
-"""The one error class: whatever a user can get wrong raises it, with what came and what is allowed."""
+"""The only error class for mistakes of the user; a message states the value and what is allowed."""
 
 from __future__ import annotations
 
 
 class OrthoFxError(ValueError):
-    """Raised for every mistake that a user of ortho_fx can make; the message is one line."""
+    """A mistake of the user; a `ValueError` whose message is one line."""

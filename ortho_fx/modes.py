@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and the mode of every module as it was afterwards."""
+    """Sets eval mode, and afterwards restores the earlier mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""What reaches each activation when a model runs: the distribution of its inputs, and which dimension holds channels.
+"""Measures each activation in a run of the model: the distribution of its inputs, and which dimension holds channels.
 
-A copy of the model runs once with a probe in the place of every activation. Probes compute the activation that was
-there, so each sees what it would in the model itself, which is left alone.
+A copy of the model runs once, with a probe in place of every activation. A probe computes the activation that it
+replaces, so every probe gets the inputs of the original model. The original is not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ortho_fx.passes.occurrence import Observation
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.targets import TargetTable
 
-# Layers whose output has its channels in a certain dimension. Exact classes: a subclass may permute.
+# Layers whose output has its channels in a known dimension. Only these exact classes: a subclass may permute.
 _CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
@@ -29,7 +29,7 @@ _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding
 
 
 class _Probe(nn.Module):
-    """Computes a function and keeps what came in."""
+    """Computes a function and records the inputs."""
 
     def __init__(self, function: Callable[[Tensor], Tensor] | None, layers: _LastLayer) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _Probe(nn.Module):
 
 
 class _LastLayer:
-    """The dimension of the channels in the output of the layer that ran last."""
+    """The channel dimension in the output of the layer that ran last."""
 
     def __init__(self) -> None:
         self.channel_dim: int | None = None
@@ -68,7 +68,7 @@ class _LastLayer:
 
 
 def observe(model: nn.Module, table: TargetTable, batch: Batch, *, share: bool = True) -> list[Observation]:
-    """Runs a copy of the model on a batch; one observation for each of its occurrences, in order."""
+    """Runs a copy of the model on a batch; returns one observation for each occurrence, in order."""
     model = copied(model)
     layers = _LastLayer()
     layers.watch(model)

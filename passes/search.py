@@ -1,9 +1,9 @@
 """Finds the activations of a model: child modules, functions kept as attributes, calls in source, nodes of FX graphs.
 
-What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Every kind is looked
-up in the one table of `targets`, and activations that the chosen targets leave out are found as well, with that as the
-reason. Nothing is changed; of the model's code only copies of leaf modules without parameters are run, to see whether
-they are activations.
+Each result is an `Occurrence`: the site as the user sees it, and the function that puts an expansion there. Every kind
+of site is looked up in the one table of `targets`. Activations outside of the chosen targets are listed too, with that
+as the reason. The search changes nothing. It runs only copies of leaf modules without parameters, to see whether they
+are activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import fx, nn
 from ortho_fx.passes.graph.occurrences import nodes
 from ortho_fx.passes.graph.pairs import holds_backward
 from ortho_fx.passes.modules.exchange import module_in
-from ortho_fx.passes.modules.occurrences import attributes, children, scripted
+from ortho_fx.passes.modules.fused import fused, scripted
+from ortho_fx.passes.modules.occurrences import attributes, children
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source.occurrences import calls
 from ortho_fx.passes.vocabulary.expansions import Expansion
@@ -27,10 +28,10 @@ from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTabl
 
 
 def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
-    """Every activation of the model, in the order of `model.named_modules()`; those not of the table with that reason.
+    """Every activation of the model, in the order of `model.named_modules()`.
 
-    With `share`, a module that stands in several places or is called several times is one occurrence; without, each
-    place and each call is.
+    An activation outside of the table has that as its reason. With `share`, a module that stands in several places or
+    is called several times is one occurrence. Without it, each place and each call is an occurrence.
     """
     found = list_occurrences(model, share=share)
     for occurrence in found:
@@ -48,7 +49,7 @@ _NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is
 
 
 def reason_not_chosen(site: Site, table: TargetTable) -> str:
-    """Why the targets leave a site out; empty where they do not."""
+    """Why the targets exclude a site; empty if they include it."""
     if site.function in table.names:
         return ""
     if not BY_NAME[site.function].gate:
@@ -64,18 +65,21 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
         return
     modules = list(model.named_modules())
     backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
+    scripts: list[str] = []
     for prefix, owner in modules:
         if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
-            yield from scripted(prefix, owner)
+            if not any(prefix.startswith(f"{outer}.") for outer in scripts if outer) and "" not in scripts:
+                yield from scripted(prefix, owner)
+            scripts.append(prefix)
             continue
         inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
-        yield from (*attributes(prefix, owner), *inside, *children(prefix, owner, share))
+        yield from (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share))
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
-    """One occurrence for a module that stands in several places, under its first name."""
+    """Makes one occurrence of a module that stands in several places, under its first name."""
     merged: dict[int, Occurrence] = {}
     for occurrence in occurrences:
         owner, key = occurrence.places[0] if occurrence.places else (occurrence.owner, None)

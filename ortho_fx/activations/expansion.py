@@ -1,4 +1,4 @@
-"""Activation modules: drop-in replacements for nn.GELU and its like, with learnable coefficients."""
+"""Activation modules with learnable coefficients: drop-in replacements for nn.GELU and similar modules."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ from ortho_fx.sharded import whole
 
 
 class ExpansionActivation(LearnableExpansion):
-    """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
+    """The base class of learnable activations: an elementwise function y(x), learned as an expansion in a basis.
 
-    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters have the basis' names and
-    the shape (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+    The subclasses state the formula of y, one for each basis.
+
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters are those of the basis, of
+    shape (size,), or (size, groups) if `granularity` asks for one expansion per channel or group.
 
     Rounding: half-precision inputs are computed in float32 and the result is rounded once, by at most 4e-3 of it in
-    bfloat16 and 5e-4 in float16; there a result beyond +-65504 becomes +-65504, while a gradient that large is inf,
-    which gradient scalers look for. Nothing else saturates unless `clamp=` says so. The classes state the errors of
-    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as benchmarks/accuracy.py measures
-    them.
+    bfloat16 and 5e-4 in float16. In float16 a result beyond +-65504 becomes +-65504. A gradient that large becomes inf,
+    which gradient scalers look for. Nothing else saturates unless `clamp=` is set. The subclasses state the errors of
+    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as measured by benchmarks/accuracy.py.
 
     Args:
         degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
         channels: number of channels, for a granularity other than "layer".
-        channel_dim: their dimension. When omitted, that of dimensions 1 and -1 which has this size; where both have,
-            dimension 1 of inputs of four and more dimensions, and -1 of others.
-        reference: the function that init="fit" fits: any elementwise one that autograd differentiates.
+        channel_dim: the dimension of the channels. When omitted, it is dimension 1 or -1, whichever has `channels`
+            elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
+        reference: the function that init="fit" fits: any elementwise function that autograd differentiates.
+        device, dtype: of the parameters, as in `torch.nn` modules.
 
     Raises:
         OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
             another number of channels.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
     basis: ClassVar[Basis]
@@ -70,7 +74,7 @@ class ExpansionActivation(LearnableExpansion):
         self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
         if init == "fit" and reference is None:
             raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
-        # In a tuple, for a module to be no submodule: its parameters, if it had any, are not the expansion's.
+        # In a tuple, so that a module does not become a submodule: its parameters are not the expansion's.
         self._reference = (reference,)
         groups = self.config.groups(channels)
         self.channels = None if groups is None else channels
@@ -88,19 +92,19 @@ class ExpansionActivation(LearnableExpansion):
 
     @property
     def reference(self) -> Callable[[Tensor], Tensor] | None:
-        """The function that it took the place of, as far as it is known."""
+        """The function that the expansion replaces or fits; None if it is unknown."""
         return self._reference[0]
 
     def reset_parameters(self, inputs: Histogram | None = None) -> None:
-        """Sets every parameter to its initial value, as `config.init` says.
+        """Sets every parameter to its initial value, chosen by `config.init`.
 
         Args:
-            inputs: the distribution of the inputs to start for; N(0, 1) when omitted.
+            inputs: the distribution of inputs for which the expansion is initialised; N(0, 1) when omitted.
         """
         self.set_parameters(self.initial_values(inputs)[0])
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
-        """What `reset_parameters` sets, by name, and the fit that it comes from where `config.init` asks for one."""
+        """The values that `reset_parameters` sets, by name, and the fit that gave them; None unless init is "fit"."""
         mean, std = (0.0, 1.0) if inputs is None else (inputs.mean, inputs.std)
         fitted = None
         if self.config.init == "fit":
@@ -114,7 +118,7 @@ class ExpansionActivation(LearnableExpansion):
         return values, fitted
 
     def set_parameters(self, values: Values) -> None:
-        """Copies these values, arrays by name, into the parameters and buffers of every group."""
+        """Copies these values (arrays by name) into the parameters and buffers, the same for every group."""
         with torch.no_grad():
             for name, value in values.items():
                 parameter = getattr(self, name)
@@ -128,7 +132,7 @@ class ExpansionActivation(LearnableExpansion):
                 parameter.copy_(start)
 
     def distinct_values(self) -> tuple[list[Values], list[int]]:
-        """The parameters in float64, once for each set of them that some group has, and how many groups have it."""
+        """The distinct parameter sets of the groups, in float64, and how many groups have each set."""
         tensors = {parameter.name: whole(getattr(self, parameter.name)) for parameter in self.basis.parameters}
         stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
         columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
@@ -138,9 +142,9 @@ class ExpansionActivation(LearnableExpansion):
         return sets, [int(count) for count in counts]
 
     def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
-        """y(x); the input may have any name, as callers of what it stands for call it.
+        """y(x). Callers of the replaced function may pass the input under any name.
 
-        `inplace` is taken from callers of the functions that it stands for, and never done.
+        They may also pass `inplace`; it has no effect.
         """
         # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
         if not isinstance(x, fx.Proxy):
@@ -205,7 +209,7 @@ def one_input(module: nn.Module, x: Tensor | None, named: Mapping[str, Tensor]) 
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
-    # TorchScript would read the source of the model around it, which still calls the old activations.
+    # TorchScript would compile the source of the surrounding model, which still calls the old activations.
     raise OrthoFxError(
         f"TorchScript cannot compile {type(module).__name__}: use torch.export.export(model, ...) or torch.jit.trace"
     )
@@ -220,7 +224,7 @@ def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
     """The dimension of an input that holds the module's channels.
 
     Raises:
-        OrthoFxError: no dimension has that size, or not the one that the module names.
+        OrthoFxError: `channel_dim`, or without one every possible dimension, has another size.
     """
     if isinstance(x, fx.Proxy):
         if module.channel_dim is None:
@@ -234,7 +238,7 @@ def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
     raise OrthoFxError(f"{type(module).__name__} has {module.channels} channels{where}; got shape {tuple(x.shape)}")
 
 
-# A histogram with fewer filled bins, as after a global pooling, says less than its mean and deviation do.
+# A histogram with fewer filled bins per coefficient, as after a global pooling, is worse than its mean and deviation.
 _NODES_A_COEFFICIENT = 4
 
 
@@ -246,7 +250,7 @@ def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs:
         return fit_expansion(reference, config, weight="measured", samples=inputs)
     try:
         return _standard_fit(reference, config)
-    except TypeError:  # a function that cannot be hashed
+    except TypeError:  # the function cannot be hashed for the cache
         return fit_expansion(reference, config)
 
 
@@ -258,7 +262,7 @@ def activation_at(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ExpansionActivation:
-    """The module that starts at a fit, whatever weight and interval that was made with."""
+    """A module whose parameters start at a fit, for any weight and interval of the fit."""
     start = replace(result.config, init="stable")
     activation = make_activation(start, channels=channels, channel_dim=channel_dim, device=device, dtype=dtype)
     activation.config = result.config
@@ -268,19 +272,20 @@ def activation_at(
     return activation
 
 
-# A model has few activation functions and many sites; the fit is a pure function of both.
+# A model has many sites, but few activation functions and configs, and the fit depends on these alone.
 _standard_fit = functools.lru_cache(maxsize=64)(fit_expansion)
 
 
 class HermiteActivation(ExpansionActivation):
     r"""y(x) = \sum_{k=0}^n a_k He_k(x) / k!, with learnable `coefficients` a_0 .. a_n.
 
-    He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default.
+    He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default. `coefficients` has the shape
+    (n + 1,), or (n + 1, groups). Inputs, dtypes and errors are those of `ExpansionActivation`.
 
     Rounding in float32, started for N(0, 1): at most 5e-6 at degree 3, 7e-6 at degree 8, and 5e-5 at degrees 16 and 32;
-    the three-term recurrence is stable where a sum of powers of x is not. Inputs far outside of the range that the
-    coefficients are made for cancel: started for N(0, 0.2^2), where 10 is 50 deviations off, 5e-5 at degree 8, 7e-4 at
-    degree 16, and 0.2 at degree 32 in the gradient. A clamp keeps them from that.
+    the three-term recurrence is stable where a sum of powers of x is not. Far outside of the range for which the
+    coefficients are made, terms cancel. Started for N(0, 0.2^2), where x = 10 is 50 deviations from the mean, the error
+    is 5e-5 at degree 8, 7e-4 at degree 16, and 0.2 in the gradient at degree 32. A clamp prevents this.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
@@ -298,10 +303,12 @@ class FourierActivation(ExpansionActivation):
 
     Parameters: `constant` a_0 of shape (1,); `coefficients` a_k, `frequencies` w_k (radians per unit of x, starting
     from 0.35 k) and `phases` p_k (radians, starting from pi / 2), each of shape (n,). Degrees 1 to 64; 5 by default.
+    Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
 
-    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), is w alone.
+    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), holds only w.
 
-    Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. Bounded everywhere.
+    Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. The function is
+    bounded.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -312,14 +319,15 @@ class FourierActivation(ExpansionActivation):
 class TropicalActivation(ExpansionActivation):
     r"""y(x) = \max_{k=0}^n (s_k x + b_k), convex and piecewise linear, with learnable `offsets` b_0 .. b_n.
 
-    The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Degrees 1 to 64; 5 by default.
+    The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Slopes and offsets have the shape (n + 1,).
+    Degrees 1 to 64; 5 by default. Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
 
-    Rounding in float32: at most 3e-7 in value at degree 5, and 2e-6 at degree 64. At an input within rounding of a knot
-    the gradient can be that of the piece beside: it is off by a difference of two slopes there, and exact everywhere
-    else. It grows linearly.
+    Rounding in float32: at most 3e-7 in value at degree 5, and 2e-6 at degree 64. At an input within rounding of a
+    knot, the gradient can be that of the neighbouring piece. Its error is then the difference of two slopes; elsewhere
+    it is exact. The function grows linearly.
 
-    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247, whose scale * max_k (k x + b_k) this is with
-    s_k = scale * k and the scale multiplied into the offsets.
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247. Their scale * max_k (k x + b_k) is the case
+    s_k = scale * k, with the scale multiplied into the offsets.
     """
 
     basis = TROPICAL
@@ -329,9 +337,10 @@ class TropicalRationalActivation(ExpansionActivation):
     r"""y(x) = \max_k (s_k x + b_k) - \max_k (t_k x + c_k), k = 0 .. n, piecewise linear, with everything learnable.
 
     Parameters: `slopes` s, `offsets` b, `denominator_slopes` t and `denominator_offsets` c, each of shape (n + 1,); in
-    tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default.
+    tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default. Inputs, dtypes, groups and errors are
+    those of `ExpansionActivation`.
 
-    Rounding in float32: at most 2e-6 in value at degree 6, and 3e-6 at degree 64; in the gradient as that of
+    Rounding in float32: at most 2e-6 in value at degree 6, and 3e-6 at degree 64; the gradient is as exact as that of
     `TropicalActivation`.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
@@ -348,28 +357,28 @@ assert CLASSES.keys() == BASES.keys()
 
 
 class RegisteredActivation(ExpansionActivation):
-    """What the activations of bases from outside have in common: they are pickled by the name of their basis."""
+    """The base class of activations for registered bases; it pickles them by the name of their basis."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        if type(self) is not CLASSES.get(self.basis.name):  # a class made of this one, which pickle finds by its name
+        if type(self) is not CLASSES.get(self.basis.name):  # a subclass, which pickle finds by name
             return reduced
         assert isinstance(reduced, tuple)
         return _of_registered_basis, (self.basis.name,), *reduced[2:]
 
 
 def _of_registered_basis(name: str) -> ExpansionActivation:
-    """An activation without its state, for pickle.
+    """An activation without state, for pickle to fill.
 
     Raises:
-        OrthoFxError: a basis that this process has not registered.
+        OrthoFxError: this process has not registered the basis.
     """
     basis_named(name)
     return CLASSES[name].__new__(CLASSES[name])
 
 
 def add_class(basis: Basis) -> type[ExpansionActivation]:
-    """Makes the module class of a basis from outside, `<title>Activation` in this module."""
+    """Makes the module class of a registered basis, `<title>Activation` in this module."""
     text = f"{inspect.cleandoc(type(basis).__doc__ or basis.title)}\n\nThe activation of basis {basis.name!r}."
     members = {"basis": basis, "__doc__": text, "__module__": __name__}
     cls = type(class_name(basis), (RegisteredActivation,), members)
@@ -391,7 +400,7 @@ def make_activation(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ExpansionActivation:
-    """The activation module that a config describes; the other arguments are those of `ExpansionActivation`."""
+    """The activation module for a config; the other arguments are those of `ExpansionActivation`."""
     basis_named(config.basis)
     return CLASSES[config.basis](
         config.degree,

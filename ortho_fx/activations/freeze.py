@@ -1,7 +1,7 @@
-"""`freeze_`: expansions that are done learning, in the cheapest form that equals them, with constants folded.
+"""`freeze_`: replaces trained expansions by the cheapest equal form, with folded constants.
 
-What a basis becomes is its own `fold`; `ortho_fx.bases.folded` has the forms. Everything is decided and folded in
-float64. With one expansion a channel or group, each keeps what it needs, and all are as long as the longest.
+The `fold` method of a basis chooses the form; `ortho_fx.bases.folded` lists the forms. All folding happens in float64.
+With one expansion per channel or group, each keeps the terms that it needs, padded to the length of the longest.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class FreezeReport:
 
 
 def freeze_(model: nn.Module) -> FreezeReport:
-    """Replaces the expansions of a model by fixed functions that equal them at less cost, in place.
+    """Replaces the expansions of a model by equal fixed functions that cost less, in place.
 
-    Expansions that the model shares stay shared. What is frozen has no parameters: freeze after training, for
-    inference. A second call finds nothing more to do.
+    The forms are those of `FrozenExpansion`. Shared expansions stay shared. Frozen expansions have no parameters, so
+    freeze after training, for inference. A second call changes nothing.
 
     Args:
-        model: a model that `rewrite_` or the compile backend has been over.
+        model: a model with expansions, from `rewrite_` or the compile backend.
 
     Raises:
-        OrthoFxError: a model without expansions, one that is itself an expansion, or parameters that have no values
-            or are not finite. The model is then as it was.
+        OrthoFxError: a model without expansions, a model that is itself an expansion, an expansion that is still
+            annealed, or parameters without values or with values that are not finite. The model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
@@ -90,34 +90,35 @@ def freeze_(model: nn.Module) -> FreezeReport:
 
 
 class FrozenExpansion(Expansion):
-    """The function of an expansion, in the cheapest form that equals it. Made by `freeze_`.
+    """A fixed function that equals an expansion, in the cheapest form; `freeze_` makes it.
 
-    Form and constants, of shape (terms,), or (terms, channels) with one expansion a channel or group:
+    Each form has constants of shape (terms,), or (terms, channels) with one expansion per channel or group:
     - "polynomial": sum of c_k x^k, k = 0 .. terms - 1; `monomial_coefficients`.
     - "recurrence": sum of a_k He_k(x) / k!; `hermite_coefficients`, which are a_k 8^k / k!.
     - "waves": a_0 + sum of A_k cos(w_k x - p_k); `constant`, `amplitudes`, `frequencies`, `phases`.
     - "harmonics": a_0 + sum of A_k cos(k w x) + B_k sin(k w x); `constant`, `cosine_amplitudes`, `sine_amplitudes`,
       and w as `frequencies`.
     - "maximum": max over k of (s_k x + b_k); `slopes`, `offsets`.
-    - "difference": such a maximum less another; `denominator_slopes` and `denominator_offsets` besides.
-    - "formula": that of its basis, with its parameters; for a basis that folds into none of these.
+    - "difference": one maximum minus another; in addition `denominator_slopes` and `denominator_offsets`.
+    - "formula": the formula of the basis, with its parameters; for a basis that has none of these forms.
 
-    The constants are buffers, of the device and dtype that the parameters had, but in float32 where that was half
-    precision, and they stay so when the model is cast to that. A state dict loads where form and sizes agree.
+    The constants are buffers with the device and dtype of the parameters. Half-precision parameters give float32
+    buffers, which stay float32 when the model is cast to half precision. A state dict loads if form and sizes agree.
 
-    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype, in the arithmetic of the expansion:
-    float32 inside for half precision, and at most +-65504 in float16. Derivatives of every order are autograd's, which
-    keeps intermediate results where the expansion keeps its input alone, unless it is compiled.
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The arithmetic is that of the expansion:
+    float32 inside for half precision, and results within +-65504 in float16. Derivatives of every order come from
+    autograd. In eager mode autograd saves intermediate results, while an expansion saves only its input.
 
     Rounding: the first-order bound on the error of Horner's rule is at most 4 times that of the recurrence, on the
-    whole line or within the clamp. Waves left out add less than the rounding of the others to value, slope and second
-    derivative. At an input within rounding of a knot, the gradient can be that of a piece beside.
+    whole line or within the clamp. The dropped waves add less than the rounding of the others to value, slope and
+    second derivative. At an input within rounding of a knot, the gradient can be that of the neighbouring piece.
 
     Args:
-        expansion: what to freeze; it is left as it is.
+        expansion: the expansion to freeze; it is not changed.
 
     Raises:
-        OrthoFxError: parameters without values or not finite; at the call, what an expansion raises.
+        OrthoFxError: an expansion that is still annealed, or parameters without values or with values that are not
+            finite; at the call, the errors of an expansion, and a trace by torch.fx.
     """
 
     bounds: Tensor | None
@@ -127,7 +128,7 @@ class FrozenExpansion(Expansion):
         if type(expansion).forward is not ExpansionActivation.forward:
             raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
         self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
-        if hasattr(expansion, "_replaced"):  # what stood here before the expansion
+        if hasattr(expansion, "_replaced"):  # the activation that the expansion had replaced
             self._replaced = expansion._replaced
         first = getattr(expansion, expansion.basis.parameters[0].name)
         dtype = _at_least_float32(first.dtype)
@@ -189,7 +190,7 @@ class FrozenExpansion(Expansion):
         return shown if self.channels is None else f"{shown}, channels={self.channels}"
 
 
-# Of a form's constants, those whose length is its number of terms, beside coefficients and offsets.
+# The constants whose length is a form's number of terms, in addition to coefficients and offsets.
 _COUNTED = ("amplitudes", "cosine_amplitudes")
 
 
@@ -198,7 +199,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _finite_values(expansion: ExpansionActivation) -> tuple[dict[str, Array], Bounds | None]:
-    """The parameters in float64, each of shape (size, groups), and the interval of the clamp."""
+    """The parameters in float64, each of shape (size, groups), and the clamp's interval; None without a clamp."""
     names = [parameter.name for parameter in expansion.basis.parameters]
     values = {}
     for name in names if expansion.bounds is None else (*names, "bounds"):

@@ -1,4 +1,4 @@
-"""choose: which sites are replaced and by what, and for each of the others the reason why it is left."""
+"""choose: decides which sites are replaced and by which expansion, and gives every other site a reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ortho_fx.passes.vocabulary.sites import Site
 
 
 def choose(model: nn.Module, context: Context) -> int:
-    """Gives each site its config, or the reason why it is left; the number of notes that changed.
+    """Gives each site its config, or the reason why it is left; returns the number of changed notes.
 
     Raises:
         OrthoFxError: nothing to replace, a pattern that matches no site, patterns that disagree on a shared site, a
-            config that needs example_inputs, or example_inputs that the model cannot be run with.
+            config that needs example_inputs, or example_inputs on which the model fails.
     """
     pending = [one for one in context.occurrences if not one.decided]
     if context.occurrences and not pending:
@@ -56,7 +56,7 @@ def choose(model: nn.Module, context: Context) -> int:
 
 
 def check_needs_no_example(config: ExpansionConfig | None) -> None:
-    """Raises an `OrthoFxError` where a config can be met only by running the model."""
+    """Raises an `OrthoFxError` if the config needs a run of the model."""
     if config is None:
         return
     for setting, value in (("granularity", config.granularity), ("init", config.init)):
@@ -71,7 +71,7 @@ def _looks_at_inputs(config: ExpansionConfig) -> bool:
 
 
 def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
-    """Why a site that could be replaced is not; empty where it is."""
+    """Why a site that could be replaced is left; empty if it is replaced."""
     if config is None:
         return "excluded by its name"
     if config.init == "fit" and one.reference is None:
@@ -112,7 +112,7 @@ def _configs(
 
 
 def _config_of(site: Site, config: ConfigMap) -> ExpansionConfig | None:
-    """The config of the first pattern that matches a site; all names of a shared one have to agree."""
+    """The config of the first pattern that matches a site; all names of a shared site must get the same config."""
     first: dict[str, str] = {}
     for name in (site.name, *site.aliases):
         pattern = next((pattern for pattern in config if _matches(pattern, name)), None)

@@ -1,4 +1,4 @@
-"""Puts expansions in the place of a graph's nodes, alone or with their backward, and back."""
+"""Replaces nodes of a graph by expansions, with or without their backward nodes, and puts the nodes back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         node = match.node
-        # Looked up now: the input may be a node that took the place of the one that was found.
+        # Looked up only now: an earlier substitution may have replaced the input that the search found.
         (source,) = {other for part in match.nodes for other in part.all_input_nodes if other not in match.nodes}
         remember(expansion, Replaced("node", piece(match.nodes, source)))
         owner.add_module(name, expansion)
@@ -27,10 +27,10 @@ def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         if match.in_place:
-            # Whoever reads the input afterwards expects the changed tensor.
+            # The activation changed its input in place, so later readers of the input need the new result.
             order = {other: index for index, other in enumerate(owner.graph.nodes)}
             source.replace_all_uses_with(call, delete_user_cb=lambda user: order[user] > order[node])
-        # From the result upwards: a node goes once nobody uses it.
+        # From the result back to the input: a node can be erased once it has no users.
         for part in match.nodes:
             if not part.users:
                 owner.graph.erase_node(part)
@@ -43,8 +43,8 @@ def node_in(owner: fx.GraphModule, match: Match, name: str) -> Substitute:
 def pair_in(owner: fx.GraphModule, match: Match, backward: fx.Node, name: str) -> Substitute:
     """Replaces a node and its backward by the two operators of an expansion.
 
-    The parameters are a child module's of that name, read by `get_attr`: the inputs of the graph stay those that its
-    caller passes. Their gradients become the last outputs of the graph, in the order of the basis' learnable ones.
+    The parameters belong to a child module of that name and are read by `get_attr`, so the graph's inputs stay.
+    Their gradients become the last outputs of the graph, in the order of the basis' learnable parameters.
     """
 
     def put(expansion: nn.Module) -> None:
@@ -82,7 +82,7 @@ def pair_in(owner: fx.GraphModule, match: Match, backward: fx.Node, name: str) -
 
 
 def restore_nodes(owner: fx.GraphModule, key: str, replaced: fx.Graph) -> None:
-    """Puts the nodes that an expansion replaced in the place of its calls."""
+    """Replaces the calls of an expansion by the nodes that it had replaced."""
     for node in [node for node in owner.graph.nodes if node.op == "call_module" and node.target == key]:
         with owner.graph.inserting_before(node):
             (start,) = (part for part in replaced.nodes if part.op == "placeholder")
@@ -98,7 +98,7 @@ def _operator(name: str) -> Any:
 
 
 def _erase_unread_aliases(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases the aliases of a node that autograd made to save it, and that nobody reads now."""
+    """Erases the aliases by which autograd saved a node, if they have no readers now."""
     for user in list(node.users):
         if isinstance(user.target, OPERATOR) and user.target._schema.name in ("aten::alias", "aten::detach"):
             _erase_unread_aliases(graph, user)

@@ -1,4 +1,4 @@
-"""The activations that are nodes of a graph."""
+"""Finds the activations that are nodes of a graph."""
 
 from __future__ import annotations
 

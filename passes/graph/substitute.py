@@ -1,8 +1,8 @@
 """substitute: puts an expansion in the place of every chosen site.
 
-In the graphs of modules that is a call of a child module, which hooks, `freeze_` and `revert_` can reach. A graph that
-holds its backward has no such place: forward and backward read the same parameters, so each becomes an operator.
-Each kind of site brings the function that edits it, as `Occurrence.substitute`.
+In most models the expansion is a child module that is called, so that hooks, `freeze_` and `revert_` can reach it. In a
+graph that holds its backward, forward and backward read the same parameters, so each becomes an operator. Each kind of
+site has its own editing function, `Occurrence.substitute`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 
 
 def substitute(model: nn.Module, context: Context) -> int:
-    """Puts an expansion, with init "stable", in the place of each chosen site; how many sites were replaced.
+    """Puts an expansion, with init "stable", in the place of each chosen site; returns how many.
 
     Raises:
-        OrthoFxError: a device that is gone.
+        OrthoFxError: the device of a site is no longer available.
     """
     pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
     starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
@@ -47,15 +47,15 @@ def _make(model: nn.Module, context: Context, one: Occurrence, config: Expansion
             device=device,
             dtype=dtype,
         )
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that a device is there
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that the device exists
         raise OrthoFxError(f"{one.site.name} cannot be placed on {device}: {error}") from None
     return expansion.train(one.owner.training)
 
 
 def _placement(model: nn.Module, one: Occurrence) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and floating dtype of the nearest parameters: those of the owner, else of its closest ancestor.
+    """The device and floating dtype of the nearest parameters: the owner's, else those of its closest ancestor.
 
-    A `make_fx` graph has its parameters as inputs; there they are those of the site's input.
+    A `make_fx` graph takes its parameters as inputs, so there the site's result decides.
     """
     path = one.site.name.split(".")[:-1]
     for length in range(len(path), -1, -1):

@@ -1,4 +1,4 @@
-"""Exchanges a child module, or a function that a module keeps as an attribute, for an expansion, and back."""
+"""Replaces a child module, or a function kept as an attribute, by an expansion, and puts it back."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
 def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     """Puts the function that an expansion replaced back."""
     delattr(owner, key)
-    # Past nn.Module, which would register a module that the owner did not.
+    # Not nn.Module.__setattr__: it would register a module that the owner kept unregistered.
     object.__setattr__(owner, key, replaced)
     _enter_fast_path(owner, key)
 
 
 def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
-    """Puts a child in the place of another, in the lists as well in which the owner keeps its children."""
+    """Replaces a child module, also inside the lists in which the owner keeps its children."""
     old = owner._modules[key]
     for kept in vars(owner).values():
         if isinstance(kept, list):
@@ -79,8 +79,8 @@ def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
 
 
 def _leave_fast_path(owner: nn.Module) -> None:
-    # In eval, nn.TransformerEncoderLayer runs a fused kernel with the activation that this flag names, whatever its
-    # `activation` is; 0 names none.
+    # In eval mode nn.TransformerEncoderLayer runs a fused kernel with the activation that this flag names, and ignores
+    # its `activation`. 0 names no activation, and so turns the fused kernel off.
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0
 

@@ -1,11 +1,10 @@
-"""The activations that are child modules, or functions that a module keeps as attributes."""
+"""Finds the activations that are child modules, or functions that a module keeps as attributes."""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ def children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]
 
 
 def _inside(module: nn.Module) -> Iterator[Occurrence]:
-    """The activations of a module's own that are no gates, and are listed under its name."""
+    """The activations, without gates, that are attributes of a module or calls in its own code."""
     for occurrence in (*attributes("", module), *calls("", module)):
         target = BY_NAME.get(occurrence.site.function)
         if target is not None and not target.gate:
@@ -53,7 +52,7 @@ def _inside(module: nn.Module) -> Iterator[Occurrence]:
 
 
 def _may_compute_one(kept: object) -> bool:
-    """Whether what a module keeps as an attribute is a function, or is called like one, and may hold activations."""
+    """Whether an attribute of a module is a function or another callable that may hold activations."""
     code = kept if isinstance(kept, types.FunctionType) else type(kept).__dict__.get("__call__")
     return not isinstance(kept, nn.Module | type) and isinstance(code, types.FunctionType) and may_activate(code)
 
@@ -84,23 +83,3 @@ def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
                     )
                     site = Site(f"{join(prefix, key)}[{item!r}]", "attribute", function, reason=reason)
                     yield Occurrence(site, owner, module_in(()))
-
-
-def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:
-    """What a scripted module calls; its children are listed by themselves."""
-    try:
-        code = owner.graph
-    except Exception:  # a container has no forward
-        return
-    for node in _script_nodes(code.nodes()):
-        function = node.kind().removeprefix("aten::").removesuffix("_")
-        if node.kind().startswith("aten::") and function in BY_NAME:
-            site = Site(join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
-            yield Occurrence(site, owner, module_in(()))
-
-
-def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for block in node.blocks():
-            yield from _script_nodes(block.nodes())

@@ -1,6 +1,6 @@
-"""Activations that are calls in a module's code: edited there, for one instance.
+"""Replaces activations that are calls in a module's code, by editing the code for one module instance.
 
-The last of the three front ends: it takes what modules and graphs cannot. This is its interface.
+This is the last of the three front ends: it handles what modules and graphs cannot. This file is its interface.
 """
 
 from ortho_fx.passes.source.classes import Source, find_calls, may_activate, rewrite_class, set_class, source_of

@@ -1,4 +1,4 @@
-"""Puts an expansion in the place of a call in a module's code, for one instance, and back."""
+"""Replaces a call in a module's code by an expansion, for one module instance, and puts the call back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
 def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset()) -> Substitute:
-    """Replaces a call in the source of the module's class, for this instance."""
+    """Replaces a call in the source of the module's class, for this instance only."""
 
     def put(expansion: nn.Module) -> None:
         source = source_of(owner, split)

@@ -1,14 +1,14 @@
-"""Activation calls in the source of a module's own methods, and classes in which some of them are learnable.
+"""Finds activation calls in the source of a module's own methods, and makes subclasses that call expansions instead.
 
-A module that writes `F.gelu(x)`, `x.relu()`, `ACT2FN["silu"](x)` or `x * torch.sigmoid(1.702 * x)` in its forward is
-rewritten where that stands: the method's syntax tree gets `self.<expansion>(x)` in its place, and the module instance
-gets a subclass of its class with the methods so compiled. Everything else of the method stays what it was: branches on
-`self.training`, optional arguments and loops are not frozen as they would be by tracing, calls inside child modules are
-out of reach by construction, no example input is needed, and Dynamo traces the result like any other code.
+A module may call `F.gelu(x)`, `x.relu()`, `ACT2FN["silu"](x)` or `x * torch.sigmoid(1.702 * x)` in its forward. In the
+method's syntax tree, `self.<expansion>(x)` replaces that call. The edited methods are compiled into a subclass, which
+becomes the class of the module instance. The rest of the method does not change. Unlike tracing, this keeps branches on
+`self.training`, optional arguments and loops, and needs no example input. Calls inside child modules are never touched,
+and Dynamo traces the result like any other code.
 
-A function outside of the class that a method calls by its name is read in the same way, and becomes a method of the
-subclass where it holds an activation. Where a method cannot be rebuilt for certain (no source, source that is not what
-runs, an unknown kind of wrapper), its calls are reported with the reason and left alone.
+A function outside of the class that a method calls by its name is read in the same way. If it holds an activation, it
+becomes a method of the subclass. Some methods cannot be rebuilt with certainty: no source, source that differs from the
+running code, or an unknown kind of wrapper. Their calls are reported with the reason and left.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _SOURCE = "_ortho_fx_source"
 
 @dataclass(frozen=True)
 class Source:
-    """The code that a module runs: its class, and what of the instance decides which activations that code calls.
+    """The code that a module runs: its class, and the attribute values that decide which activations the code calls.
 
     Attributes:
-        cls: the class as it was written.
-        constants: plain values of attributes by which an activation is chosen, such as `self.config.hidden_act`.
-        split: children whose every call in the source is a site of its own.
-        replaced: the calls that are replaced by expansions, by the names of these.
+        cls: the original class.
+        constants: plain values of attributes that choose an activation, such as `self.config.hidden_act`.
+        split: children for which each call in the source is a separate site.
+        replaced: the replaced calls, by the names of their expansions.
     """
 
     cls: type
@@ -59,7 +59,7 @@ def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
         return replace(known, split=known.split | split)
     asked = _analyse(Source(cls, split=split)).asked
     values = ((name, _value(module, name)) for name in asked)
-    # A plain value, for it to be part of what a class is looked up by.
+    # Plain values only: a source is hashed, to look up its rewritten class.
     constants = frozenset((name, value) for name, value in values if isinstance(value, Scalar))
     source = Source(cls, constants, split)
     used = _analyse(source).used
@@ -67,12 +67,12 @@ def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Puts another class in the place of that which the module's methods come from."""
+    """Replaces the class from which the module's methods come."""
     module.__class__ = _with_base(type(module), _underlying(module), cls)
 
 
 def _underlying(module: nn.Module) -> type:
-    """The class that was written, or rewritten: below those that parametrize and FSDP derive from it."""
+    """The original or rewritten class of a module, without the subclasses that parametrize and FSDP make of it."""
     written = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not _is_pytorchs(cls))
     return next(written, type(module))
 
@@ -82,7 +82,7 @@ def _is_pytorchs(cls: type) -> bool:
 
 
 def _with_base(cls: type, old: type, new: type) -> type:
-    """The class with `new` among its bases in the place of `old`, or `new` for `old` itself."""
+    """The class with `new` instead of `old` among its bases; `new` if the class is `old` itself."""
     if old not in cls.__mro__ or cls is old:
         return new if cls is old else cls
     bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
@@ -101,20 +101,22 @@ def _value(module: nn.Module, dotted: str) -> object:
 
 
 def find_calls(source: Source) -> tuple[Call, ...]:
-    """Every activation call in `forward`, in the methods that it reaches through `self` and in the functions that these
-    call; gates are included."""
+    """Every activation call in `forward`, in the methods that it calls on `self`, and in the functions that these call.
+
+    Gates are included.
+    """
     return _analyse(source).calls
 
 
 @functools.lru_cache(maxsize=4096)
 def rewrite_class(source: Source) -> type:
-    """A subclass of `source.cls` that calls `self.<attribute>` in the place of each replaced activation call."""
+    """A subclass of `source.cls` that calls `self.<attribute>` instead of each replaced activation call."""
     cls, analysis = source.cls, _analyse(replace(source, replaced=frozenset()))
     known = {call.attribute for call in analysis.calls}
     if not source.replaced <= known:
         missing = ", ".join(sorted(source.replaced - known))
         raise OrthoFxError(f"the source of {cls.__qualname__} has no activation call {missing}; has it changed?")
-    # Helpers whose own calls, or whose helpers', are replaced.
+    # Helpers that hold a replaced call, or that call such a helper.
     helpers: dict[types.FunctionType, str] = {}
     for method, calls in reversed(analysis.methods):
         chosen = [call for call in calls if call.attribute in source.replaced]
@@ -142,7 +144,7 @@ def rewrite_class(source: Source) -> type:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    # A rewritten class has no importable name: a pickle names the original class and the calls that were replaced.
+    # A rewritten class has no importable name, so a pickle names the original class and the replaced calls.
     source: Source = type(self).__dict__[_SOURCE]
     reduced = super(type(self), self).__reduce_ex__(max(protocol, 2))
     if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -158,7 +160,7 @@ def _restore(source: Source) -> nn.Module:
 
 @dataclass
 class _Analysis:
-    """What a source holds: methods and helpers with the calls of each, in the order of the search."""
+    """The methods and helpers of a source, with the calls of each, in the order of the search."""
 
     methods: list[tuple[Method, list[Call]]] = field(default_factory=list)
     helpers: dict[types.FunctionType, list[types.FunctionType]] = field(default_factory=dict)
@@ -183,7 +185,7 @@ def _analyse(source: Source) -> _Analysis:
         function = base.__dict__.get(name)
         if not isinstance(function, types.FunctionType) or _is_torchs(function):
             continue
-        # A method that only super() reaches cannot be overridden in a subclass: its calls are read to be reported.
+        # A subclass cannot override a method that only super() reaches. Its calls are still read, to report them.
         unreachable = "" if below is None else f"{name} is called through super()"
         method = Method(name, function, constants, cls=source.cls, unreachable=unreachable)
         _read(analysis, method, numbers, source.split)
@@ -198,7 +200,7 @@ def _analyse(source: Source) -> _Analysis:
 
 
 def _read(analysis: _Analysis, method: Method, numbers: dict[str, int], split: frozenset[str]) -> None:
-    """Adds the calls of a method, and then of the helpers that it calls."""
+    """Adds the calls of a method, and then those of the helpers that it calls."""
     analysis.helpers[method.outer] = []
     calls = list(_calls_of(method, numbers, split, analysis))
     analysis.methods.append((method, calls))
@@ -230,7 +232,7 @@ def _calls_of(method: Method, numbers: dict[str, int], split: frozenset[str], an
 
 
 def _suspects(method: Method, numbers: dict[str, int]) -> Iterator[Call]:
-    """What may be activation calls in a method without source: names in its code that an activation function has."""
+    """The calls in a method without source that may be activations, judged by the names in its code object."""
     by_name = {function.__name__: target for function, target in EVERY_TARGET.functions.items()}  # type: ignore[attr-defined]
     code = method.function.__code__
     for name in code.co_names:
@@ -252,7 +254,7 @@ def _suspects(method: Method, numbers: dict[str, int]) -> Iterator[Call]:
 
 
 def _helpers_of(method: Method) -> dict[types.FunctionType, Mapping[str, Scalar]]:
-    """The functions that a method calls by name and that may hold activations, and their arguments that never vary."""
+    """The functions that a method calls by name and that may hold activations, each with its constant arguments."""
     found: dict[types.FunctionType, dict[str, object]] = {}
     for node in ast.walk(method.definition) if method.available else ():
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
@@ -270,7 +272,7 @@ def _helpers_of(method: Method) -> dict[types.FunctionType, Mapping[str, Scalar]
 
 
 def _arguments(method: Method, call: ast.Call, helper: types.FunctionType) -> dict[str, object]:
-    """What is known of a helper's parameters in one call of it."""
+    """The known values of a helper's parameters in one call."""
     if any(isinstance(argument, ast.Starred) for argument in call.args):
         return {}
     function = inspect.unwrap(helper)
@@ -278,7 +280,7 @@ def _arguments(method: Method, call: ast.Call, helper: types.FunctionType) -> di
     defaults = function.__defaults__ or ()
     given = {name: method.constant(value) for name, value in zip(names, call.args, strict=False)}
     given |= {keyword.arg: method.constant(keyword.value) for keyword in call.keywords if keyword.arg is not None}
-    if any(keyword.arg is None for keyword in call.keywords):  # **kwargs may hold any other
+    if any(keyword.arg is None for keyword in call.keywords):  # **kwargs may hold any other argument
         return given
     return (
         dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (function.__kwdefaults__ or {}) | given
@@ -294,7 +296,7 @@ def _is_torchs(function: types.FunctionType) -> bool:
 
 @cached(maxsize=4096)
 def may_activate(function: types.FunctionType, depth: int = 3) -> bool:
-    """Whether a function of somebody's may call an activation, itself or by functions that it calls; by its names."""
+    """Whether a function from outside of PyTorch may call an activation, directly or indirectly, judged by names."""
     if _is_torchs(function) or depth == 0:
         return False
     inner = inspect.unwrap(function)

@@ -1,4 +1,4 @@
-"""Walks the syntax tree of a method: lists its activations in the order of the text, and replaces the chosen ones."""
+"""Walks the syntax tree of a method, lists its activations in source order, and replaces the chosen ones."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Call:
     """One activation call in the source of a module class.
 
     Attributes:
-        function: the activation function, by its name in the table of targets.
+        function: the name of the activation function in the table of targets.
         kind: as in `Site`.
         code: the code object that runs the call.
-        argument: its input; None where that is not one plain expression.
-        reference: the scalar function that it computes; None where its arguments are no constants.
-        in_place: whether it writes to its input.
-        problem: why it cannot be replaced; empty where it can.
-        constants: the attributes of self that decide which activation it is.
-        attribute: names its expansion on the instance: the function, then the call's number among the class' calls of
-            that function, so that the name does not depend on what else is rewritten.
-        line: where it starts.
-        order: its number in the order of evaluation.
+        argument: the input expression; None if the input is not one plain expression.
+        reference: the scalar function of the call; None if its other arguments are not constant.
+        in_place: whether the call writes to its input.
+        problem: why the call cannot be replaced; empty if it can.
+        constants: the attributes of self that decide which activation is called.
+        attribute: the name of its expansion on the instance: the function, and the call's number among the class' calls
+            of that function. So the name does not depend on which other calls are replaced.
+        line: the first line of the call.
+        order: the position of the call in the order of evaluation.
     """
 
     function: str
@@ -59,14 +59,14 @@ class Call:
 
 
 class CallEditor(ast.NodeTransformer):
-    """Lists activations in `found`; puts `self.<attribute>(argument)` in the place of the chosen ones.
+    """Lists activations in `found`, and replaces the chosen ones by `self.<attribute>(argument)`.
 
     Args:
-        method: whose text it is.
-        numbers: how many expansions of each function the class has before these; it is counted on.
-        split: children whose calls are activations as well.
-        chosen: the attributes of those to replace.
-        helpers: functions that became methods of the class, with the names that they have there.
+        method: the method to read.
+        numbers: the number of the last call so far of each function in the class; the editor continues the count.
+        split: children whose calls are activations too.
+        chosen: the `attribute` of each call to replace.
+        helpers: functions that became methods of the class, with their names there.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class CallEditor(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        """`x *= torch.sigmoid(x)` is an assignment of a formula to x."""
+        """`x *= torch.sigmoid(x)` assigns a formula to x."""
         if isinstance(node.target, ast.Name):
             target = ast.Name(node.target.id, ast.Load())
             value = ast.copy_location(ast.BinOp(ast.copy_location(target, node), node.op, node.value), node)
@@ -116,7 +116,7 @@ class CallEditor(ast.NodeTransformer):
         return self._passed_on(node)
 
     def _passed_on(self, node: ast.Name | ast.Attribute) -> ast.AST:
-        """Lists a function that is no call's: `checkpoint(F.gelu, x)`."""
+        """Lists an activation function that is passed on and not called here: `checkpoint(F.gelu, x)`."""
         target = None
         if isinstance(node.ctx, ast.Load) and node not in self._called:
             target = EVERY_TARGET.of_function(self.method.resolve(node))
@@ -156,7 +156,7 @@ class CallEditor(ast.NodeTransformer):
         return ast.Attribute(ast.Name(self.method.self_name, ast.Load()), attribute, ast.Load())
 
     def _replaced(self, node: ast.expr, found: Call) -> ast.expr:
-        """Lists an activation, and replaces it if it is chosen."""
+        """Lists an activation; returns its replacement if it is chosen."""
         number = self.numbers[found.function] = self.numbers.get(found.function, -1) + 1
         argument, problem = found.argument, found.problem
         if not problem and argument is None:
@@ -170,20 +170,20 @@ class CallEditor(ast.NodeTransformer):
         if attribute in self.chosen and argument is not None:
             edited = ast.Call(self._of_self(attribute), [self.visit(argument)], [])
             if found.in_place and isinstance(argument, ast.Name):
-                # The name held the changed tensor afterwards, so it has to hold the expansion's output.
+                # After the in-place call the name held the result, so it must now hold the expansion's output.
                 edited = ast.NamedExpr(ast.Name(argument.id, ast.Store()), edited)
             edited = ast.copy_location(edited, node)
         elif found.kind == "formula" and argument is not None:
             self.visit(argument)
         else:
             self.generic_visit(node)
-        # Python evaluates the calls inside the arguments first, and those have been visited by now.
+        # Python evaluates calls inside the arguments first. They have been visited and counted by now.
         self.found[index] = replace(self.found[index], order=self._evaluated)
         self._evaluated += 1
         return edited
 
     def _call(self, node: ast.Call) -> Call | None:
-        """A call of one activation function, whatever stands in the place of the function."""
+        """A call of one activation function, by any expression for the function."""
         asked = set(self.method.asked)
         self.method.asked.clear()
         function = self.method.called(node.func)
@@ -199,7 +199,7 @@ class CallEditor(ast.NodeTransformer):
         return self._unknown(node) or self._method(node)
 
     def _reference(self, target: Target, node: ast.Call) -> Reference | None:
-        """The scalar function of a call with its further arguments, if these are constants."""
+        """The scalar function of a call with its further arguments; None if these are not constant."""
         values = [self.method.constant(value) for value in node.args[1:][: len(target.settings)]]
         named = {k.arg: self.method.constant(k.value) for k in node.keywords if k.arg in target.settings}
         if UNRESOLVED in (*values, *named.values()) or any(keyword.arg is None for keyword in node.keywords):
@@ -207,7 +207,7 @@ class CallEditor(ast.NodeTransformer):
         return target.reference(values, {str(name): value for name, value in named.items()})
 
     def _of_object(self, node: ast.Call, function: object, constants: frozenset[str]) -> Call | None:
-        """A call of a module that is no child, or of a function of somebody's."""
+        """A call of a module that is not a child, or of a function from outside of PyTorch."""
         if isinstance(function, type):
             return None
         reference = recognise(function)
@@ -223,7 +223,7 @@ class CallEditor(ast.NodeTransformer):
         return self._new(reference.target, kind, _first_argument(node), reference, in_place, constants=constants)
 
     def _unknown(self, node: ast.Call) -> Call | None:
-        """A call of an item of a map of activations, or of `getattr(F, ...)`, by what is known only when it runs."""
+        """A call of `ACT2FN[...]` or `getattr(F, ...)` whose key is known only at run time."""
         if is_getattr(node.func):
             assert isinstance(node.func, ast.Call)
             base = self.method.resolve(node.func.args[0])
@@ -266,7 +266,7 @@ class CallEditor(ast.NodeTransformer):
         return self._new(reference.target, "formula", formula.argument, reference, in_place, constants=constants)
 
     def _gated(self, node: ast.expr, formula: Formula) -> Reference | None:
-        """The reference of a self-gated product without a name, if nothing inside of it is an activation already."""
+        """The reference of a self-gated product without a name; None if it holds an activation that is no gate."""
         reference = formula.gated()
         if reference is None:
             return None

@@ -1,8 +1,8 @@
-"""Activation formulas in source: an expression that computes a function of one tensor, elementwise.
+"""Finds activation formulas in source: expressions that compute an elementwise function of one tensor.
 
-0.5 x (1 + tanh(...)), x * sigmoid(1.702 x), relu(x) ** 2: whatever the spelling, the largest expression is taken whose
-only ingredient besides constants is one tensor expression, rewritten in terms of `x`, and evaluated to see which
-function of the table it is. A product of x with a gate of x that is none of these keeps its formula as its name.
+Examples are 0.5 x (1 + tanh(...)), x * sigmoid(1.702 x) and relu(x) ** 2, in any spelling. The largest expression is
+taken that contains, besides constants, only one tensor expression. It is rewritten in terms of `x` and evaluated, to
+see which function of the table it is. A product of x with a gate of x that is not in the table is named by its formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _IGNORED = {"inplace", "out"}
 
 
 def formula_of(node: ast.expr, method: Method) -> Formula | None:
-    """The formula that an expression is; None where it has several ingredients, or does not bend."""
+    """The formula of an expression; None if it reads several tensor expressions, or has no nonlinear operation."""
     reader = _Reader(method)
     tree = reader.read(node)
     (argument, *others) = reader.arguments.values() or (None,)
@@ -28,7 +28,7 @@ def formula_of(node: ast.expr, method: Method) -> Formula | None:
 
 
 class _Reader:
-    """Rewrites an expression in terms of `x`; collects what `x` stands for."""
+    """Rewrites an expression in terms of `x`, and collects the tensor expressions that `x` replaces."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -55,7 +55,7 @@ class _Reader:
         return ast.Name("x", ast.Load())
 
     def _function(self, node: ast.expr) -> ast.expr | None:
-        """The function of a call as the formula writes it; None where that is no elementwise operation."""
+        """The called function as the formula writes it; None if it is not elementwise."""
         operation = operation_of(self.method.resolve(node)) if isinstance(node, ast.Name | ast.Attribute) else None
         if operation is not None:
             self.bends |= bends(operation.rpartition(".")[2]) and not operation.startswith("math.")

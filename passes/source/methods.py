@@ -1,8 +1,8 @@
-"""A function as its source: the syntax tree of its definition, what the names in it mean, and how to compile it anew.
+"""The source of a function: the syntax tree of its definition, the meaning of the names in it, and its recompilation.
 
-The tree is compiled inside an excerpt of its file, the module's imports and the one statement that holds the
-definition, which gives private names, closures and the compiler's choices the context that they had. Decorators are not
-run again: each wrapper is copied with the new function in the place of the one that it closes over.
+The tree is compiled inside an excerpt of its file: the module's imports, and the one statement that holds the
+definition. So private names, closures and the compiler's choices have their original context. Decorators are not run
+again: each wrapper is copied, and closes over the new function instead of the old one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Method:
     """A method of a module's class, or a function that such a method calls by its name (a helper).
 
     Args:
-        name: what the class calls it.
-        function: what runs, wrappers included.
-        constants: plain values that are known, by their dotted names: `self.alpha`, or a helper's parameter.
-        cls: the class, for attributes of `self` that the class holds; None for a helper.
-        unreachable: why a subclass cannot override it; empty where it can.
+        name: the name in the class.
+        function: the function that runs, with its wrappers.
+        constants: known plain values by their dotted names, such as `self.alpha` or a helper's parameter.
+        cls: the class, to look up attributes of `self` that are class attributes; None for a helper.
+        unreachable: why a subclass cannot override the method; empty if it can.
 
-    `asked` collects the dotted names of `self` that a caller wanted as constants, known or not.
+    `asked` collects the dotted names of `self` that a caller asked for as constants, known or unknown.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Method:
             ),
         }
         parameters = {node.arg for node in inside if isinstance(node, ast.arg)}
-        # A local name with one assignment stands for what it is assigned: `act = nn.GELU()`.
+        # A local name with a single assignment means the assigned value: `act = nn.GELU()`.
         self._assigned = {
             node.targets[0].id: node.value
             for node in inside
@@ -78,12 +78,12 @@ class Method:
         }
 
     def is_assigned(self, name: str) -> bool:
-        """Whether a local name has one assignment, which it stands for."""
+        """Whether a local name has a single assignment, and so means the assigned value."""
         return name in self._assigned
 
     @property
     def available(self) -> bool:
-        """Whether there is source."""
+        """Whether the source is available."""
         return bool(self.excerpt.body)
 
     def is_self(self, node: ast.AST) -> bool:
@@ -93,7 +93,7 @@ class Method:
         return isinstance(node.func, ast.Name) and node.func.id == "super"
 
     def resolve(self, node: ast.expr) -> object:
-        """The object that a dotted name stands for, as far as it is fixed: modules, classes and their attributes."""
+        """The object that a dotted name means, if that is fixed: a module, a class, or one of their attributes."""
         if isinstance(node, ast.Name):
             if node.id in self._assigned:
                 return self.called(self._assigned[node.id])
@@ -111,7 +111,7 @@ class Method:
         return UNRESOLVED
 
     def constant(self, node: ast.expr) -> object:
-        """The plain value that an expression always has, UNRESOLVED where that is not known."""
+        """The plain value that an expression always has; UNRESOLVED if it is not known."""
         if isinstance(node, ast.Constant):
             return node.value if isinstance(node.value, Scalar) else UNRESOLVED
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -131,7 +131,7 @@ class Method:
         return UNRESOLVED
 
     def dotted(self, node: ast.expr) -> str | None:
-        """`self.a.b` for what is reached from self, whatever that is called; a constant parameter's name; or None."""
+        """`self.a.b` for an attribute of self (under any name for self), a constant parameter's name, or None."""
         if isinstance(node, ast.Name):
             return node.id if node.id in self.constants else None
         parts: list[str] = []
@@ -141,10 +141,10 @@ class Method:
         return ".".join(["self", *reversed(parts)]) if parts and self.is_self(node) else None
 
     def called(self, node: ast.expr) -> object:
-        """The object that an expression in the place of a function stands for, where that is fixed.
+        """The object that is called, if it is fixed; `node` is the expression before the parentheses.
 
-        Besides names: `nn.GELU()` and `get_activation("gelu")`, a class or a function made for activations called with
-        constants, `ACT2FN["gelu"]`, an item of a map by a constant key, and `getattr(F, "gelu")`.
+        Besides a name, the expression may be `nn.GELU()` or `get_activation("gelu")` (a class or a function that makes
+        activations, called with constants), `ACT2FN["gelu"]` (a map with a constant key), or `getattr(F, "gelu")`.
         """
         if isinstance(node, ast.Name | ast.Attribute):
             return self.resolve(node)
@@ -174,7 +174,7 @@ class Method:
         return UNRESOLVED
 
     def problem(self) -> str:
-        """Why it cannot be compiled anew; empty where it can."""
+        """Why the function cannot be recompiled; empty if it can."""
         if self.unreachable:
             return self.unreachable
         if not self.available:
@@ -192,16 +192,16 @@ class Method:
         return ""
 
     def rebuild(self, edit: Callable[[ast.stmt], ast.stmt]) -> types.FunctionType:
-        """The function with each statement of its body edited: same globals, closure, defaults and wrappers.
+        """A new function with edited body statements, and the same globals, closure, defaults and wrappers.
 
-        A helper takes the module as a first argument more, for its new code to find the expansions.
+        A helper gets the module as an additional first argument, so that its new code can reach the expansions.
         """
         excerpt = copy.deepcopy(self.excerpt)
         definition = _definition(excerpt, self.function.__code__)
         assert definition is not None
         definition.body = [edit(statement) for statement in definition.body]
         if self.cls is None:
-            # Before those that are positional only, if there are any.
+            # The new argument comes first, so before positional-only arguments if there are any.
             first = definition.args.posonlyargs or definition.args.args
             first.insert(0, ast.arg(_OWNER))
         code = self._compile(ast.fix_missing_locations(excerpt))
@@ -222,7 +222,7 @@ class Method:
         return None
 
     def _rewrap(self, wrapper: types.FunctionType, new: types.FunctionType) -> types.FunctionType:
-        """`wrapper`, copied with `new` in the place of the function at the end of its chain of `__wrapped__`."""
+        """Copies `wrapper`, with `new` instead of the function at the end of its chain of `__wrapped__`."""
         if wrapper is self.function:
             return new
         wrapped = wrapper.__wrapped__  # type: ignore[attr-defined]
@@ -246,7 +246,7 @@ def is_getattr(node: ast.expr) -> bool:
 
 
 def _unbound(cls: type, name: str) -> object:
-    """What the class holds and calls without self: a static method, a module, or a function of PyTorch's own."""
+    """A class attribute that is called without self: a static method, a module, or one of PyTorch's own functions."""
     value = inspect.getattr_static(cls, name, UNRESOLVED)
     if isinstance(value, staticmethod):
         return value.__func__
@@ -255,7 +255,7 @@ def _unbound(cls: type, name: str) -> object:
 
 
 def _makes_activations(maker: object) -> TypeGuard[Callable[..., object]]:
-    """Whether calling it in order to see what comes out does no harm: a module's class, or get_activation's like."""
+    """Whether an object makes modules and is safe to call: a module class, or a function like get_activation."""
     if isinstance(maker, type):
         return issubclass(maker, nn.Module)
     return isinstance(maker, types.FunctionType) and "act" in maker.__name__.lower()
@@ -270,9 +270,9 @@ def _parsed(file: str, source: str) -> ast.Module:
 
 
 def _excerpt(code: types.CodeType) -> tuple[ast.Module, Any]:
-    """The imports of the code's file with the top-level statement that defines it, and the definition in there.
+    """The imports of the code's file with the top-level statement that defines the code, and the definition itself.
 
-    Without a source that holds it, an empty definition in an empty module.
+    If no source holds the code, the result is an empty definition in an empty module.
     """
     try:
         tree = _parsed(code.co_filename, "".join(inspect.findsource(code)[0]))
@@ -286,7 +286,7 @@ def _excerpt(code: types.CodeType) -> tuple[ast.Module, Any]:
             continue
         definition = _definition(statement, code)
         if definition is not None:
-            # The compiler treats names that the module imports differently from others.
+            # The compiler treats names that the module imports differently, so its imports are included.
             outside = [other for other in tree.body if other is not statement and not isinstance(other, scopes)]
             imports = [n for other in outside for n in ast.walk(other) if isinstance(n, ast.Import | ast.ImportFrom)]
             return ast.Module(body=[*imports, statement], type_ignores=[]), definition

@@ -1,4 +1,4 @@
-"""The activations that are calls in the code of a module's methods."""
+"""Finds the activations that are calls in the code of a module's methods."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
 
 
 def _holds(owner: nn.Module, name: str) -> bool:
-    """As `hasattr`, which takes long on a module that has no such attribute."""
+    """Like `hasattr`, but fast: `hasattr` is slow on a module without the attribute."""
     own = (vars(owner), owner._modules, owner._parameters, owner._buffers)
     return any(name in names for names in own) or hasattr(type(owner), name)
 
 
 def calls_of_child(prefix: str, owner: nn.Module, key: str) -> tuple[Occurrence, ...]:
-    """The calls of a child in the source of its owner, where these are several."""
+    """The calls of a child in the source of its owner, if there are several; empty otherwise."""
     split = frozenset((key,))
     calls = [call for call in find_calls(source_of(owner, split)) if call.function == key]
     child = owner._modules[key]

@@ -1,7 +1,7 @@
-"""What the passes know of an expansion: the base classes by which they tell it, and how they get one.
+"""What the passes know about an expansion: its base classes, and how to make one.
 
-The passes stand below the modules that are learned, so they import none of them. A module that takes the place of an
-activation derives from `Expansion`; whoever runs the passes hands them a `Factory`.
+The passes are a lower layer than the activation modules, so they import none of them. A module that replaces an
+activation derives from `Expansion`. The caller of the passes gives them a `Factory`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from ortho_fx.numerics.moments import Values
 
 
 class Expansion(nn.Module):
-    """A module that took the place of an activation, learned or frozen: no pass finds an activation in it."""
+    """A module that replaces an activation, learnable or frozen. The passes look for no activation inside it."""
 
 
 class LearnableExpansion(Expansion):
-    """An expansion with parameters, which the passes start and lower."""
+    """An expansion with parameters, which the passes initialise and lower."""
 
     config: ExpansionConfig
     basis: ClassVar[Basis]
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
-        """The values that `config.init` asks for, by name, and the fit that they come from or None."""
+        """The initial values that `config.init` asks for, by name, and the fit that gave them; None without a fit."""
         raise NotImplementedError
 
     def set_parameters(self, values: Values) -> None:
-        """Copies values, arrays by name, into the parameters."""
+        """Copies values (arrays by parameter name) into the parameters."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What an expansion took the place of: "module" and "attribute" keep it, "call" needs nothing, "node" a graph.
+    """What an expansion replaced.
 
-    "pair" is a node and its backward, which are not put back.
+    "module" and "attribute" keep the replaced object, "node" keeps a graph of the replaced nodes, and "call" needs to
+    keep nothing. "pair" is a node with its backward, which cannot be put back.
     """
 
     kind: str
@@ -52,8 +53,8 @@ class Replaced:
 
 
 def remember(expansion: nn.Module, replaced: Replaced) -> None:
-    """Notes on an expansion what it replaces."""
-    # In a tuple, for a module in it to be no submodule.
+    """Stores on an expansion what it replaces."""
+    # In a tuple, so that a replaced module does not become a submodule.
     expansion._replaced = (replaced,)  # type: ignore[assignment]
 
 
@@ -61,7 +62,7 @@ Substitute = Callable[[nn.Module], None]
 
 
 class Factory(Protocol):
-    """Makes the expansion that a config describes, with the arguments of `ExpansionActivation`."""
+    """Makes the expansion of a config; takes the arguments of `ExpansionActivation`."""
 
     def __call__(
         self,
@@ -76,7 +77,7 @@ class Factory(Protocol):
 
 
 class Calibrate(Protocol):
-    """Starts some expansions of a model, by their names, for the inputs that the batches give them."""
+    """Initialises some expansions of a model, by name, for the inputs that they get from the batches."""
 
     def __call__(
         self, model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
@@ -95,7 +96,7 @@ _provided: list[Maker] = []
 
 
 def provide(maker: Maker) -> None:
-    """Sets the maker of the runs that are given none."""
+    """Sets the default maker of the passes."""
     _provided[:] = [maker]
 
 

@@ -1,10 +1,10 @@
-"""Recognises activations by what they compute, whatever they are called.
+"""Recognises activations by the values that they compute, under any name.
 
-Libraries have classes and functions of their own for GELU and its like. A candidate is evaluated in float64 on points
-where the functions of the table differ, and taken for the one with which it agrees; families with a setting (leaky
-ReLU's slope, swish's beta) have it read off a value first. Candidates are leaf modules without parameters or buffers,
-of which a copy is run, and functions whose source is nothing but tensor arithmetic, so that running them does nothing
-else.
+Libraries have their own classes and functions for GELU and similar activations. A candidate is evaluated in float64 at
+points where the functions of the table differ, and is identified with the function that it agrees with. For a family
+with a setting (leaky ReLU's slope, swish's beta), the setting is first computed from one value. Candidates are leaf
+modules without parameters or buffers, of which a copy is run, and functions whose source is only tensor arithmetic, so
+that running them has no side effects.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ortho_fx.passes.vocabulary.elementwise import METHODS, bends, operation_of
 from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OURS, TARGETS, Reference, cached
 
 _TOLERANCE = 2e-6
-# Multiples of 1/12 up to |x| = 8, beyond which a clipped GELU may differ; shuffled, for an operation that mixes its
-# elements to be noticed. Settings are read off at some of them.
+# Multiples of 1/12 up to |x| = 8; a clipped GELU may differ beyond that. They are shuffled to detect an operation that
+# mixes elements. Settings are computed from the values at some of the points.
 POINTS = (torch.randperm(192, generator=torch.Generator()).double() - 96) / 12
 _PROBES = tuple(int((POINTS == x).nonzero()) for x in (-8.0, -1.0, 0.0, 1.0, 7.0))
 
@@ -71,12 +71,12 @@ def _rounded(setting: float) -> float:
 
 
 def evaluated(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor | None:
-    """The finite values of a function of one tensor, of the points' shape; None where it has none."""
-    # Random activations draw numbers, and the model's own must not change for it.
+    """The values of a function at the points, in the points' shape; None if it fails or they are not finite."""
+    # Random activations draw numbers. The fork keeps the model's own random numbers unchanged.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             value = function(points.clone())
-        except Exception:  # whatever a candidate does with a tensor that it is not made for
+        except Exception:  # a candidate may not be made for such a tensor
             return None
     if not isinstance(value, Tensor) or value.shape != points.shape or not value.is_floating_point() or value.is_meta:
         return None
@@ -84,7 +84,7 @@ def evaluated(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor | 
 
 
 def recognise(candidate: object) -> Reference | None:
-    """The scalar function that a callable of any kind computes; None where it is no known activation."""
+    """The scalar function of any kind of callable; None if it is no known activation."""
     if isinstance(candidate, nn.Module):
         return recognise_module(candidate)
     if isinstance(candidate, functools.partial):
@@ -106,7 +106,7 @@ def recognise(candidate: object) -> Reference | None:
 
 
 def recognise_module(module: nn.Module) -> Reference | None:
-    """The scalar function that a module computes; None where it is no activation, or one with numbers of its own."""
+    """The scalar function of a module; None if it is no activation, or has parameters or buffers."""
     target = EVERY_TARGET.modules.get(type(module))
     if target is not None:
         return None if target.name == "prelu" else target.reference_of(module)
@@ -118,12 +118,12 @@ def recognise_module(module: nn.Module) -> Reference | None:
     return _of_module(type(module), key, _Unhashed(module))
 
 
-# What every module has.
+# The attributes that every module has.
 OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def _key(module: nn.Module) -> tuple[Hashable, ...] | None:
-    """What the function of a leaf module depends on besides its class; None where that cannot be compared."""
+    """The values besides its class that decide the function of a leaf module; None if they cannot be compared."""
     parts: list[Hashable] = []
     for name, value in sorted(vars(module).items()):
         if name in OWN_ATTRIBUTES:
@@ -139,7 +139,7 @@ def _key(module: nn.Module) -> tuple[Hashable, ...] | None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children and is of a class of somebody's, called with one tensor."""
+    """Whether a module has no children, its class is not PyTorch's, and it can be called with one tensor."""
     cls = type(module)
     if module._modules or isinstance(module, torch.jit.ScriptModule):
         return False
@@ -149,7 +149,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 class _Unhashed:
-    """An argument that a cache does not look at."""
+    """Wraps an argument so that a cache ignores it."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -171,7 +171,7 @@ def _probed(module: nn.Module) -> Reference | None:
         modes = [_copied(module).train(), _copied(module).eval()]
     except Exception:  # a module that cannot be copied is not run
         return None
-    # Some activations are written for images or for sequences, and most take any shape.
+    # Most activations take any shape, but some accept only images or sequences.
     for shape in ((2, 4, 4, 6), (8, 24), (4, 6, 8)):
         in_training, in_evaluation = (match(functools.partial(_shaped, module, shape)) for module in modes)
         if in_training is not None and in_training == in_evaluation:
@@ -180,7 +180,7 @@ def _probed(module: nn.Module) -> Reference | None:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A copy without hooks, which may hold anything and do anything."""
+    """A copy without hooks: hooks could have side effects."""
     bare = copy.copy(module)
     for name, value in vars(module).items():
         if name.endswith("_hooks"):
@@ -193,7 +193,7 @@ def _shaped(module: nn.Module, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def computes_unknown_function(module: nn.Module) -> bool:
-    """Whether a leaf module of a class of somebody's computes a function of each element that is not linear."""
+    """Whether a leaf module of a class from outside of PyTorch computes a nonlinear function of each element."""
     parameters = list(module.parameters())
     small = sum(p.numel() for p in parameters) <= 4096 and not any(p.is_meta for p in parameters)
     return small and _is_leaf(module) and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
@@ -217,20 +217,20 @@ def _of_class(cls: type, module: _Unhashed) -> bool:
 
 @cached(maxsize=4096)
 def recognise_function(function: types.FunctionType) -> Reference | None:
-    """The scalar function that a Python function of one tensor computes; it is run only if it is arithmetic alone."""
+    """The scalar function of a Python function of one tensor. It is run only if its source is only arithmetic."""
     if not (_takes_one(function, skip=0) and _may_bend(function) and is_arithmetic(function)):
         return None
     return match(function)
 
 
 def _may_bend(function: types.FunctionType) -> bool:
-    """Whether a function calls what bends, by its names: reading sources takes time."""
+    """Whether a function's names include a nonlinear operation. This cheap test avoids reading most sources."""
     called = (function.__globals__.get(name) for name in function.__code__.co_names)
     return any(map(bends, function.__code__.co_names)) or any(isinstance(f, types.FunctionType) for f in called)
 
 
 def _takes_one(function: types.FunctionType, skip: int) -> bool:
-    """Whether a function can be called with one argument (after `skip` others)."""
+    """Whether a function can be called with one argument after `skip` others."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[skip:]
     except (TypeError, ValueError):
@@ -244,25 +244,25 @@ def _takes_one(function: types.FunctionType, skip: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_arithmetic(function: types.FunctionType) -> bool:
-    """Whether a function's source is nothing but elementwise arithmetic: assignments to names, branches and returns."""
+    """Whether a function's source is only elementwise arithmetic: assignments to names, branches and returns."""
     if inspect.unwrap(function) is not function:
         return False
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError, TypeError, IndexError):
         return False
-    # The source of a lambda is the statement that it stands in, which may hold others.
+    # The source of a lambda is the whole statement around it, which may hold other lambdas.
     lambdas = [n.body for n in ast.walk(tree) if isinstance(n, ast.Lambda) and _compiles_to(n, function.__code__)]
     body: list[Any] = tree.body if isinstance(tree, ast.FunctionDef) else lambdas[:1]
     names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
-    names.pop(function.__name__, None)  # one that calls itself
+    names.pop(function.__name__, None)  # recursion is not arithmetic
     return 0 < len(body) <= 12 and all(_allowed(node, names) for part in body for node in ast.walk(part))
 
 
 def _compiles_to(node: ast.Lambda, code: types.CodeType) -> bool:
     outer = compile(ast.Expression(node), code.co_filename, "eval")
     (inner,) = (constant for constant in outer.co_consts if isinstance(constant, types.CodeType))
-    # Not the bytecode itself, which depends on what the file imports.
+    # The bytecode itself is not compared: it depends on the file's imports.
     return all(getattr(inner, part) == getattr(code, part) for part in ("co_varnames", "co_names", "co_consts"))
 
 
@@ -287,7 +287,7 @@ def _allowed(node: ast.AST, names: dict[str, Any]) -> bool:
 
 
 def resolve(node: ast.expr, names: dict[str, Any]) -> object:
-    """What a dotted name of modules stands for; None where it is none."""
+    """The object that a dotted name means, looked up through modules only; None if there is none."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -297,7 +297,7 @@ def resolve(node: ast.expr, names: dict[str, Any]) -> object:
 
 
 def function_of(module: nn.Module) -> str | None:
-    """The name of the activation function that a module is."""
+    """The name of the activation function that a module computes; None if it is no activation."""
     target = EVERY_TARGET.modules.get(type(module))
     if target is not None:
         return target.name

@@ -1,8 +1,8 @@
 """The one table of activations: which callables are activations, and which scalar function each computes.
 
-Every way of finding an activation reads this table: module classes, functions (in-place ones too), tensor methods, ATen
-operators, and, through `recognise`, whatever computes one of its functions under another name. Sigmoid, tanh and the
-like are gates more often than activations, so they are replaced only when they are named.
+Every search for activations reads this table. It holds module classes, functions (in-place ones too), tensor methods
+and ATen operators; `recognise` compares other callables with its functions. Sigmoid, tanh and similar functions are
+gates more often than activations, so they are replaced only when they are named as targets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ortho_fx.errors import OrthoFxError
 class Target:
     """One activation function and every callable of PyTorch that computes it.
 
-    `gate` says that it is bounded or otherwise rarely a plain activation: replaced only when it is named.
-    `in_place` holds the functions that also write to their argument. `settings` are the arguments besides the input
-    that change the function, in order; modules keep them as attributes of the same names.
+    `gate` marks a function that is bounded, or for another reason rarely a plain activation: it is replaced only when
+    it is named. `in_place` holds the functions that also write to their argument. `settings` are the arguments besides
+    the input that change the function, in order; modules keep them as attributes of the same names.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Target:
     settings: tuple[str, ...] = ()
 
     def reference(self, values: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> Reference | None:
-        """The scalar function that a call with these further arguments computes; None where they are no constants."""
+        """The scalar function of a call with these further arguments; None if they are not constant."""
         given = {**dict(zip(self.settings, values, strict=False)), **(named or {})}
         settings = tuple((name, given[name]) for name in self.settings if name in given)
         if not all(isinstance(value, bool | int | float | str) for _, value in settings):
@@ -46,7 +46,7 @@ class Target:
         return Reference(self.name, settings)
 
     def reference_of(self, module: nn.Module) -> Reference | None:
-        """The scalar function that a module of one of the target's classes computes."""
+        """The scalar function of a module of one of the target's classes."""
         return self.reference(named={name: getattr(module, name) for name in self.settings})
 
 
@@ -78,7 +78,7 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 def self_gated(x: Tensor, formula: str) -> Tensor:
-    """A product of x with a gate of x that has no name of its own, by its formula in `x`, `torch`, `F` and `math`."""
+    """A product of x with a gate of x that has no name, given by its formula in `x`, `torch`, `F` and `math`."""
     return eval(formula, {"__builtins__": {}, "torch": torch, "F": F, "math": math, "x": x})
 
 
@@ -111,7 +111,7 @@ BY_NAME: dict[str, Target] = {target.name: target for target in TARGETS}
 
 
 class TargetTable:
-    """The targets chosen for one rewrite, indexed by everything that a search can meet."""
+    """The targets chosen for one rewrite, indexed by module class, function, method and operator."""
 
     def __init__(self, targets: Iterable[Target]) -> None:
         self.names: set[str] = set()
@@ -130,7 +130,7 @@ class TargetTable:
         self.methods |= dict.fromkeys(target.methods, target)
 
     def of_node(self, node: fx.Node) -> Target | None:
-        """The target that a node of a graph computes, as a function, an ATen operator or a method."""
+        """The target of a graph node that calls a function, an ATen operator or a method; None for other nodes."""
         if node.op == "call_function":
             return self.of_function(node.target)
         return self.methods.get(str(node.target)) if node.op == "call_method" else None
@@ -141,11 +141,11 @@ class TargetTable:
             return target if target is not None and target.name in self.names else None
         try:
             return self.functions.get(function)
-        except TypeError:  # unhashable, so not a function of ours
+        except TypeError:  # an unhashable object is not in the table
             return None
 
 
-# The class of an operator in a graph, such as torch.ops.aten.relu.default.
+# The class of operators in a graph, such as torch.ops.aten.relu.default.
 OPERATOR = type(torch.ops.aten.relu.default)
 
 EVERY_TARGET = TargetTable(TARGETS)
@@ -187,10 +187,10 @@ def may_change_input(node: fx.Node) -> bool:
 
 
 def choose_targets(names: Iterable[str] | None) -> TargetTable:
-    """The table of the named activation functions; of every one that is not a gate when nothing is named.
+    """The table of the named activation functions; without names, of all functions that are not gates.
 
     Raises:
-        OrthoFxError: a name that is not in the table.
+        OrthoFxError: an unknown name.
     """
     if names is None:
         return TargetTable(target for target in TARGETS if not target.gate)
