@@ -1,4 +1,4 @@
-"""Makes tests/ortho_fx/activations/torchortho_states.json: what torchortho 0.1.2 saves and returns, for a test without it.
+"""Makes tests/ortho_fx/activations/torchortho_states.json: states of torchortho 0.1.2, for a test without it.
 
     pip install torchortho==0.1.2
     python benchmarks/torchortho_states.py

@@ -116,7 +116,7 @@ def _copy_of(model: nn.Module) -> nn.Module | None:
 
 
 def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
-    """The replaced in-place activations that change the outputs of the model before the rewrite if they are not in place.
+    """The replaced in-place activations without which the original model has other outputs.
 
     `original` is a copy of the rewritten model; it is reverted here.
     """
