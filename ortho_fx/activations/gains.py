@@ -43,6 +43,8 @@ class Gains:
             every second moment up to q. It is inf if the map returns from all up to 1e8, and 0 if 1 is no attracting
             fixed point. A polynomial has a finite basin: signals outside of it grow without bound. The map describes
             wide layers. In a narrow layer the second moment of a sample fluctuates, and can leave the basin earlier.
+
+    Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
 
     forward: float

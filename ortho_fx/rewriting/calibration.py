@@ -86,6 +86,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
     Raises:
         OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite. The
             model is then unchanged.
+
+    Source: mean and deviation are merged over batches as by Chan, Golub and LeVeque, 1979.
     """
     expansions = {
         name: module for name, module in checked_model(model).named_modules() if isinstance(module, ExpansionActivation)

@@ -152,6 +152,8 @@ def rewrite_(
             matches no site, patterns that disagree on a shared site, an unknown target or pass, a config that needs
             example_inputs, or inputs that are constant or not finite. The model is then unchanged.
 
+    Source: the expansions are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> print(rewrite_(model, ExpansionConfig(basis="hermite", degree=3)))
