@@ -121,7 +121,9 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
 
 
 @pytest.mark.parametrize(
-    "page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str
+    "page",
+    [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples", "passes/source")), *PAGES],
+    ids=str,
 )
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
