@@ -121,7 +121,16 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     assert [command.split()[0] for command in commands] == ["train", "plot", "export", "compare"]
 
 
-OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")]
+OTHERS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        "examples/README.md",
+        "passes/source/README.md",
+    )
+]
 
 
 @pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "architecture.md", *PAGES], ids=str)
