@@ -11,7 +11,7 @@ factorials in its coefficients. Leading coefficients that are zero are dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,14 @@ from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
 # Horner's rule replaces the recurrence if its rounding error is at most this multiple of the recurrence's error.
 _HORNER_ERROR = 4.0
+
+
+# The coefficients of the monomials of a sum of a_k He_k / k!, from the a_k, by their number. At these degrees Horner's
+# rule rounds less than the recurrence.
+_MONOMIALS: dict[int, Callable[..., tuple[Any, ...]]] = {
+    3: lambda a0, a1, a2: (a0 - a2 * 0.5, a1, a2 * 0.5),
+    4: lambda a0, a1, a2, a3: (a0 - a2 * 0.5, a1 - a3 * 0.5, a2 * 0.5, a3 * (1 / 6)),
+}
 
 
 class Polynomials:
@@ -83,6 +91,12 @@ class Hermite(Basis):
 
     def evaluate(self, x: Value, *parameters: Value) -> Value:
         (coefficients,) = parameters
+        if len(coefficients) in _MONOMIALS:
+            # Horner's rule takes fewer steps, and is infinite with the right sign where the sum of terms would be NaN.
+            *rest, y = _MONOMIALS[len(coefficients)](*(coefficients[k] for k in range(len(coefficients))))
+            for monomial in reversed(rest):
+                y = multiply_add(y, x, monomial)
+            return y
         polynomials = Polynomials(x)
         y = multiply_add(coefficients[1], x, coefficients[0])
         for k in range(2, len(coefficients)):
