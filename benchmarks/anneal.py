@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from digits import digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups, rewrite_
@@ -34,13 +34,6 @@ RESULT = Path(__file__).parent / "results" / "anneal.json"
 WIDTH, HELD_OUT, BATCH, MEASURED = 64, 797, 64, 500
 LEARNING_RATE, FINE_TUNING_RATE, WEIGHT_DECAY, PENALTY, SHARE = 2e-3, 1e-3, 1e-2, 0.1, 0.3
 DEGREES = (2, 3)
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].float(), labels[order]
 
 
 def network(depth: int, seed: int) -> nn.Sequential:

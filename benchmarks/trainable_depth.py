@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from digits import digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups
@@ -86,13 +86,6 @@ class PlainNetwork(nn.Sequential):
         nn.init.normal_(readout.weight, std=math.sqrt(1 / WIDTH), generator=generator)
         nn.init.zeros_(readout.bias)
         super().__init__(*layers, readout)
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].float(), labels[order]
 
 
 def train(case: Case, depth: int, lr: float, steps: int, data: tuple[Tensor, Tensor]) -> dict:

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ _IN_A_FOLDER = (
 )
 # Keys under which other libraries store the state dict in a file that holds more.
 _WRAPPINGS = ("model", "state_dict")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a file of tensors: the tensors by name, and the metadata, which only safetensors files have."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -47,8 +56,8 @@ def safetensors_library() -> Any:
     return safetensors
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, copied from it, and its metadata.
+def read_safetensors(path: Path) -> TensorFile:
+    """The content of a safetensors file; the tensors are copies.
 
     Raises:
         OrthoFxError: no file, or one that is not safetensors.
@@ -58,13 +67,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             # Copies, since the tensors are mapped into memory: they would change with the file.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
+            return TensorFile({name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise OrthoFxError(f"{path} is not a readable safetensors file: {reason(error)}") from None
 
 
-def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The state dict of a .safetensors, .bin, .pth or .pt file, and the metadata of a .safetensors file.
+def read_tensors(path: Path) -> TensorFile:
+    """The state dict in a .safetensors, .bin, .pth or .pt file, with its metadata.
 
     Raises:
         OrthoFxError: no file, another ending, or a file that cannot be read, holds more than plain values, or holds no
@@ -90,7 +99,7 @@ def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     other = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
     if other is not None:
         raise OrthoFxError(f"{path} holds no state dict: {other} is a {type(state[other]).__name__}, not a tensor")
-    return state, {}
+    return TensorFile(state)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from ortho_fx.bases import BASES
 from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.data.batch import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARALLEL = ("ddp", "fsdp")
@@ -31,10 +32,10 @@ PARALLEL = ("ddp", "fsdp")
 class Task:
     """A kind of model: its presets and classes, its kind of data, and the defaults of a run."""
 
-    presets: dict[str, Any]
+    presets: Mapping[str, gpt2.GPT2Config] | Mapping[str, convnext.ConvNeXtConfig]
     model: type[torch.nn.Module]
     block: type[torch.nn.Module]
-    kind: str
+    kind: Kind
     unit: str
     data: str
     steps: int
@@ -242,6 +243,15 @@ def _with_text(setting: Field[Any]) -> Field[Any]:
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(Path(file.name).stem for file in (resources.files(__package__) / "recipes").iterdir())
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The settings in which a saved configuration differs from that of this run, a text for each."""
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
 
 
 def one_of(name: str, value: str, allowed: Mapping[str, Any] | Sequence[str]) -> None:

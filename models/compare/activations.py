@@ -131,5 +131,5 @@ def _value(name: str, value: str, text: str) -> Any:
         raise OrthoFxError(f"{name} must be {kinds[kind]}; got {value!r} in {text!r}") from None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

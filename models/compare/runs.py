@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +30,12 @@ from ortho_fx.bench.config import BenchConfig
 from ortho_fx.bench.measure import bench
 from ortho_fx.bench.report import environment_of
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.files import atomic_file
+from ortho_fx.files import atomic_file, reason
 from ortho_fx.models.compare.activations import Activation, choose_activations
 from ortho_fx.models.compare.plot import plot_comparison
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison, StepCost
 from ortho_fx.models.data.sources import Batch
-from ortho_fx.models.recipe import TrainConfig
+from ortho_fx.models.recipe import TrainConfig, differences
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import checkpoints
@@ -120,8 +119,7 @@ def load_comparison(out: str | Path) -> Comparison:
     try:
         return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OrthoFxError(f"cannot read {path}: {reason}") from None
+        raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _open(
@@ -141,11 +139,7 @@ def _open(
             shutil.rmtree(directory, ignore_errors=True)
     elif present:
         old = load_comparison(out)
-        different = [
-            f"{name} is {old.settings.get(name)!r} there and {settings.get(name)!r} here"
-            for name in sorted({*old.settings, *settings})
-            if old.settings.get(name) != settings.get(name)
-        ]
+        different = differences(old.settings, settings)
         if different:
             raise OrthoFxError(
                 f"{out} holds a comparison with other settings: {', '.join(different)}; choose another --out, or pass "
@@ -246,7 +240,7 @@ def _training_steps(configs: Mapping[str, TrainConfig], setting: BenchConfig) ->
         if config.compile:
             optimization.losses = compile_alone(optimization.losses, setting)
 
-        def step(_: Any, optimization: Optimization = optimization) -> None:
+        def step(_: object, optimization: Optimization = optimization) -> None:
             optimization.step(0, parts)
             # In the next step the profiler would ignore this free, since it misses the allocation.
             optimization.optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 from ortho_fx.models.data.augment import RandAugment, central_crop, mix, random_crop, row_generator, shift
 from ortho_fx.models.data.batch import Batch
 
@@ -128,21 +129,31 @@ def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The training or the validation images: pixels (N, channels, size, size), and the class of each image (N,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
 class _InMemory(Images):
     """Images in memory as integers (N, channels, size, size), normalised batch by batch; zero is the background."""
 
     largest_shift: ClassVar[int]
 
-    def __init__(
-        self,
-        name: str,
-        train: tuple[NDArray[np.uint8], NDArray[np.int64]],
-        validation: tuple[NDArray[np.uint8], NDArray[np.int64]],
-        settings: Settings,
-    ) -> None:
-        self.train_pixels, self.validation_pixels = train[0], validation[0]
-        classes, (channels, size) = int(train[1].max()) + 1, train[0].shape[1:3]
-        super().__init__(name, train[1], validation[1], settings, channels=channels, classes=classes, image_size=size)
+    def __init__(self, name: str, train: _Split, validation: _Split, settings: Settings) -> None:
+        self.train_pixels, self.validation_pixels = train.pixels, validation.pixels
+        channels, size = train.pixels.shape[1:3]
+        super().__init__(
+            name,
+            train.labels,
+            validation.labels,
+            settings,
+            channels=channels,
+            classes=int(train.labels.max()) + 1,
+            image_size=size,
+        )
         counts = np.zeros(256)
         for chunk in np.array_split(self.train_pixels, math.ceil(len(self.train_pixels) / 1000)):
             counts += np.bincount(chunk.ravel(), minlength=256)
@@ -181,7 +192,7 @@ class Digits(_InMemory):
         images, targets = load_digits(return_X_y=True)
         pixels, labels = images.reshape(-1, 1, 8, 8).astype(np.uint8), targets.astype(np.int64)
         held = np.arange(len(pixels)) % 7 == 6
-        train, validation = ((pixels[part], labels[part]) for part in (~held, held))
+        train, validation = (_Split(pixels[part], labels[part]) for part in (~held, held))
         super().__init__("digits of scikit-learn", train, validation, settings)
 
 
@@ -204,27 +215,27 @@ class IDX(_InMemory):
 
     def __init__(self, folder: str | Path, settings: Settings = Settings()) -> None:
         train, validation = (_read_split(Path(folder), split) for split in ("train", "t10k"))
-        if validation[0].shape[1:] != train[0].shape[1:]:
-            sides = " and ".join("{} x {}".format(*part[0].shape[2:]) for part in (train, validation))
+        if validation.pixels.shape[1:] != train.pixels.shape[1:]:
+            sides = " and ".join("{} x {}".format(*part.pixels.shape[2:]) for part in (train, validation))
             raise OrthoFxError(f"images of {folder} must have one size; training and validation have {sides}")
-        if validation[1].max() > train[1].max():
-            largest = [int(labels.max()) for _, labels in (train, validation)]
+        if validation.labels.max() > train.labels.max():
+            largest = [int(part.labels.max()) for part in (train, validation)]
             raise OrthoFxError(
                 f"labels of {folder} go up to {largest[0]} in training and to {largest[1]} in validation"
             )
         checksum = 0
-        for part in (*train, *validation):
-            checksum = zlib.crc32(part.data, checksum)
-        size = train[0].shape[2]
+        for part in (train, validation):
+            checksum = zlib.crc32(part.labels.data, zlib.crc32(part.pixels.data, checksum))
+        size, counts = train.pixels.shape[2], f"{len(train.labels)} train, {len(validation.labels)} val"
         super().__init__(
-            f"images {size} x {size}, {len(train[0])} train, {len(validation[0])} val, crc32 {checksum:08x}",
+            f"images {size} x {size}, {counts}, crc32 {checksum:08x}",
             train,
             validation,
             settings,
         )
 
 
-def _read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_split(folder: Path, split: str) -> _Split:
     images = _read_idx(folder / f"{split}-images-idx3-ubyte", 3)
     labels = _read_idx(folder / f"{split}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
@@ -232,7 +243,7 @@ def _read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np
     if images.shape[1] != images.shape[2] or not images.size:
         shape = " x ".join(map(str, images.shape))
         raise OrthoFxError(f"{split} images of {folder} must be square, and one or more; got {shape}")
-    return images[:, None], labels.astype(np.int64)
+    return _Split(images[:, None], labels.astype(np.int64))
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -245,7 +256,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         content = path.read_bytes()
         content = gzip.decompress(content) if path is packed else content
     except (OSError, EOFError, zlib.error) as error:
-        raise OrthoFxError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
     start = 4 + 4 * dimensions
     # The header: two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
     magic = bytes((0, 0, 8, dimensions))
@@ -347,8 +358,7 @@ class ImageFolder(Images):
                 sides = (self.image_size, self.image_size)
                 return np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BICUBIC, box=box))
         except Exception as error:  # each decoder raises its own errors for damaged files
-            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-            raise OrthoFxError(f"cannot read the image {path}: {reason}") from None
+            raise OrthoFxError(f"cannot read the image {path}: {reason(error)}") from None
 
 
 def _list_images(folder: Path) -> dict[str, tuple[list[bytes], int]]:

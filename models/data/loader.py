@@ -9,13 +9,15 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.data.batch import Batch, Data
+
+T = TypeVar("T")
 
 
 def load(
@@ -135,7 +137,7 @@ class _Validation(_Batches):
         return self.data.validation_batch(number, self.size, self.rows)
 
 
-def _as_it_is(step: Any) -> Any:
+def _as_it_is(step: T) -> T:
     return step
 
 

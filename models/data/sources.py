@@ -75,7 +75,7 @@ class DataConfig:
 def open_data(config: DataConfig, kind: Literal["tokens"]) -> Tokens: ...
 @overload
 def open_data(config: DataConfig, kind: Literal["images"]) -> Images: ...
-def open_data(config: DataConfig, kind: str) -> Tokens | Images:
+def open_data(config: DataConfig, kind: Kind) -> Tokens | Images:
     """Opens data for a model that takes "tokens" or "images".
 
     Args:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.data.images import Images
 from ortho_fx.models.data.sources import DataConfig, open_data
 from ortho_fx.models.data.text import Tokens
 from ortho_fx.models.gpt2 import GPT2
-from ortho_fx.models.recipe import TASKS, TrainConfig
+from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.weights.layouts import load_pretrained
 from ortho_fx.rewriting.calibration import calibrate_
 from ortho_fx.rewriting.rewrite import rewrite_
@@ -65,7 +66,7 @@ def _language_model(config: TrainConfig) -> Built:
                 f"{data.vocabulary}"
             )
     else:
-        preset, notes = TASKS["gpt2"].presets[config.size], ()
+        preset, notes = gpt2.PRESETS[config.size], ()
         data = open_data(DataConfig(config.data, context=preset.context), "tokens")
         vocabulary = data.vocabulary or preset.vocabulary
         model = GPT2(replace(preset, vocabulary=vocabulary, dropout=config.dropout))
@@ -88,9 +89,8 @@ def _image_model(config: TrainConfig) -> Built:
         shapes = {"classes": data.classes, "channels": data.channels}
         loaded = load_pretrained(config.start_from, kind="convnext", drop_path=config.drop_path, **shapes)
         return Built(loaded.model, data, loaded.notes)
-    task = TASKS["convnext"]
-    preset = replace(task.presets[config.size], channels=data.channels, classes=data.classes)
-    return Built(task.model(replace(preset, drop_path=config.drop_path)), data)
+    preset = replace(convnext.PRESETS[config.size], channels=data.channels, classes=data.classes)
+    return Built(convnext.ConvNeXt(replace(preset, drop_path=config.drop_path)), data)
 
 
 def _make_learnable(model: nn.Module, config: TrainConfig, inputs: Tensor) -> None:

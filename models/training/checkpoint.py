@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
+from ortho_fx.models.recipe import differences
 from ortho_fx.models.training.processes import Processes
 
 VERSION = 2
 _FAILURES = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, CheckpointException)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its directory, the step that it is of, and the number of skipped steps until then."""
+
+    path: Path
+    step: int
+    skipped: int
 
 
 def save_checkpoint(
@@ -91,8 +102,8 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob("step-*/state.json") if path.parent.suffix != ".partial")
 
 
-def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint and its state.json.
+def newest_checkpoint(directory: Path, configuration: Mapping[str, Any]) -> Checkpoint:
+    """The newest checkpoint of a directory.
 
     Raises:
         OrthoFxError: no checkpoint, one that cannot be read, one of another version, or one of another configuration;
@@ -105,19 +116,15 @@ def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple
     try:
         described = json.loads((path / "state.json").read_text())
         version, saved = described["version"], dict(described["configuration"])
-        described |= {name: int(described[name]) for name in ("step", "skipped")}
+        newest = Checkpoint(path, int(described["step"]), int(described["skipped"]))
     except _FAILURES as error:
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
     if version != VERSION:
         raise OrthoFxError(f"{path} has checkpoint version {version}; this release reads version {VERSION}")
-    different = [
-        f"{name} is {saved.get(name)!r} there and {configuration.get(name)!r} here"
-        for name in sorted({*saved, *configuration})
-        if saved.get(name) != configuration.get(name)
-    ]
+    different = differences(saved, configuration)
     if different:
         raise OrthoFxError(f"{path} is of another configuration: {', '.join(different)}")
-    return path, described
+    return newest
 
 
 def load_tensors(path: Path, state: dict[str, Any], processes: Processes) -> None:

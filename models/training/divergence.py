@@ -24,7 +24,7 @@ _SLOWER = ["a lower lr", "a longer warmup", "a smaller clip", _SKIP]
 
 def explain_divergence(
     model: nn.Module,
-    forward: Callable[[], Any],
+    forward: Callable[[], object],
     rows_so_far: Sequence[Mapping[str, Any]],
     what: str,
     step: int,
@@ -83,12 +83,12 @@ def _grown(sites: Mapping[str, ExpansionActivation], rows: Sequence[Mapping[str,
 class _Run:
     """One run of a module: the extremes of its floating inputs and outputs, as tensors on the device."""
 
-    def __init__(self, name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def __init__(self, name: str, module: nn.Module, inputs: object, outputs: object) -> None:
         self.name, self.module = name, module
         self.inputs, self.outputs = _extremes(inputs), _extremes(outputs)
 
 
-def _probe(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Run], list[Tensor]]:
+def _probe(model: nn.Module, forward: Callable[[], object]) -> tuple[list[_Run], list[Tensor]]:
     """The runs of all modules, in the order in which they ended, and the extremes of the result of `forward`."""
     runs: list[_Run] = []
 
@@ -134,7 +134,7 @@ def _at_output(run: _Run, *, comes_first: bool) -> str:
     return f"inputs of {name} are the first numbers that are not finite: {_try(_SLOWER)}"
 
 
-def _origin_of_gradient(model: nn.Module, forward: Callable[[], Any], runs: Sequence[_Run]) -> _Run | None:
+def _origin_of_gradient(model: nn.Module, forward: Callable[[], object], runs: Sequence[_Run]) -> _Run | None:
     """The last module with a gradient that is not finite, if later modules have finite gradients.
 
     If even the last module's gradient is not finite, the cause is the loss, and gradients say nothing about the model.
@@ -220,7 +220,7 @@ def _try(settings: Sequence[str]) -> str:
     return f"try {', '.join(settings[:-1])}, or {settings[-1]}"
 
 
-def _extremes(values: Any) -> list[Tensor]:
+def _extremes(values: object) -> list[Tensor]:
     """Smallest and largest number of every floating tensor; both are NaN if it holds a NaN."""
     leaves = (leaf for leaf in trees.leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return [torch.stack(torch.aminmax(_local(leaf).detach())) for leaf in leaves if leaf.numel()]

@@ -40,7 +40,7 @@ from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import (
     checkpoints,
     load_tensors,
-    read_description,
+    newest_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
@@ -130,9 +130,9 @@ class Run:
     def start(self, *, resume: bool, overwrite: bool) -> Result:
         folder, first = self.directory / "checkpoints", 0
         if resume:
-            path, description = read_description(folder, self.configuration)
-            first, self.skipped = description["step"], description["skipped"]
-            self._load(path)
+            newest = newest_checkpoint(folder, self.configuration)
+            first, self.skipped = newest.step, newest.skipped
+            self._load(newest.path)
         elif checkpoints(folder) and not overwrite:
             raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
         # All processes must have looked for a checkpoint before one of them writes.

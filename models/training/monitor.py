@@ -72,7 +72,7 @@ class SiteMonitor:
         """Takes the earlier measurements of a resumed run, so that `reach` still counts from the run's start."""
         self.rows = list(rows)
 
-    def measure(self, forward: Callable[[], Any], step: int) -> list[SiteRow]:
+    def measure(self, forward: Callable[[], object], step: int) -> list[SiteRow]:
         """Runs the model once and returns a row for each expansion that was called, in the model's order.
 
         The model runs without gradients, in eval mode and uncompiled, since compiled code would not call the hooks. The

@@ -168,9 +168,9 @@ def read_weights(path: Path) -> Weights:
     Raises:
         OrthoFxError: no safetensors file, or one without our description, of another version, or damaged.
     """
-    tensors, metadata = read_safetensors(path)
+    file = read_safetensors(path)
     with errors_naming(path):
-        return described(tensors, metadata)
+        return described(file.tensors, file.metadata)
 
 
 def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Weights:

@@ -108,7 +108,8 @@ def load_expansions(path: str | Path) -> SavedExpansions:
         OrthoFxError: no such file, a damaged one, one of another format or version, or no safetensors.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
+    file = read_safetensors(path)
+    metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise OrthoFxError(f"{path} is not a file of expansions: its format is {metadata.get('format')!r}")
     if metadata.get("version") != _VERSION:
@@ -116,7 +117,7 @@ def load_expansions(path: str | Path) -> SavedExpansions:
     try:
         with errors_naming(path):
             sites = json.loads(metadata["sites"])
-            rebuilt = {name: _rebuilt(name, described, tensors) for name, described in sites.items()}
+            rebuilt = {name: _rebuilt(name, described, file.tensors) for name, described in sites.items()}
             return SavedExpansions(int(metadata["step"]), rebuilt)
     except OrthoFxError:
         raise
@@ -160,6 +161,6 @@ def _reference(described: list[Any] | None) -> Reference | None:
     return Reference(described[0], tuple(described[1].items()))
 
 
-def _writable(value: Any) -> Any:
+def _writable(value: object) -> object:
     """The value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

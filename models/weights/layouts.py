@@ -23,7 +23,7 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import gpt2
 from ortho_fx.models.convnext import ConvNeXtConfig
-from ortho_fx.models.files import errors_naming, files_of, read_json, read_tensors
+from ortho_fx.models.files import TensorFile, errors_naming, files_of, read_json, read_tensors
 from ortho_fx.models.gpt2 import GPT2Config
 from ortho_fx.models.weights.bundle import ModelConfig, SiteExpansion, Weights, described, shortened
 
@@ -163,13 +163,11 @@ def load_pretrained(
         return Pretrained(weights.kind, weights.build(), (*notes, *adapted))
 
 
-def convert(
-    state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
-) -> tuple[str, ModelConfig, dict[str, Tensor]]:
-    """Converts a state dict of any known layout to ours: the kind of model, its config, and the tensors by our names.
+def convert(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> Weights:
+    """Converts a state dict of any known layout to ours.
 
     Args:
-        state: the tensors by name. Those of expansions stay in it; `expansions_of` reads them.
+        state: the tensors by name, those of a rewritten model with the parameters of its expansions.
         settings: the config.json of transformers' GPT-2, which alone states the number of heads. Without it, the number
             is that of the preset with this number of layers and width, else width / 64.
 
@@ -182,11 +180,11 @@ def convert(
         state = _renamed(layout, state)
     tensors = dict(state)
     if layout.kind == "convnext":
-        return "convnext", _convnext_config(tensors), tensors
+        return Weights("convnext", _convnext_config(tensors), expansions_of(tensors), tensors)
     head = tensors.pop("head.weight", None)
     if head is not None and not torch.equal(head, _of_rank(tensors, "tokens.weight", 2)):
         raise OrthoFxError("the head is not tied: it differs from the embedding of the tokens, which GPT-2 has for it")
-    return "gpt2", _gpt2_config(tensors, settings), tensors
+    return Weights("gpt2", _gpt2_config(tensors, settings), expansions_of(tensors), tensors)
 
 
 def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
@@ -367,19 +365,17 @@ def _regularised(config: ModelConfig, dropout: float | None, drop_path: float | 
     return config if drop_path is None else replace(config, drop_path=drop_path)
 
 
-def _weights(
-    path: Path, read: Sequence[tuple[Mapping[str, Tensor], Mapping[str, str]]]
-) -> tuple[Weights, tuple[str, ...]]:
+def _weights(path: Path, read: Sequence[TensorFile]) -> tuple[Weights, tuple[str, ...]]:
     """The weights in the files of a path, in float32 or float64, and notes on guesses and conversions."""
     notes = []
-    tensors = {name: tensor for state, _ in read for name, tensor in state.items()}
-    own = next((metadata for _, metadata in read if "ortho_fx" in metadata), None)
+    tensors = {name: tensor for file in read for name, tensor in file.tensors.items()}
+    own = next((file.metadata for file in read if "ortho_fx" in file.metadata), None)
     if own is not None:
         weights = described(tensors, own)
     else:
         settings = _settings(path)
-        kind, config, tensors = convert(tensors, settings)
-        weights = Weights(kind, config, expansions_of(tensors), tensors)
+        weights = convert(tensors, settings)
+        config = weights.config
         if isinstance(config, GPT2Config) and settings is None:
             source = _heads(config.layers, config.width)[1]
             notes.append(f"the file does not tell its number of heads, which is taken to be {config.heads}, {source}")

@@ -148,14 +148,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     whole = train(small(tmp_path, compile=False, save_every=4, out=str(tmp_path / "whole")))
     script = """
     import os, sys
-    from ortho_fx.models import gpt2, training
+    from ortho_fx.models import gpt2
     from ortho_fx.models.recipe import TrainConfig
+    from ortho_fx.models.training import loop
     gpt2.PRESETS["test"] = gpt2.GPT2Config(vocabulary=256, context=16, layers=2, heads=2, width=32)
     config = TrainConfig(
         size="test", steps=12, batch_size=16, lr=5e-3, warmup=2, compile=False, save_every=4, out=sys.argv[1]
     )
-    run = training.Run(config, training.Processes(0, 1, training.torch.device("cpu")))
-    step, save = run.optimization.step, training.save_checkpoint
+    run = loop.Run(config, loop.Processes(0, 1, loop.torch.device("cpu")))
+    step = run.optimization.step
     def step_or_wait(number, parts):
         if number == 10:
             print("stands at", number, flush=True)

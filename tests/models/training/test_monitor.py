@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,13 +10,6 @@ from ortho_fx import ExpansionConfig, HermiteActivation, TropicalActivation, rew
 from ortho_fx.models import gpt2
 from ortho_fx.models.training.monitor import SiteMonitor, expansions
 from ortho_fx.models.weights.expansions import load_expansions
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def small_model():

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
-from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, freeze_, revert_, rewrite_
-from ortho_fx.models import files
+from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, files, freeze_, revert_, rewrite_
 from ortho_fx.models.convnext import PRESETS as CONVNEXTS
 from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config

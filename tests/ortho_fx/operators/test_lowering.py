@@ -570,13 +570,6 @@ def test_checkpointed_regions():
     assert_trains_as(rewritten(), model, torch.compile(model, fullgraph=True))
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_graphs_that_are_split_at_the_buckets_of_ddp():
     # The first bucket holds one megabyte, the size of one of these linear layers.

@@ -2,8 +2,7 @@
 
 On a GPU Inductor fuses such a "mix-order" pair if both read the same tensor, as in a LayerNorm's backward, or in an
 expansion for each channel beside a sum over each row. The sums of an expansion share a buffer, and before PyTorch 2.15
-such sums were lost (pytorch issue 193061); ortho_fx turns the fusion off on these releases. `tests.interpreter` runs
-the GPU's code.
+such sums were lost. ortho_fx turns the fusion off on these releases. `tests.interpreter` runs the GPU's code.
 """
 
 import copy

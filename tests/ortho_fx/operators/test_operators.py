@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -139,14 +138,6 @@ def test_shapes_without_elements_or_dimensions(name):
         assert y.shape == shape
         y.sum().backward()
         assert x.grad.shape == shape
-
-
-@pytest.fixture
-def without_loops():
-    """Makes it an error if `torch.vmap` has no rule for an operator and would call it once for each member."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop because we have not yet implemented the batching")
-        yield
 
 
 @pytest.mark.parametrize("channel_dim", [None, 0, 1, -1])

@@ -225,13 +225,6 @@ def test_an_optimizer_that_would_miss_the_parameters_is_refused():
     compile_model(model)(torch.randn(4, 8))
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_wrappers_of_torch_distributed_are_refused_late_and_work_after_rewrite():
     from torch.distributed.device_mesh import init_device_mesh

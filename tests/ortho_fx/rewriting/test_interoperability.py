@@ -7,7 +7,6 @@ import copy
 import io
 import subprocess
 import sys
-import warnings
 from datetime import timedelta
 
 import pytest
@@ -84,14 +83,6 @@ def outcome(model, x, call=None):
     y = (model if call is None else call)(x)
     y.square().sum().backward()
     return y.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.fixture
-def without_loops():
-    """Makes it an error if `torch.vmap` has no rule for an operator and would call it once for each member."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop because we have not yet implemented the batching")
-        yield
 
 
 @pytest.fixture(autouse=True)
