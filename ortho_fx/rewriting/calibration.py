@@ -11,16 +11,23 @@ parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.activations.originals import unchanged_on_failure
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.processes import measured
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
+def calibrate_(
+    model: nn.Module, batches: Iterable[Batch], *, process_group: ProcessGroup | str | None = None
+) -> Calibration:
     """Runs the model over batches and initialises each expansion for the inputs that it got, in place.
 
     Every expansion starts again from its `config.init`: what it had learned is gone. "stable", "calibrated" and
@@ -69,36 +78,35 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
     with batch normalisation that has not been trained yet should be in train mode, since in eval mode it normalises by
     running statistics that are not its data's.
 
+    Where `torch.distributed` is initialised, every process has to call it, and each expansion starts from the inputs of
+    all of them, so that they start equal. Values go into the original parameters: sharded, parametrized or pruned.
+
     Args:
         model: a model with expansions.
         batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+        process_group: the processes that hold the same model, such as those of data parallelism beside pipeline
+            stages; all of them when omitted, and "alone" for this one only.
 
     Raises:
-        OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite; the
-            model is then as it was.
+        OrthoFxError: a model without expansions, no batch, a site whose inputs are constant or not finite, a
+            parametrization that cannot be inverted, or processes that hold different sites; the model is then as it
+            was.
     """
     expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
-    return calibrate_expansions(model, expansions, batches)
+    return calibrate_expansions(model, expansions, batches, process_group)
 
 
 def calibrate_expansions(
-    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+    model: nn.Module,
+    expansions: Mapping[str, LearnableExpansion],
+    batches: Iterable[Batch],
+    process_group: ProcessGroup | str | None = None,
 ) -> Calibration:
     """The same for some of the model's expansions, by their names."""
-    inputs = {name: Histogram() for name in expansions}
-    handles = [
-        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
-        for name, expansion in expansions.items()
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen_by_each = measured(lambda: _inputs(model, expansions, batches), process_group)
+    inputs = {name: Histogram.merged([each[name] for each in seen_by_each]) for name in expansions}
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
         raise OrthoFxError(
@@ -111,8 +119,38 @@ def calibrate_expansions(
             raise OrthoFxError(f"the inputs of {name} are constant ({seen.mean:g}): they have no scale to fit to")
     starts = {name: expansions[name].initial_values(seen) for name, seen in called.items()}
     sites = []
+    with _gathered_by_fsdp1(model), unchanged_on_failure(expansions[name] for name in called):
+        for name, (values, _) in starts.items():
+            expansions[name].set_parameters(values)
     for name, seen in called.items():
-        values, fitted = starts[name]
-        expansions[name].set_parameters(values)
+        _, fitted = starts[name]
         sites.append(SiteStatistics(name, seen.mean, seen.std, seen.samples, fitted.rmse if fitted else None))
     return Calibration(tuple(sites), tuple(name for name in expansions if name not in called))
+
+
+def _inputs(
+    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+) -> dict[str, Histogram]:
+    """What the batches of this process bring to each expansion."""
+    inputs = {name: Histogram() for name in expansions}
+    handles = [
+        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
+        for name, expansion in expansions.items()
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _gathered_by_fsdp1(model: nn.Module) -> AbstractContextManager[None]:
+    """Where FullyShardedDataParallel keeps the parameters as pieces of one, a context that has them whole."""
+    if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel.summon_full_params(model)
+    return nullcontext()

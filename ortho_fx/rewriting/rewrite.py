@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from ortho_fx.passes.vocabulary.sites import Site, format_sites
 from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 expansions.provide(expansions.Maker(make_activation, calibrate_expansions))
 
@@ -109,6 +113,7 @@ def rewrite_(
     sharing: str = "instance",
     example_inputs: Batch | None = None,
     disable: Iterable[str] = (),
+    process_group: ProcessGroup | str | None = None,
 ) -> RewriteReport:
     """Replaces the activations of a model by learnable expansions, in place.
 
@@ -130,6 +135,8 @@ def rewrite_(
             dimension of their channels from the layers before; with it, init="fit" weighs by the inputs that each
             activation really gets (by N(mean, std^2) of them where they are few), where it otherwise takes N(0, 1).
         disable: passes of `ortho_fx.passes.pipeline` to leave out, by name; "lower" is left out in any case.
+        process_group: where `torch.distributed` is initialised, the processes whose example_inputs count together; all
+            of them when omitted, each of which has to call this, and "alone" for this one only.
 
     Raises:
         OrthoFxError: a model with nothing to replace, a scripted model, a device that is gone, a pattern that matches
@@ -151,6 +158,7 @@ def rewrite_(
         example_inputs=example_inputs,
         # Hooks, `freeze_` and `calibrate_` reach the calls of the modules, which whatever compiles the model lowers.
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
+        process_group=process_group,
     )
     return RewriteReport(record.sites, record.earlier, model)
 
