@@ -17,6 +17,15 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return tensor is not None and is_distributed(tensor) and any(p.is_shard() for p in tensor.placements)  # type: ignore[attr-defined]
 
 
+def clamped(x: Tensor, bounds: Tensor | None) -> Tensor:
+    """A plain tensor within bounds that every process has whole, if there are any."""
+    if bounds is None:
+        return x
+    if is_distributed(bounds):
+        bounds = bounds.to_local()  # type: ignore[attr-defined]
+    return x.clamp(bounds[0], bounds[1])
+
+
 def is_same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are views of the same numbers."""
     if is_distributed(one) or is_distributed(other):

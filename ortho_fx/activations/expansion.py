@@ -25,7 +25,7 @@ from ortho_fx.numerics.moments import Values
 from ortho_fx.operators import expand
 from ortho_fx.operators.operands import check_operands
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
-from ortho_fx.sharded import is_distributed, whole
+from ortho_fx.sharded import clamped, is_distributed, whole
 
 
 class ExpansionActivation(LearnableExpansion):
@@ -160,9 +160,7 @@ class ExpansionActivation(LearnableExpansion):
 
     def expand(self, x: Tensor, operands: Mapping[str, Tensor], dim: int) -> Tensor:
         """y(x) with these parameters, by name, and the channels in this dimension."""
-        if self.bounds is not None:
-            x = x.clamp(self.bounds[0], self.bounds[1])
-        return expand(self.basis, x, *operands.values(), channel_dim=dim)
+        return expand(self.basis, clamped(x, self.bounds), *operands.values(), channel_dim=dim)
 
     @torch_private.constant_in_a_trace
     def _parallel_neighbour(self) -> str:

@@ -22,7 +22,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds
 from ortho_fx.operators.operands import check_operands
 from ortho_fx.passes.vocabulary.expansions import Expansion
-from ortho_fx.sharded import is_distributed, whole
+from ortho_fx.sharded import clamped, is_distributed, whole
 from ortho_fx.tables import table
 
 # The form of a basis that folds into no other: its own formula, with constant parameters.
@@ -128,7 +128,7 @@ class FrozenExpansion(Expansion):
         if type(expansion).forward is not ExpansionActivation.forward:
             raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
         self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
-        self.site, self.input_layouts = expansion.site, expansion.input_layouts
+        self.site = expansion.site
         if hasattr(expansion, "_replaced"):  # what stood here before the expansion
             self._replaced = expansion._replaced
         first = getattr(expansion, expansion.basis.parameters[0].name)
@@ -141,6 +141,10 @@ class FrozenExpansion(Expansion):
             else:
                 value = value.repeat(self.channels // value.shape[1], axis=1)
             self.register_buffer(name, torch.from_numpy(value).to(first.device, dtype))
+        if self.channels is not None and expansion.input_layouts is not None:
+            # Each process takes the constants of its channels; one for all of them fits every part.
+            shards.replicate_(self, first.device_mesh)
+            self.input_layouts = expansion.input_layouts
         self._constants = tuple(constants)
         bounds = expansion.bounds
         self.register_buffer("bounds", None if bounds is None else whole(bounds).to(dtype, copy=True))
@@ -174,8 +178,7 @@ class FrozenExpansion(Expansion):
         if self.channels is not None:
             behind = (1,) * (x.dim() - 1 - dim % x.dim())
             constants = [constant.reshape(*constant.shape, *behind) for constant in constants]
-        z = x if self.bounds is None else x.clamp(self.bounds[0], self.bounds[1])
-        y = evaluate(z.to(dtype), *constants)
+        y = evaluate(clamped(x, self.bounds).to(dtype), *constants)
         if x.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max
             y = y.clamp(-largest, largest)

@@ -66,6 +66,14 @@ def expand_shards(activation: Shardable, x: Tensor, operands: Mapping[str, Tenso
     return y
 
 
+def replicate_(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes the buffers of a module DTensors that each process has whole."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    for name, constant in list(module.named_buffers(recurse=False)):
+        module.register_buffer(name, distribute_tensor(constant, mesh, [Replicate()], src_data_rank=None))
+
+
 def _mesh_of(activation: Shardable, operands: Mapping[str, Tensor]) -> DeviceMesh:
     for operand in operands.values():
         if is_distributed(operand):
@@ -186,4 +194,4 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def _is_tensor_parallel(parameter: Tensor, wrapped: bool) -> bool:
     """Whether a DTensor is one for another reason than `fully_shard`, which shards what it wraps in one dimension."""
-    return not wrapped or sum(p.is_shard() for p in parameter.placements) > 1  # type: ignore[attr-defined]
+    return not wrapped or sum(not p.is_replicate() for p in parameter.placements) > 1  # type: ignore[attr-defined]

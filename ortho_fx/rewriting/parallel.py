@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.activations.freeze import FrozenExpansion
+from ortho_fx.activations.shards import replicate_
 from ortho_fx.errors import OrthoFxError
 
 
@@ -57,10 +58,7 @@ class ExpansionParallel(ParallelStyle):
                 )
                 inner.register_parameter(name, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
         if isinstance(module, FrozenExpansion):
-            for name, constant in module.named_buffers():
-                module.register_buffer(
-                    name, distribute_tensor(constant, device_mesh, [Replicate()], src_data_rank=None)
-                )
+            replicate_(module, device_mesh)
         module.input_layouts = (self.input_layouts,)
         return module
 

@@ -182,7 +182,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
     cls: type = next(cls for cls in type(self).__mro__ if _SOURCE in cls.__dict__)
     ours = {key: child for key, child in state["_modules"].items() if isinstance(child, Expansion)}
-    super(cls, self).__setstate__(state)  # type: ignore[arg-type, misc]
+    super(cls, self).__setstate__(state)  # type: ignore[arg-type]
     for key, expansion in ours.items():
         vars(self).pop(key, None)
         self._modules[key] = expansion
