@@ -19,6 +19,7 @@ from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.occurrence import Observation
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.targets import TargetTable
+from ortho_fx.ragged import size_of
 
 # Layers whose output has its channels in a certain dimension. Exact classes: a subclass may permute.
 _CHANNELS_FIRST = (
@@ -41,7 +42,7 @@ class _Probe(nn.Module):
         seen, dim = self.seen, self._layers.channel_dim
         if dim is None or not -x.dim() <= dim < x.dim():
             dim = 1 if x.dim() >= 4 else -1
-        channels = x.shape[dim] if x.dim() else None
+        channels = size_of(x, dim) if x.dim() else None
         if seen.channels is None:
             seen.channels, seen.channel_dim, seen.problem = channels, dim, ""
         elif (seen.channels, seen.channel_dim) != (channels, dim):

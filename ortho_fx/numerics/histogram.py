@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.numerics.moments import Array
+from ortho_fx.ragged import numbers
 from ortho_fx.sharded import whole
 
 _BINS = 2048
@@ -29,14 +30,12 @@ class Histogram:
 
     def add(self, chunk: Tensor) -> None:
         """Counts the numbers of a tensor in; one on the meta device has none."""
-        if chunk.is_nested:
-            chunk = torch.cat([part.flatten() for part in chunk.unbind()])
-        chunk = whole(chunk)
+        chunk = whole(numbers(chunk))
         if chunk.numel() == 0 or chunk.is_meta:
             return
         # Devices without float64 (MPS) reduce in float32; chunks are merged in float64 on the host all the same.
         dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
-        values = chunk.flatten().to(dtype)
+        values = chunk.to(dtype)
         variance, mean = torch.var_mean(values, correction=0)
         self._merge_moments(values.numel(), mean.item(), variance.item() * values.numel())
         if math.isfinite(self._squares):
