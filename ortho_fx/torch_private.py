@@ -24,14 +24,18 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ortho_fx.errors import OrthoFxError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 OLDEST = (2, 11)
 TESTED = ((2, 11), (2, 12), (2, 13), (2, 14), (2, 15))
@@ -151,6 +155,24 @@ def report_loss(reason: str, group: PrivateNames) -> None:
         "`ortho-fx doctor` shows what works here",
         stacklevel=2,
     )
+
+
+def constant_in_a_trace(function: _Function) -> _Function:
+    """Has Dynamo call a method while it traces, and take what it returns for constant.
+
+    As `torch.compiler.assume_constant_result`, whose import takes Dynamo's with it. Seen in every release of `TESTED`;
+    one that does not know the mark traces the method, or breaks the graph there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_called_by_fully_shard() -> bool:
+    """Whether the caller of the caller is `fully_shard`, which collects the parameters that it is to shard.
+
+    The function that does so was seen in 2.15. Where it has another name, PyTorch's own error comes instead of ours.
+    """
+    return sys._getframe(2).f_code.co_name == "_get_managed_states"
 
 
 AUTOGRAD = PrivateNames(

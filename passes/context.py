@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -13,6 +14,9 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.expansions import Maker
 from ortho_fx.passes.vocabulary.targets import TargetTable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ConfigMap = Mapping[str, ExpansionConfig | None]
 
@@ -42,6 +46,7 @@ class Context:
         graphs: the graph modules of the model: the model itself, and inner ones such as checkpointed regions.
         occurrences: the sites, in the order of the model's modules and of the nodes of a graph.
         earlier: how many expansions the model held before.
+        process_group: the processes whose example_inputs count; all of them for None, "alone" for this one only.
         unchanged: a copy of the model from before the first edit; None if no inputs have to be measured.
     """
 
@@ -54,4 +59,5 @@ class Context:
     graphs: tuple[fx.GraphModule, ...] = ()
     occurrences: list[Occurrence] = field(default_factory=list)
     earlier: int = 0
+    process_group: ProcessGroup | str | None = None
     unchanged: nn.Module | None = None

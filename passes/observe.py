@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.occurrence import Observation
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.targets import TargetTable
+from ortho_fx.ragged import size_of
 
 # Layers whose output has its channels in a known dimension. Only these exact classes: a subclass may permute.
 _CHANNELS_FIRST = (
@@ -42,7 +44,7 @@ class _Probe(nn.Module):
         seen, dim = self.seen, self._layers.channel_dim
         if dim is None or not -x.dim() <= dim < x.dim():
             dim = 1 if x.dim() >= 4 else -1
-        channels = x.shape[dim] if x.dim() else None
+        channels = size_of(x, dim) if x.dim() else None
         if seen.channels is None:
             seen.channels, seen.channel_dim, seen.problem = channels, dim, ""
         elif (seen.channels, seen.channel_dim) != (channels, dim):
@@ -62,7 +64,9 @@ class _LastLayer:
 
     def watch(self, model: nn.Module) -> None:
         for module in model.modules():
-            dim = 1 if type(module) in _CHANNELS_FIRST else -1 if type(module) in _CHANNELS_LAST else None
+            # A lazy module is what it becomes by the time that it has an output.
+            cls = getattr(module, "cls_to_become", None) or type(module)
+            dim = 1 if cls in _CHANNELS_FIRST else -1 if cls in _CHANNELS_LAST else None
             if dim is not None:
                 module.register_forward_hook(lambda *_, dim=dim: setattr(self, "channel_dim", dim))
 
@@ -78,6 +82,7 @@ def observe(model: nn.Module, table: TargetTable, batch: Batch, *, share: bool =
         probes.append(probe)
         if not occurrence.site.reason:
             occurrence.substitute(probe)
+    set_nested_paths(model)
     with torch.no_grad():
         call(model, batch)
     return [probe.seen for probe in probes]

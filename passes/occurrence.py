@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,18 @@ class Observation:
     channels: int | None = None
     channel_dim: int | None = None
     problem: str = "example_inputs do not reach it"
+
+
+def merged_observation(parts: Sequence[Observation]) -> Observation:
+    """What one activation got in several processes."""
+    reached = [part for part in parts if part.channels is not None or part.inputs.samples]
+    if not reached:
+        return parts[0]
+    first, problem = reached[0], next((part.problem for part in reached if part.problem), "")
+    for part in reached:
+        if not problem and (part.channels, part.channel_dim) != (first.channels, first.channel_dim):
+            problem = "processes call it with different channels, or with channels in different dimensions"
+    return Observation(Histogram.merged([part.inputs for part in parts]), first.channels, first.channel_dim, problem)
 
 
 @dataclass(eq=False)

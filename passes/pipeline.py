@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -39,6 +40,9 @@ from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.vocabulary import expansions
 from ortho_fx.passes.vocabulary.sites import NOTE, Site, format_sites
 from ortho_fx.passes.vocabulary.targets import choose_targets
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pass = Callable[[nn.Module, Context], int]
 
@@ -114,12 +118,13 @@ def run(
     until: str | None = None,
     graphs: str | os.PathLike[str] | None = None,
     maker: expansions.Maker | None = None,
+    process_group: ProcessGroup | str | None = None,
 ) -> Record:
     """Takes a model through `PASSES`, in place.
 
     Args:
         model: a graph module, from `symbolic_trace`, `torch.export`, `make_fx` or Dynamo, or any other module.
-        config, targets, sharing, example_inputs: as in `ortho_fx.rewrite_`.
+        config, targets, sharing, example_inputs, process_group: as in `ortho_fx.rewrite_`.
         disable: names of passes to leave out.
         until: the last pass to run; all passes run when omitted. A run that ends before substitute changes only notes.
         graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
@@ -142,6 +147,7 @@ def run(
         example_inputs=example_inputs,
         maker=maker or expansions.provided(),
         replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
+        process_group=process_group,
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )

@@ -9,7 +9,7 @@ from torch import fx, nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.graph.nodes import restore_nodes
 from ortho_fx.passes.graph.operators import raise_calls
-from ortho_fx.passes.modules.exchange import restore_attribute, restore_module
+from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
 from ortho_fx.passes.source.calls import restore_call
 from ortho_fx.passes.vocabulary.expansions import Substitute
 
@@ -30,6 +30,7 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
             raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
+    set_nested_paths(model)
     return tuple(name for name, _, _ in places)
 
 

@@ -6,23 +6,26 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.activations import torchortho
+from ortho_fx import torch_private
+from ortho_fx.activations import nested, originals, shards, torchortho
+from ortho_fx.activations.channels import channel_dim_of
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
 from ortho_fx.config import ExpansionConfig
-from ortho_fx.errors import OrthoFxError
+from ortho_fx.errors import OperandError, OrthoFxError
 from ortho_fx.numerics.fit import FittedExpansion, fit_expansion
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.numerics.initialisation import initial_parameters
 from ortho_fx.numerics.moments import Values
+from ortho_fx.operands import check_operands
 from ortho_fx.operators import expand
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
-from ortho_fx.sharded import whole
+from ortho_fx.sharded import clamped, is_distributed, whole
 
 
 class ExpansionActivation(LearnableExpansion):
@@ -49,6 +52,8 @@ class ExpansionActivation(LearnableExpansion):
     Raises:
         OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
             another number of channels.
+        OperandError: at the call, parameters on another device than the input, of a storage dtype such as float8, or
+            sharded while the input is not; under tensor parallelism, a plan without `ExpansionParallel`.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -118,18 +123,15 @@ class ExpansionActivation(LearnableExpansion):
         return values, fitted
 
     def set_parameters(self, values: Values) -> None:
-        """Copies these values (arrays by name) into the parameters and buffers, the same for every group."""
-        with torch.no_grad():
-            for name, value in values.items():
-                parameter = getattr(self, name)
-                start = torch.from_numpy(np.asarray(value)).to(parameter.device, parameter.dtype)
-                if parameter.dim() > start.dim():
-                    start = start.unsqueeze(1).expand(parameter.shape)
-                if hasattr(parameter, "device_mesh"):  # a DTensor: FSDP has sharded it
-                    from torch.distributed.tensor import distribute_tensor
+        """Copies these values (arrays by name) into the parameters and buffers, the same for every group.
 
-                    start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.copy_(start)
+        Raises:
+            OrthoFxError: a parametrization that cannot be inverted, or a parameter that is computed from others.
+        """
+        try:
+            originals.write(self, values)
+        except OrthoFxError as error:
+            raise OrthoFxError(f"{self.called}: {error}") from None
 
     def distinct_values(self) -> tuple[list[Values], list[int]]:
         """The distinct parameter sets of the groups, in float64, and how many groups have each set."""
@@ -146,16 +148,32 @@ class ExpansionActivation(LearnableExpansion):
 
         They may also pass `inplace`; it has no effect.
         """
-        # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
-        if not isinstance(x, fx.Proxy):
-            x = one_input(self, x, named)
-            if not x.is_floating_point():
-                raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
-        dim = 1 if self.channels is None else channel_dim_of(self, x)
-        if self.bounds is not None:
-            x = x.clamp(self.bounds[0], self.bounds[1])
-        parameters = (getattr(self, parameter.name) for parameter in self.basis.parameters)
-        return expand(self.basis, x, *parameters, channel_dim=dim)
+        operands = {parameter.name: getattr(self, parameter.name) for parameter in self.basis.parameters}
+        # torch.fx.symbolic_trace passes Proxies, which know neither dtype nor shape.
+        if isinstance(x, fx.Proxy) or any(isinstance(operand, fx.Proxy) for operand in operands.values()):
+            assert x is not None
+            return self.expand(x, operands, 1 if self.channels is None else channel_dim_of(self, x))
+        x = one_input(self, x, named)
+        if not x.is_floating_point():
+            raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        if self.input_layouts is not None or is_distributed(x):
+            return shards.expand_shards(self, x, operands)
+        check_operands(self.called, x, operands if self.bounds is None else {**operands, "bounds": self.bounds})
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
+            neighbour = self._parallel_neighbour()
+            if neighbour:
+                raise OperandError(shards.undeclared(self.called, neighbour))
+        if x.is_nested:
+            return nested.expand_parts(self, x, operands)
+        return self.expand(x, operands, 1 if self.channels is None else channel_dim_of(self, x))
+
+    def expand(self, x: Tensor, operands: Mapping[str, Tensor], dim: int) -> Tensor:
+        """y(x) with these parameters, by name, and the channels in this dimension."""
+        return expand(self.basis, clamped(x, self.bounds), *operands.values(), channel_dim=dim)
+
+    @torch_private.constant_in_a_trace
+    def _parallel_neighbour(self) -> str:
+        return shards.parallel_neighbour(self)
 
     def _load_from_state_dict(
         self,
@@ -201,7 +219,7 @@ def one_input(module: nn.Module, x: Tensor | None, named: Mapping[str, Tensor]) 
     if x is not None and not named:
         if not isinstance(x, Tensor):
             raise OrthoFxError(f"{type(module).__name__} takes a tensor; got {type(x).__name__}")
-        if x.layout is not torch.strided:
+        if x.layout not in (torch.strided, torch.jagged):
             raise OrthoFxError(f"{type(module).__name__} takes a dense tensor; got one of layout {x.layout}")
         return x
     given = ", ".join([*(["one tensor"] if x is not None else []), *(f"{name}=" for name in named)]) or "none"
@@ -213,29 +231,6 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
     raise OrthoFxError(
         f"TorchScript cannot compile {type(module).__name__}: use torch.export.export(model, ...) or torch.jit.trace"
     )
-
-
-class _HasChannels(Protocol):
-    channels: int | None
-    channel_dim: int | None
-
-
-def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
-    """The dimension of an input that holds the module's channels.
-
-    Raises:
-        OrthoFxError: `channel_dim`, or without one every possible dimension, has another size.
-    """
-    if isinstance(x, fx.Proxy):
-        if module.channel_dim is None:
-            raise OrthoFxError(f"{type(module).__name__} needs channel_dim= for torch.fx to trace it")
-        return module.channel_dim
-    likely = (1, -1) if x.dim() >= 4 else (-1, 1)
-    for dim in likely if module.channel_dim is None else (module.channel_dim,):
-        if -x.dim() <= dim < x.dim() and x.shape[dim] == module.channels:
-            return dim
-    where = "" if module.channel_dim is None else f" in dimension {module.channel_dim}"
-    raise OrthoFxError(f"{type(module).__name__} has {module.channels} channels{where}; got shape {tuple(x.shape)}")
 
 
 # A histogram with fewer filled bins per coefficient, as after a global pooling, is worse than its mean and deviation.

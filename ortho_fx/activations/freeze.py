@@ -6,21 +6,25 @@ With one expansion per channel or group, each keeps the terms that it needs, pad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of, one_input, refuse_scripting
+from ortho_fx.activations import nested, shards
+from ortho_fx.activations.channels import channel_dim_of
+from ortho_fx.activations.expansion import ExpansionActivation, one_input, refuse_scripting
 from ortho_fx.arguments import checked_model
 from ortho_fx.bases import basis_named
 from ortho_fx.bases.folded import FORMS
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds
+from ortho_fx.operands import check_operands
 from ortho_fx.passes.modules.exchange import move_hooks
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.sharded import clamped, is_distributed, whole
 from ortho_fx.tables import table
 
 # The form of a basis that folds into no other: its own formula, with constant parameters.
@@ -128,6 +132,7 @@ class FrozenExpansion(Expansion):
         if type(expansion).forward is not ExpansionActivation.forward:
             raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
         self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
+        self.site = expansion.site
         if hasattr(expansion, "_replaced"):  # the activation that the expansion had replaced
             self._replaced = expansion._replaced
         first = getattr(expansion, expansion.basis.parameters[0].name)
@@ -140,9 +145,13 @@ class FrozenExpansion(Expansion):
             else:
                 value = value.repeat(self.channels // value.shape[1], axis=1)
             self.register_buffer(name, torch.from_numpy(value).to(first.device, dtype))
+        if self.channels is not None and expansion.input_layouts is not None:
+            # Each process takes the constants of its channels; one for all of them fits every part.
+            shards.replicate_(self, first.device_mesh)
+            self.input_layouts = expansion.input_layouts
         self._constants = tuple(constants)
         bounds = expansion.bounds
-        self.register_buffer("bounds", None if bounds is None else bounds.detach().to(dtype, copy=True))
+        self.register_buffer("bounds", None if bounds is None else whole(bounds).to(dtype, copy=True))
         self.train(expansion.training)
 
     def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
@@ -152,8 +161,18 @@ class FrozenExpansion(Expansion):
         x = one_input(self, x, named)
         if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        constants = {name: getattr(self, name) for name in self._constants}
+        if self.input_layouts is not None or is_distributed(x):
+            return shards.expand_shards(self, x, constants)
+        check_operands(self.called, x, constants if self.bounds is None else {**constants, "bounds": self.bounds})
+        if x.is_nested:
+            return nested.expand_parts(self, x, constants)
+        return self.expand(x, constants, 1 if self.channels is None else channel_dim_of(self, x))
+
+    def expand(self, x: Tensor, operands: Mapping[str, Tensor], dim: int) -> Tensor:
+        """The function of x with these constants, by name, and the channels in this dimension."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        constants = [getattr(self, name).to(dtype) for name in self._constants]
+        constants = [constant.to(dtype) for constant in operands.values()]
         evaluate: Callable[..., Tensor]
         if self.form == _FORMULA:
             basis = basis_named(self.config.basis)
@@ -162,11 +181,9 @@ class FrozenExpansion(Expansion):
         else:
             evaluate = FORMS[self.form]
         if self.channels is not None:
-            dim = channel_dim_of(self, x)
             behind = (1,) * (x.dim() - 1 - dim % x.dim())
             constants = [constant.reshape(*constant.shape, *behind) for constant in constants]
-        z = x if self.bounds is None else x.clamp(self.bounds[0], self.bounds[1])
-        y = evaluate(z.to(dtype), *constants)
+        y = evaluate(clamped(x, self.bounds).to(dtype), *constants)
         if x.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max
             y = y.clamp(-largest, largest)
@@ -203,7 +220,7 @@ def _finite_values(expansion: ExpansionActivation) -> tuple[dict[str, Array], Bo
     names = [parameter.name for parameter in expansion.basis.parameters]
     values = {}
     for name in names if expansion.bounds is None else (*names, "bounds"):
-        tensor = getattr(expansion, name).detach()
+        tensor = whole(getattr(expansion, name))
         if tensor.is_meta:
             raise OrthoFxError(f"{name} is on the meta device, and has no values to freeze")
         if not tensor.isfinite().all():

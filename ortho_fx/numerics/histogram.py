@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ortho_fx.numerics.moments import Array
+from ortho_fx.ragged import numbers
+from ortho_fx.sharded import whole
 
 _BINS = 2048
 
@@ -27,19 +30,38 @@ class Histogram:
 
     def add(self, chunk: Tensor) -> None:
         """Adds the numbers of a tensor; a tensor on the meta device has none."""
+        chunk = whole(numbers(chunk))
         if chunk.numel() == 0 or chunk.is_meta:
             return
         # MPS has no float64, so it reduces in float32. Chunks are still merged in float64 on the host.
         dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
-        values = chunk.detach().flatten().to(dtype)
+        values = chunk.to(dtype)
         variance, mean = torch.var_mean(values, correction=0)
-        count, delta = values.numel(), mean.item() - self.mean
-        total = self.samples + count
-        self._squares += variance.item() * count + delta**2 * self.samples * count / total
-        self.mean += delta * count / total
-        self.samples = total
+        self._merge_moments(values.numel(), mean.item(), variance.item() * values.numel())
         if math.isfinite(self._squares):
             self._count(values)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Histogram]) -> Histogram:
+        """One of all their numbers: mean and deviation exact, bins as wide as the widest, or wider to hold all.
+
+        The numbers of a narrower bin are counted where its centre lies. The order decides the rounding alone.
+        """
+        filled = [part for part in parts if part.samples]
+        if len(filled) == 1:
+            return filled[0]
+        merged = cls()
+        for part in filled:
+            merged._merge_moments(part.samples, part.mean, part._squares)
+        if filled and merged.finite:
+            low, high = (bound(part.interval[end] for part in filled) for end, bound in enumerate((min, max)))
+            width = max(max(part._width for part in filled), 2.0 ** math.ceil(math.log2((high - low) / (_BINS - 1))))
+            merged._low, merged._width = width * math.floor(low / width), width
+            for part in filled:
+                held = np.flatnonzero(part.counts)
+                centres = part._low + part._width * (held + 0.5)
+                np.add.at(merged.counts, ((centres - merged._low) / width).astype(np.int64), part.counts[held])
+        return merged
 
     @property
     def std(self) -> float:
@@ -65,6 +87,12 @@ class Histogram:
         filled = np.flatnonzero(self.counts)
         edges = self.edges
         return float(edges[filled[0]]), float(edges[filled[-1] + 1])
+
+    def _merge_moments(self, count: int, mean: float, squares: float) -> None:
+        delta, total = mean - self.mean, self.samples + count
+        self._squares += squares + delta**2 * self.samples * count / total
+        self.mean += delta * count / total
+        self.samples = total
 
     def _count(self, values: Tensor) -> None:
         low, high = (bound.item() for bound in torch.aminmax(values))

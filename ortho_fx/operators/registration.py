@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES, Basis
+from ortho_fx.operands import check_operands
 from ortho_fx.operators import support
 from ortho_fx.operators.eager import backward_kernel, forward_kernel
 from ortho_fx.operators.formulas import backward_formula, forward_formula
@@ -120,8 +121,12 @@ def by_position(kernel: Callable[..., Any], tensor_count: int) -> Callable[..., 
     return call
 
 
+# Where a real tensor meets one on the meta device, these run in the place of kernels: their output has no values.
 def _forward_shapes(basis: Basis) -> Callable[..., Tensor]:
-    def shapes(x: Tensor, *_: Any) -> Tensor:
+    names = [parameter.name for parameter in basis.parameters]
+
+    def shapes(x: Tensor, *rest: Any) -> Tensor:
+        check_operands(f"{NAMESPACE}.{basis.name}", x, dict(zip(names, rest, strict=False)))
         support.meet_inductor(basis, x.device.type)
         return torch.empty_like(x)
 
@@ -129,7 +134,11 @@ def _forward_shapes(basis: Basis) -> Callable[..., Tensor]:
 
 
 def _backward_shapes(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
+    names = [parameter.name for parameter in basis.parameters]
+
     def shapes(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        operands = {"grad": grad, **dict(zip(names, rest, strict=False))}
+        check_operands(f"{NAMESPACE}.{basis.name}_backward", x, operands)
         learned = (p for p, described in zip(rest, basis.parameters, strict=False) if described.learnable)
         return torch.empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in learned)
 

@@ -20,7 +20,8 @@ from numpy.polynomial import HermiteE
 from torch import Tensor, fx, nn
 
 from ortho_fx import trees
-from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of
+from ortho_fx.activations.channels import channel_dim_of
+from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.expansions import Expansion

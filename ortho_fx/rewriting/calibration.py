@@ -11,18 +11,25 @@ exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.activations.originals import unchanged_on_failure
 from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.processes import measured
 from ortho_fx.watch import watching
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
+def calibrate_(
+    model: nn.Module, batches: Iterable[Batch], *, process_group: ProcessGroup | str | None = None
+) -> Calibration:
     """Runs a model on batches, and initialises each expansion for its inputs: f(x) = sigma f_1((x - mu) / sigma).
 
     The change is in place. mu and sigma are the mean and standard deviation of the inputs, and f_1 is the expansion for
@@ -76,16 +85,22 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
     are lost. The model runs without gradients, in its current mode (train or eval). A model with untrained batch
     normalisation should be in train mode, because in eval mode it uses running statistics that do not fit the data.
 
+    Where `torch.distributed` is initialised, every process has to call it, and each expansion starts from the inputs of
+    all of them, so that they start equal. Values go into the original parameters: sharded, parametrized or pruned.
+
     Args:
         model: a model with expansions.
         batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+        process_group: the processes that hold the same model, such as those of data parallelism beside pipeline
+            stages; all of them when omitted, and "alone" for this one only.
 
     Returns:
         The measured inputs of each expansion, and the expansions that were not called.
 
     Raises:
-        OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite. The
-            model is then unchanged.
+        OrthoFxError: a model without expansions, no batch, a site whose inputs are constant or not finite, a
+            parametrization that cannot be inverted, or processes that hold different sites; the model is then
+            unchanged.
 
     Source: mean and deviation are merged over batches as by Chan, Golub and LeVeque, 1979.
     """
@@ -94,17 +109,18 @@ def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
     }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
-    return calibrate_expansions(model, expansions, batches)
+    return calibrate_expansions(model, expansions, batches, process_group)
 
 
 def calibrate_expansions(
-    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+    model: nn.Module,
+    expansions: Mapping[str, LearnableExpansion],
+    batches: Iterable[Batch],
+    process_group: ProcessGroup | str | None = None,
 ) -> Calibration:
     """As `calibrate_`, for some of the model's expansions, by their names."""
-    inputs = {name: Histogram() for name in expansions}
-    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
-        for batch in batches:
-            call(model, batch)
+    seen_by_each = measured(lambda: _inputs(model, expansions, batches), process_group)
+    inputs = {name: Histogram.merged([each[name] for each in seen_by_each]) for name in expansions}
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
         raise OrthoFxError(
@@ -117,8 +133,30 @@ def calibrate_expansions(
             raise OrthoFxError(f"the inputs of {name} are constant ({seen.mean:g}): they have no scale to fit to")
     starts = {name: expansions[name].initial_values(seen) for name, seen in called.items()}
     sites = []
+    with _gathered_by_fsdp1(model), unchanged_on_failure(expansions[name] for name in called):
+        for name, (values, _) in starts.items():
+            expansions[name].set_parameters(values)
     for name, seen in called.items():
-        values, fitted = starts[name]
-        expansions[name].set_parameters(values)
+        _, fitted = starts[name]
         sites.append(SiteStatistics(name, seen.mean, seen.std, seen.samples, fitted.rmse if fitted else None))
     return Calibration(tuple(sites), tuple(name for name in expansions if name not in called))
+
+
+def _inputs(
+    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+) -> dict[str, Histogram]:
+    """What the batches of this process bring to each expansion."""
+    inputs = {name: Histogram() for name in expansions}
+    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
+        for batch in batches:
+            call(model, batch)
+    return inputs
+
+
+def _gathered_by_fsdp1(model: nn.Module) -> AbstractContextManager[None]:
+    """Where FullyShardedDataParallel keeps the parameters as pieces of one, a context that has them whole."""
+    if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel.summon_full_params(model)
+    return nullcontext()

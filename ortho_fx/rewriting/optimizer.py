@@ -30,19 +30,28 @@ def param_groups(
         Up to three dicts with "name", "params" (a list of parameters), "lr" and "weight_decay".
 
     Raises:
-        OrthoFxError: a rate or a decay below zero.
+        OrthoFxError: a rate or a decay below zero, or a lazy module that has not been called yet.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("expansion_lr", expansion_lr)):
         if value is not None and not (is_number(value) and value >= 0):
             raise OrthoFxError(f"{name} must be a number, zero or more; got {value!r}")
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "expansions": []}
+    # Those of a parametrization are inside of the expansion, in modules of PyTorch's.
+    learned = {
+        id(parameter)
+        for module in checked_model(model).modules()
+        if isinstance(module, ExpansionActivation)
+        for parameter in module.parameters()
+    }
     seen: set[int] = set()
-    for module in checked_model(model).modules():
+    for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise OrthoFxError(f"{prefix}.{name} has no shape yet: call the model once, for its lazy modules")
             seen.add(id(parameter))
-            if isinstance(module, ExpansionActivation):
+            if id(parameter) in learned:
                 group = "expansions"
             elif name == "bias" or parameter.dim() < 2 or "norm" in type(module).__name__.lower():
                 group = "no_decay"

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from ortho_fx.passes.vocabulary.sites import Site, format_sites, join
 from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 expansions.provide(expansions.Maker(make_activation, calibrate_expansions))
 
@@ -121,6 +125,7 @@ def rewrite_(
     sharing: str = "instance",
     example_inputs: Batch | None = None,
     disable: Iterable[str] = (),
+    process_group: ProcessGroup | str | None = None,
 ) -> RewriteReport:
     """Replaces the activations of a model by learnable expansions, in place.
 
@@ -143,6 +148,8 @@ def rewrite_(
             dimension follows from the layers before. With it, init="fit" weights the fit by the measured inputs of each
             activation (by N(mean, std^2) of them if they are few); without it, by N(0, 1).
         disable: names of passes of `ortho_fx.passes.pipeline` to leave out; "lower" is always left out.
+        process_group: where `torch.distributed` is initialised, the processes whose example_inputs count together; all
+            of them when omitted, each of which has to call this, and "alone" for this one only.
 
     Returns:
         Every site, with its expansion or the reason why it was left.
@@ -170,6 +177,7 @@ def rewrite_(
         # Without `lower` the expansions stay module calls, which hooks, `freeze_` and `calibrate_` need. The compiler
         # of the model lowers them later.
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
+        process_group=process_group,
     )
     notes = tuple(_optimizers_that_miss(model, record)) if record.replaced else ()
     for note in notes:

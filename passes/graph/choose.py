@@ -12,9 +12,10 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import ConfigMap, Context
 from ortho_fx.passes.observe import copied, observe
-from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.occurrence import Observation, Occurrence, merged_observation
 from ortho_fx.passes.search import reason_not_chosen
 from ortho_fx.passes.vocabulary.sites import Site
+from ortho_fx.processes import measured
 
 
 def choose(model: nn.Module, context: Context) -> int:
@@ -38,8 +39,7 @@ def choose(model: nn.Module, context: Context) -> int:
         for config in wanted:
             check_needs_no_example(config)
     elif any(config is not None and _looks_at_inputs(config) for config in wanted):
-        observed = observe(model, context.table, context.example_inputs, share=context.share)
-        for one, seen in zip(context.occurrences, observed, strict=True):
+        for one, seen in zip(context.occurrences, _observed(model, context), strict=True):
             one.seen = seen
     told = {config: str(config) for config in chosen.values()}
     for one in pending:
@@ -53,6 +53,19 @@ def choose(model: nn.Module, context: Context) -> int:
     if context.example_inputs is not None and any(config.init == "calibrated" for config in decided):
         context.unchanged = copied(model)
     return sum(one.note() for one in pending)
+
+
+def _observed(model: nn.Module, context: Context) -> list[Observation]:
+    """What reaches each site in this process and the others."""
+    names, inputs = [one.site.name for one in context.occurrences], context.example_inputs
+    assert inputs is not None
+
+    def own() -> dict[str, Observation]:
+        seen = observe(model, context.table, inputs, share=context.share)
+        return dict(zip(names, seen, strict=True))
+
+    seen_by_each = measured(own, context.process_group)
+    return [merged_observation([each[name] for each in seen_by_each]) for name in names]
 
 
 def check_needs_no_example(config: ExpansionConfig | None) -> None:

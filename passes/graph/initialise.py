@@ -6,6 +6,7 @@ from torch import nn
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import Context
+from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import put_in_copy
 from ortho_fx.passes.search import find_occurrences
@@ -59,5 +60,6 @@ def _calibrate(context: Context) -> None:
             put_in_copy(twin.substitute, one.expansion)
             if one.config is not None and one.config.init == "calibrated":
                 pending[one.site.name] = one.expansion
-    context.maker.calibrate(trial, pending, [context.example_inputs])
+    set_nested_paths(trial)
+    context.maker.calibrate(trial, pending, [context.example_inputs], context.process_group)
     context.unchanged = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
 
+from ortho_fx.passes.source.classes import keep_in_copies, set_class_for_children
 from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
@@ -18,6 +19,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
             remember(expansion, Replaced("module", owner._modules[key]))
             move_hooks(owner._modules[key], expansion)
             _exchange(owner, key, expansion)
+            keep_in_copies(owner)
             _leave_fast_path(owner)
 
     return put
@@ -47,6 +49,7 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
         remember(expansion, Replaced("attribute", vars(owner)[key]))
         delattr(owner, key)
         owner.add_module(key, expansion)
+        keep_in_copies(owner)
         _leave_fast_path(owner)
 
     return put
@@ -58,6 +61,7 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
     assert expansion is not None
     move_hooks(expansion, replaced)
     _exchange(owner, key, replaced.train(expansion.training))
+    set_class_for_children(owner)
     _enter_fast_path(owner, key)
 
 
@@ -66,6 +70,7 @@ def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     delattr(owner, key)
     # Not nn.Module.__setattr__: it would register a module that the owner kept unregistered.
     object.__setattr__(owner, key, replaced)
+    set_class_for_children(owner)
     _enter_fast_path(owner, key)
 
 
@@ -88,6 +93,26 @@ def _leave_fast_path(owner: nn.Module) -> None:
 def _enter_fast_path(owner: nn.Module, key: str) -> None:
     if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
         owner.activation_relu_or_gelu = _fast_path_of(owner.activation)
+
+
+# On an encoder that was taken off nested tensors.
+_WAS_NESTED = "_nested_before_expansions"
+
+
+def set_nested_paths(model: nn.Module) -> None:
+    """Takes encoders off nested tensors where their layers hold something else than they were made for, and back.
+
+    In eval, nn.TransformerEncoder turns padded input into nested tensors for the fused kernel of its layers, which
+    those that hold an expansion leave. What it decided when it was made, it asks no more.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and isinstance(encoder.layers, nn.ModuleList):
+            fused = all(getattr(layer, "activation_relu_or_gelu", 0) for layer in encoder.layers)
+            if not fused and getattr(encoder, "use_nested_tensor", False):
+                encoder.use_nested_tensor = False
+                setattr(encoder, _WAS_NESTED, True)
+            elif fused and vars(encoder).pop(_WAS_NESTED, False):
+                encoder.use_nested_tensor = True
 
 
 def _fast_path_of(activation: object) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ortho_fx.passes.source.classes import rewrite_class, set_class, source_of
+from ortho_fx.passes.source.classes import rewrite_class, set_class, set_class_for_children, source_of
 from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
@@ -28,4 +28,5 @@ def restore_call(owner: nn.Module, key: str) -> None:
     delattr(owner, key)
     source = source_of(owner)
     left = replace(source, replaced=source.replaced - {key})
-    set_class(owner, rewrite_class(left) if left.replaced else left.cls)
+    set_class(owner, rewrite_class(left))
+    set_class_for_children(owner)

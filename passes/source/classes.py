@@ -28,6 +28,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.source.editor import Call, CallEditor
 from ortho_fx.passes.source.methods import UNRESOLVED, Method, Scalar
 from ortho_fx.passes.vocabulary.elementwise import bends
+from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.recognise import recognise
 from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, cached
 
@@ -71,10 +72,35 @@ def set_class(module: nn.Module, cls: type) -> None:
     module.__class__ = _with_base(type(module), _underlying(module), cls)
 
 
+# Those that leave children alone.
+_HARMLESS = (nn.Module.__setstate__, nn.TransformerEncoderLayer.__setstate__)
+
+
+def keep_in_copies(owner: nn.Module) -> None:
+    """Has copies and pickles of a module keep the expansions that are its children.
+
+    A `__setstate__` of the class' own may look for an activation among the attributes, find none since a child is no
+    attribute, and put the old one there, which then hides the child. So the module gets a subclass of its class.
+    """
+    cls = type(owner)
+    plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
+    if plain and cls.__setstate__ not in _HARMLESS:
+        set_class(owner, rewrite_class(source_of(owner)))
+
+
+def set_class_for_children(owner: nn.Module) -> None:
+    """Puts the written class back where neither calls are replaced nor expansions left."""
+    source = source_of(owner)
+    holds = any(isinstance(child, Expansion) for child in owner._modules.values())
+    if not source.replaced and not holds and _SOURCE in _underlying(owner).__dict__:
+        set_class(owner, source.cls)
+
+
 def _underlying(module: nn.Module) -> type:
     """The original or rewritten class of a module, without the subclasses that parametrize and FSDP make of it."""
-    written = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not _is_pytorchs(cls))
-    return next(written, type(module))
+    bases = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
+    written = [cls for cls in bases if _SOURCE in cls.__dict__] or [cls for cls in bases if not _is_pytorchs(cls)]
+    return written[0] if written else type(module)
 
 
 def _is_pytorchs(cls: type) -> bool:
@@ -130,6 +156,7 @@ def rewrite_class(source: Source) -> type:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce,
+        "__setstate__": _set_state,
         _SOURCE: source,
     }
     for method, calls in analysis.methods:
@@ -152,6 +179,15 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
             f"{source.cls.__qualname__} has a pickling of its own, so its rewritten form cannot be copied"
         )
     return (_restore, (source,), *reduced[2:])
+
+
+def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
+    cls: type = next(cls for cls in type(self).__mro__ if _SOURCE in cls.__dict__)
+    ours = {key: child for key, child in state["_modules"].items() if isinstance(child, Expansion)}
+    super(cls, self).__setstate__(state)  # type: ignore[arg-type]
+    for key, expansion in ours.items():
+        vars(self).pop(key, None)
+        self._modules[key] = expansion
 
 
 def _restore(source: Source) -> nn.Module:

@@ -195,7 +195,9 @@ def _shaped(module: nn.Module, shape: tuple[int, ...], x: Tensor) -> Tensor:
 def computes_unknown_function(module: nn.Module) -> bool:
     """Whether a leaf module of a class from outside of PyTorch computes a nonlinear function of each element."""
     parameters = list(module.parameters())
-    small = sum(p.numel() for p in parameters) <= 4096 and not any(p.is_meta for p in parameters)
+    if any(isinstance(p, nn.UninitializedParameter) or p.is_meta for p in parameters):  # it cannot be run
+        return False
+    small = sum(p.numel() for p in parameters) <= 4096
     return small and _is_leaf(module) and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
 
 
