@@ -40,6 +40,7 @@ class Occurrence:
         places: the modules that hold it as a child, with its names there.
         match: what a graph holds of it, and `backward` its backward in the same graph, which is replaced with it.
         nodes: the nodes of graphs that carry the site as a note.
+        guard: why it is no activation unless the targets name it; empty where it is one.
         config: the expansion that was chosen; None until then, and for a site that is left.
         seen: what reached it in a copy of the model, where a config asks for that.
         expansion: the module that replaces it.
@@ -54,6 +55,7 @@ class Occurrence:
     match: Match | None = None
     backward: fx.Node | None = None
     nodes: tuple[fx.Node, ...] = ()
+    guard: str = ""
     config: ExpansionConfig | None = None
     seen: Observation | None = None
     expansion: LearnableExpansion | None = None

@@ -27,8 +27,9 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         remember(expansion, Replaced("attribute", vars(owner)[key]))
-        delattr(owner, key)
-        owner.add_module(key, expansion)
+        # Past a __delattr__ or __setattr__ of the owner's, which may refuse.
+        del vars(owner)[key]
+        owner._modules[key] = expansion
         _leave_fast_path(owner)
 
     return put
@@ -42,9 +43,9 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
 
 def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     """Puts the function that an expansion replaced back."""
-    delattr(owner, key)
+    del owner._modules[key]
     # Past nn.Module, which would register a module that the owner did not.
-    object.__setattr__(owner, key, replaced)
+    vars(owner)[key] = replaced
     _enter_fast_path(owner, key)
 
 
