@@ -199,9 +199,14 @@ def _rewritten(source: Source) -> type:
     return _made(cls, (cls,), namespace)
 
 
-def _expand_in_place(self: nn.Module, name: str, x: Tensor, inplace: bool = True) -> Tensor:
-    """Calls an expansion, and writes what it returns to its input: whoever holds that tensor sees it changed."""
+def _expand_in_place(self: nn.Module, name: str, x: Tensor, inplace: bool | str) -> Tensor:
+    """Calls an expansion, and writes what it returns to its input: whoever holds that tensor sees it changed.
+
+    `inplace` says whether to write, or is the name of the child that says so.
+    """
     expansion = getattr(self, name)
+    if isinstance(inplace, str):
+        inplace = getattr(getattr(self, inplace), "inplace", False)
     if not inplace:
         return expansion(x)
     # What the expansion keeps for its backward must not be written to.

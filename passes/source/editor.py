@@ -402,7 +402,8 @@ class CallEditor(ast.NodeTransformer):
         receiver, name = node.func.value, node.func.attr
         if self.method.is_self(receiver):
             if name in self.split:
-                return self._new(name, "call", _first_argument(node), None)
+                # Named, for the child to say when it runs whether it works in place.
+                return self._new(name, "call", _first_argument(node), None, ast.Constant(name))
             return None
         target = EVERY_TARGET.methods.get(name)
         if target is None or node.args or node.keywords or self.method.resolve(receiver) is not UNRESOLVED:
