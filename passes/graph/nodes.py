@@ -138,9 +138,13 @@ def restore_nodes(owner: fx.GraphModule, key: str, replaced: fx.Graph) -> None:
     """Puts the nodes that an expansion replaced in the place of its calls."""
     for node in [node for node in owner.graph.nodes if node.op == "call_module" and node.target == key]:
         written, source = _is_written_back(node), node.args[0]
+        read = source if written is None else written.args[0]
+        assert isinstance(source, fx.Node)
+        assert isinstance(read, fx.Node)
         with owner.graph.inserting_before(node):
             (start,) = (part for part in replaced.nodes if part.op == "placeholder")
-            result = owner.graph.graph_copy(replaced, {start: source if written is None else written.args[0]})
+            result = owner.graph.graph_copy(replaced, {start: read})
+        assert isinstance(result, fx.Node)
         (node if written is None else written).replace_all_uses_with(result)
         for old in (node,) if written is None else (written, node, source):
             owner.graph.erase_node(old)

@@ -94,7 +94,7 @@ def _attribute_problem(owner: nn.Module, key: str, value: object) -> str:
     if inspect.getattr_static(type(owner), key, UNRESOLVED) is not UNRESOLVED:
         return f"{type(owner).__name__} has an attribute {key} as well, which would hide a child of that name"
     asked = not isinstance(owner, fx.GraphModule) and asked_in_place(source_of(owner), key)
-    if changes_input(functools.partial(value, inplace=True) if asked and callable(value) else value):
+    if changes_input(value) or (asked and callable(value) and changes_input(functools.partial(value, inplace=True))):
         return "it may write to its input, and an expansion in its place would not"
     return ""
 

@@ -94,7 +94,26 @@ class _Reader:
             for function in functions_of(member):
                 if function not in self._seen and not _is_torchs(function) and activates(function):
                     self._method(name, function, _why_not(name, member))
+        for name, function in self._overridden():
+            if function not in self._seen and not _is_torchs(function) and activates(function):
+                self._method(name, function, f"{name} is called through super()")
         return self.analysis
+
+    def _overridden(self) -> Iterator[tuple[str, types.FunctionType]]:
+        """The functions of base classes that others of the same name hide, as far as some function names that base."""
+        classes = list(own_classes(self.source.cls))
+        used = [
+            set(names_in(unwrapped(function).__code__))
+            for base in classes
+            for name, member in vars(base).items()
+            if name not in ("__init__", *_INITIALISERS)
+            for function in functions_of(member)
+        ]
+        for base in classes[1:]:
+            for name, member in vars(base).items():
+                for function in functions_of(member):
+                    if any(name in names and not names.isdisjoint(("super", base.__name__)) for names in used):
+                        yield name, function
 
     def _members(self) -> Iterator[tuple[str, object]]:
         """The members of the class and of its bases, each the first of its name; without what only makes the module."""
@@ -276,6 +295,9 @@ def _helpers_of(method: Method) -> dict[types.FunctionType, tuple[Mapping[str, S
             continue
         call = method.scopes.parents.get(node)
         if isinstance(call, ast.Call) and call.func is node:
+            outer = method.scopes.parents.get(call)
+            if (isinstance(outer, ast.Call) and outer.func is call) or method.called(call) is not UNRESOLVED:
+                continue  # a maker of activations: what it makes is listed where that is called
             given = method.arguments(call, helper)
             problem = method.owner_problem(node)
         elif isinstance(call, ast.Attribute) or _is_decorator(node, method):

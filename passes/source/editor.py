@@ -20,7 +20,7 @@ from ortho_fx.passes.source.uses import uses_of
 from ortho_fx.passes.vocabulary.activates import activates, held_in
 from ortho_fx.passes.vocabulary.elementwise import bends
 from ortho_fx.passes.vocabulary.formula import Formula
-from ortho_fx.passes.vocabulary.guards import Use, guard_of
+from ortho_fx.passes.vocabulary.guards import POSITIVE, Use, guard_of, number
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, is_plain
 from ortho_fx.passes.vocabulary.recognise import changes_input, recognise
 from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, Reference, Target
@@ -117,7 +117,9 @@ class CallEditor(ast.NodeTransformer):
         self.method, self.numbers, self.split, self.chosen, self.helpers = method, numbers, split, chosen, helpers
         self.found: list[Call] = []
         self.children: list[ChildCall] = []
+        # What is listed with the call that it is a part of: names of functions, and calls that make them.
         self._known: set[ast.AST] = set()
+        self._makers: set[ast.AST] = set()
         self._evaluated = 0
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
@@ -181,10 +183,13 @@ class CallEditor(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self._known.add(node.func)
+        if node in self._makers:
+            return self.generic_visit(node)
         found = self._call(node)
         if found is None:
             found = self._formula(node)
         if found is not None:
+            self._makers.add(node.func)
             self._known.update(ast.walk(node.func))
             return self._replaced(node, found)
         if is_getattr(node) and node not in self._known:
@@ -419,12 +424,18 @@ class CallEditor(ast.NodeTransformer):
         if formula is None:
             return None
         reference = formula.reference() or self._gated(node, formula)
-        if reference is None:
+        if reference is None or (reference.target in POSITIVE and self._adds_constant(node)):
             return None
         written = written_on_the_way(node, formula.argument, self.method)
         problem = _ON_THE_WAY if written is None else ""
         in_place = _YES if written or self._is_augmented(node) else None
         return self._new(reference.target, "formula", formula.argument, reference, in_place, problem, constants)
+
+    def _adds_constant(self, node: ast.expr) -> bool:
+        """Whether an expression adds a number, as the 1e-6 of `relu(x) + 1e-6`, which hardly changes the function."""
+        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add):
+            return False
+        return any(number(self.method.constant(side)) for side in (node.left, node.right))
 
     def _is_augmented(self, node: ast.expr) -> bool:
         """Whether an expression was made of `x *= ...`, which writes to x."""

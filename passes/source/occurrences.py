@@ -35,10 +35,10 @@ def _own_problem(owner: nn.Module, call: Call) -> str:
     if "forward" in own:
         return "the instance has a forward of its own, which is not the class'"
     if call.method in own:
-        return f"the instance has a {call.method} of its own, which is not the class'"
+        return f"the instance has an attribute {call.method} of its own, which is not the class'"
     hidden = sorted(call.held & own.keys())
     if hidden:
-        return f"the instance has a {hidden[0]} of its own, which is not the class'"
+        return f"the instance has an attribute {hidden[0]} of its own, which is not the class'"
     if _holds(owner, call.attribute):
         return f"the module has a {call.attribute} of its own"
     return ""
