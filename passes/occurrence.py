@@ -54,6 +54,7 @@ class Occurrence:
         match: the nodes of the activation in a graph.
         backward: the backward node of the activation in the same graph; it is replaced together with the activation.
         nodes: the graph nodes that carry the site as a note.
+        guard: why it is no activation unless the targets name it; empty where it is one.
         config: the chosen config; None before `choose`, and for a site that is left.
         seen: the inputs measured in a copy of the model; None if no config needs them.
         expansion: the module that replaces the activation.
@@ -69,6 +70,7 @@ class Occurrence:
     match: Match | None = None
     backward: fx.Node | None = None
     nodes: tuple[fx.Node, ...] = ()
+    guard: str = ""
     config: ExpansionConfig | None = None
     seen: Observation | None = None
     expansion: LearnableExpansion | None = None

@@ -1,9 +1,9 @@
 """Finds the activations of a model: child modules, functions kept as attributes, calls in source, nodes of FX graphs.
 
-Each result is an `Occurrence`: the site as the user sees it, and the function that puts an expansion there. Every kind
-of site is looked up in the one table of `targets`. Activations outside of the chosen targets are listed too, with that
-as the reason. The search changes nothing. It runs only copies of leaf modules without parameters, to see whether they
-are activations.
+What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Every kind is looked
+up in the one table of `targets`, and activations that the chosen targets leave out are found as well, with that as the
+reason. Nothing is changed. Of code that is not PyTorch's or that of `meaning.LIBRARIES`, only copies of leaf modules
+without parameters and functions that are nothing but tensor arithmetic are run, to see whether they are activations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True
     """
     found = list_occurrences(model, share=share)
     for occurrence in found:
-        occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence.site, table))
+        occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence, table))
     return found
 
 
@@ -48,13 +48,14 @@ def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence
 _NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
 
 
-def reason_not_chosen(site: Site, table: TargetTable) -> str:
-    """Why the targets exclude a site; empty if they include it."""
-    if site.function in table.names:
-        return ""
-    if not BY_NAME[site.function].gate:
+def reason_not_chosen(occurrence: Occurrence, table: TargetTable) -> str:
+    """Why the targets leave a site out; empty where they do not."""
+    function = occurrence.site.function
+    if function in table.names:
+        return "" if table.named else occurrence.guard
+    if not BY_NAME[function].gate:
         return "it is not among the targets"
-    return _NOT_CHOSEN.get(site.function, "it is a gate unless it is named as a target")
+    return _NOT_CHOSEN.get(function, "it is a gate unless it is named as a target")
 
 
 def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
@@ -75,7 +76,19 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
             scripts.append(prefix)
             continue
         inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
-        yield from (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share))
+        for occurrence in (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share)):
+            if not _is_named(model, occurrence.site.name) and not occurrence.site.reason:
+                occurrence.describe(reason="a name on the way to it is empty or has a dot, by which nothing finds it")
+            yield occurrence
+
+
+def _is_named(model: nn.Module, name: str) -> bool:
+    """Whether the modules above a site are found by its qualified name, and its own name holds no dot."""
+    *path, last = name.split(".")
+    owner: nn.Module | None = model
+    for key in path:
+        owner = None if owner is None else owner._modules.get(key)
+    return owner is not None and bool(last)
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:

@@ -29,7 +29,7 @@ def choose(model: nn.Module, context: Context) -> int:
     if context.occurrences and not pending:
         return 0
     for one in pending:
-        reason = one.site.reason or reason_not_chosen(one.site, context.table)
+        reason = one.site.reason or reason_not_chosen(one, context.table)
         if reason != one.site.reason:
             one.describe(reason=reason)
     configs = _configs([one.site for one in context.occurrences], context.config, strict=not context.earlier)

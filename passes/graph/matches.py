@@ -15,6 +15,7 @@ from torch import fx
 
 from ortho_fx.passes.vocabulary.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.vocabulary.formula import Formula
+from ortho_fx.passes.vocabulary.guards import POSITIVE, number
 from ortho_fx.passes.vocabulary.sites import NOTE
 from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
@@ -99,10 +100,17 @@ def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
             (argument,) = frontier
             reference = _recognised(node, argument, inside)
             in_place = may_change_input(node)
+            if reference is not None and reference.target in POSITIVE and _adds_constant(node):
+                return None
             if reference is not None and not (in_place and node.args[0] is not argument):
                 nodes = tuple(sorted(inside, key=order.__getitem__, reverse=True))
                 return Match(node, argument, nodes, reference.target, "formula", reference, in_place)
     return None
+
+
+def _adds_constant(node: fx.Node) -> bool:
+    """Whether a node adds a number, as the 1e-6 of `relu(x) + 1e-6`, which hardly changes the function."""
+    return _base(node) == "add" and any(number(part) for part in node.args)
 
 
 def _recognised(node: fx.Node, argument: fx.Node, inside: set[fx.Node]) -> Reference | None:

@@ -47,8 +47,9 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         remember(expansion, Replaced("attribute", vars(owner)[key]))
-        delattr(owner, key)
-        owner.add_module(key, expansion)
+        # Past a __delattr__ or __setattr__ of the owner's, which may refuse.
+        del vars(owner)[key]
+        owner._modules[key] = expansion
         keep_in_copies(owner)
         _leave_fast_path(owner)
 
@@ -67,9 +68,9 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
 
 def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     """Puts the function that an expansion replaced back."""
-    delattr(owner, key)
+    del owner._modules[key]
     # Not nn.Module.__setattr__: it would register a module that the owner kept unregistered.
-    object.__setattr__(owner, key, replaced)
+    vars(owner)[key] = replaced
     set_class_for_children(owner)
     _enter_fast_path(owner, key)
 

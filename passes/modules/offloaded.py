@@ -29,7 +29,7 @@ def loads_all_weights(module: nn.Module) -> bool:
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """What aligns devices around a module, alone or in a sequence of hooks."""
-    first = getattr(module, "_hf_hook", None)
+    first = vars(module).get("_hf_hook")
     for hook in getattr(first, "hooks", (first,)):
         if hasattr(hook, "offload") and hasattr(hook, "execution_device"):
             yield hook

@@ -17,7 +17,8 @@ def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset(
         source = source_of(owner, split)
         rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
         remember(expansion, Replaced("call"))
-        owner.add_module(attribute, expansion)
+        # Past an add_module or a __getattr__ of the owner's.
+        owner._modules[attribute] = expansion
         set_class(owner, rewritten)
 
     return put
@@ -25,7 +26,7 @@ def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset(
 
 def restore_call(owner: nn.Module, key: str) -> None:
     """Puts the call that an expansion replaced back into the module's code."""
-    delattr(owner, key)
+    del owner._modules[key]
     source = source_of(owner)
     left = replace(source, replaced=source.replaced - {key})
     set_class(owner, rewrite_class(left))

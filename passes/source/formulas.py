@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 
-from ortho_fx.passes.source.methods import UNRESOLVED, Method, Scalar
+from ortho_fx.passes.source.methods import Method, Scalar
 from ortho_fx.passes.vocabulary.elementwise import METHODS, bends, operation_of
 from ortho_fx.passes.vocabulary.formula import Formula
+from ortho_fx.passes.vocabulary.meaning import UNRESOLVED
 
 _BINARY = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow
-_IGNORED = {"inplace", "out"}
+_IGNORED = {"inplace"}
+_ALIASES = ("float", "double")
 
 
 def formula_of(node: ast.expr, method: Method) -> Formula | None:
@@ -25,6 +27,42 @@ def formula_of(node: ast.expr, method: Method) -> Formula | None:
     if argument is None or others or argument is node or not reader.bends:
         return None
     return Formula(argument, ast.unparse(tree), reader.count > 1)
+
+
+def written_on_the_way(node: ast.expr, argument: ast.expr, method: Method) -> bool | None:
+    """Whether a formula writes its result to its input; None where it writes there something that is not its result."""
+    told = ast.dump(argument)
+    last = False
+    for part in ast.walk(node):
+        written = _written(part, method)
+        while written is not None and not (same := ast.dump(written) == told):
+            written = _alias(written, method)
+        if written is not None and same:
+            if part is not node:
+                return None
+            last = True
+    return last
+
+
+def _written(node: ast.AST, method: Method) -> ast.expr | None:
+    """The tensor that a call inside of a formula writes to."""
+    if not isinstance(node, ast.Call):
+        return None
+    flags = [k.value for k in node.keywords if k.arg == "inplace"]
+    asked = any(not isinstance(flag, ast.Constant) or flag.value for flag in flags)
+    if isinstance(node.func, ast.Attribute) and method.resolve(node.func) is UNRESOLVED:
+        return node.func.value if node.func.attr.endswith("_") else None
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return node.args[0] if node.args and (asked or name.endswith("_")) else None
+
+
+def _alias(node: ast.expr, method: Method) -> ast.expr | None:
+    """The tensor that an expression may return itself: `x.float()` is x where that is a float already."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd):
+        return node.operand
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ALIASES:
+        return node.func.value
+    return _written(node, method)
 
 
 class _Reader:

@@ -58,7 +58,7 @@ def operation_of(function: object) -> str | None:
     """The name of an elementwise function in a formula; None for other objects."""
     try:
         return OPERATIONS.get(function)  # type: ignore[call-overload]
-    except TypeError:  # an unhashable object is no function
+    except Exception:  # unhashable, or with a hash of its own that raises
         return None
 
 

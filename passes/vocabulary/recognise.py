@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_fx.passes.vocabulary.elementwise import METHODS, bends, operation_of
+from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, attribute, cached_by_meaning
 from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OURS, TARGETS, Reference, cached
 
 _TOLERANCE = 2e-6
@@ -83,6 +84,21 @@ def evaluated(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor | 
     return value.double() if value.isfinite().all() else None
 
 
+def changes_input(function: Any) -> bool:
+    """Whether what is recognised as an activation also writes to its argument."""
+    if EVERY_TARGET.of_function(function) is not None:
+        return function in EVERY_TARGET.in_place
+    if type(function) in EVERY_TARGET.modules:
+        return bool(getattr(function, "inplace", False))
+    x = POINTS.reshape(2, 4, 4, 6).clone()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            (_copied(function).eval() if isinstance(function, nn.Module) else function)(x)
+        except Exception:
+            return False
+    return not torch.equal(x.flatten(), POINTS)
+
+
 def recognise(candidate: object) -> Reference | None:
     """The scalar function of any kind of callable; None if it is no known activation."""
     if isinstance(candidate, nn.Module):
@@ -97,7 +113,7 @@ def recognise(candidate: object) -> Reference | None:
         return target.reference()
     if isinstance(candidate, types.FunctionType):
         return recognise_function(candidate)
-    of = getattr(candidate, "__self__", None)
+    of = candidate.__self__ if isinstance(candidate, types.MethodType | types.BuiltinFunctionType) else None
     if isinstance(of, type) and issubclass(of, torch.autograd.Function) and candidate == of.apply:
         return match(of.apply) if _takes_one(of.forward, skip=1) else None  # type: ignore[arg-type]
     if isinstance(candidate, torch.jit.ScriptFunction):
@@ -217,7 +233,7 @@ def _of_class(cls: type, module: _Unhashed) -> bool:
     return torch.equal(mixed, y.roll(1)) and not linear
 
 
-@cached(maxsize=4096)
+@cached_by_meaning(maxsize=4096)
 def recognise_function(function: types.FunctionType) -> Reference | None:
     """The scalar function of a Python function of one tensor. It is run only if its source is only arithmetic."""
     if not (_takes_one(function, skip=0) and _may_bend(function) and is_arithmetic(function)):
@@ -244,7 +260,7 @@ def _takes_one(function: types.FunctionType, skip: int) -> bool:
     return len(required) == 1 and not by_name and parameters[0] is required[0]
 
 
-@functools.lru_cache(maxsize=4096)
+@cached_by_meaning(maxsize=4096)
 def is_arithmetic(function: types.FunctionType) -> bool:
     """Whether a function's source is only elementwise arithmetic: assignments to names, branches and returns."""
     if inspect.unwrap(function) is not function:
@@ -294,7 +310,8 @@ def resolve(node: ast.expr, names: dict[str, Any]) -> object:
         return names.get(node.id)
     if isinstance(node, ast.Attribute):
         base = resolve(node.value, names)
-        return getattr(base, node.attr, None) if isinstance(base, types.ModuleType) else None
+        found = attribute(base, node.attr) if isinstance(base, types.ModuleType) else UNRESOLVED
+        return None if found is UNRESOLVED else found
     return None
 
 

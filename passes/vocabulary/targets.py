@@ -111,9 +111,13 @@ BY_NAME: dict[str, Target] = {target.name: target for target in TARGETS}
 
 
 class TargetTable:
-    """The targets chosen for one rewrite, indexed by module class, function, method and operator."""
+    """The targets chosen for one rewrite, indexed by everything that a search can meet.
 
-    def __init__(self, targets: Iterable[Target]) -> None:
+    `named` says that they were named, rather than taken by default.
+    """
+
+    def __init__(self, targets: Iterable[Target], *, named: bool = False) -> None:
+        self.named = named
         self.names: set[str] = set()
         self.modules: dict[type[nn.Module], Target] = {}
         self.functions: dict[Hashable, Target] = {}
@@ -141,7 +145,7 @@ class TargetTable:
             return target if target is not None and target.name in self.names else None
         try:
             return self.functions.get(function)
-        except TypeError:  # an unhashable object is not in the table
+        except Exception:  # unhashable, or with a hash of its own that raises: no function of ours
             return None
 
 
@@ -162,6 +166,11 @@ def cached(maxsize: int) -> Callable[[_Cached], _Cached]:
         return kept
 
     return decorate
+
+
+def cached_elsewhere(kept: Any) -> None:
+    """Lets a new target empty a cache of another kind as well."""
+    _caches.append(kept)
 
 
 def add_target(target: Target) -> None:
@@ -202,4 +211,4 @@ def choose_targets(names: Iterable[str] | None) -> TargetTable:
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise OrthoFxError(f"unknown target {', '.join(map(repr, unknown))}; targets are {', '.join(BY_NAME)}")
-    return TargetTable(BY_NAME[name] for name in names)
+    return TargetTable((BY_NAME[name] for name in names), named=True)

@@ -22,7 +22,7 @@ class Every(nn.Module):
     def forward(self, x):
         x = self.kept(self.act(x))
         x = F.relu(x)
-        x = x.relu() + 1
+        x = x.relu()
         x = torch.celu(x)
         x = F.leaky_relu(
             x,
