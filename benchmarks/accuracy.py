@@ -1,10 +1,10 @@
-"""Rounding: expansions evaluated in float32, bfloat16 and float16 beside float64, on [-10, 10].
+"""Rounding errors of expansions in float32, bfloat16 and float16, compared with float64, on [-10, 10].
 
     python benchmarks/accuracy.py
 
-For each basis and degree, initialised for N(0, 1) and for inputs of N(0, 0.2^2) and N(0, 3^2): the largest error of
-value and input gradient, in units of max(1, |exact|), and that at x = 10. The inputs are numbers of the type itself,
-and the exact result is that of float64 for the parameters as the type's module stores them (float32). Writes
+Expansions of each basis and degree are initialised for inputs of N(0, 1), N(0, 0.2^2) and N(0, 3^2). Measured are the
+largest error of value and input gradient, in units of max(1, |exact|), and the error at x = 10. The inputs are numbers
+of the tested dtype; parameters are float32, and the exact result is computed from them in float64. Writes
 results/accuracy.json and prints a table.
 """
 

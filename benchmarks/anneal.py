@@ -3,11 +3,11 @@
     python benchmarks/anneal.py [--depth 12] [--steps 500] [--fine-tune 150] [--seeds 6]
 
 A plain network of width 64, without normalisation or residuals, learns 1,000 of scikit-learn's digits; accuracy is on
-the other 797. Its ReLUs are replaced by the closest polynomials under the inputs that they get. Then it is fine-tuned
-with the same batches, learning rates and number of steps: with the polynomials in place from the start, or annealed
-over the first three tenths of the steps; and each of these with and without the penalty on inputs beyond three
-deviations. A run whose loss is no longer finite is lost, and has the accuracy of guessing. Writes
-results/anneal.json and prints a table.
+the other 797. Its ReLUs are replaced by polynomials that are fitted under the inputs that they get. Then it is
+fine-tuned. The polynomials are in place from the start, or annealed over the first three tenths of the steps; each with
+and without the penalty on inputs beyond three deviations. Batches, learning rates and number of steps are the same. A
+run whose loss is no longer finite is lost and has the accuracy of guessing. Writes results/anneal.json and prints a
+table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from digits import digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups, rewrite_
@@ -34,13 +34,6 @@ RESULT = Path(__file__).parent / "results" / "anneal.json"
 WIDTH, HELD_OUT, BATCH, MEASURED = 64, 797, 64, 500
 LEARNING_RATE, FINE_TUNING_RATE, WEIGHT_DECAY, PENALTY, SHARE = 2e-3, 1e-3, 1e-2, 0.1, 0.3
 DEGREES = (2, 3)
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].float(), labels[order]
 
 
 def network(depth: int, seed: int) -> nn.Sequential:
@@ -75,7 +68,7 @@ def train(
     annealing: Annealing | None = None,
     penalty: float = 0.0,
 ) -> float:
-    """Accuracy after the steps; that of guessing where the loss or a weight is no longer finite."""
+    """Accuracy after the steps, or that of guessing if the loss or a weight is not finite."""
     images, labels = data
     groups = param_groups(model, lr=lr, weight_decay=WEIGHT_DECAY)
     rates = [group["lr"] for group in groups]
@@ -121,7 +114,7 @@ def compare(trained: nn.Module, data: tuple[Tensor, Tensor], steps: int, seed: i
         rewrite_(model, ExpansionConfig("hermite", degree, "fit"), example_inputs=batch)
         row[f"degree {degree}, replaced"] = accuracy(model, data)
         row[f"degree {degree}, replaced and fine-tuned"] = train(model, data, **settings)
-        # In one step it is a replacement; the others share the training with it.
+        # Annealing in a single step is a replacement, so all variants share this code.
         for name, taken, penalty in (
             ("replaced and fine-tuned with penalty", 1, PENALTY),
             ("annealed", round(SHARE * steps), 0.0),

@@ -1,8 +1,8 @@
-"""The models of the coverage benchmark: which they are, and how a small instance of each and its inputs are built.
+"""The models of the coverage benchmark, with a small instance and inputs of each.
 
-`specs()` lists them; `build(spec)` gives a model with random weights and the keyword arguments of one call. timm's
-models are its own smallest variants at the smallest image that they take, those of transformers are made tiny (see
-tiny_transformers.py). What cannot be built raises, and is counted.
+`specs()` lists them; `build(spec)` gives a model with random weights and the keyword arguments of one call. Models of
+timm are its smallest variants with the smallest images that they take; those of transformers are made tiny (see
+tiny_transformers.py). A model that cannot be built raises an error, and the benchmark counts it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ seresnet50 skresnet34 repvit_m0_9 mobilenetv1_100 efficientnet_cc_b0_4e lambda_r
 convnext_atto_ols convnext_atto_rms tiny_vit_11m_224 edgenext_x_small vit_wee_patch16_reg1_gap_256
 vit_base_patch16_siglip_224 ese_vovnet19b_dw
 """
-# Those of them whose smallest variant is large, built with two blocks.
+# Models of timm whose smallest variant is large; they are built with two blocks.
 SHALLOW = set(
     "beit_base_patch16_224 beitv2_base_patch16_224 beit3_base_patch16_224 naflexvit_base_patch16_parfac_gap "
     "qwen3_vit_88m samvit_base_patch16_224 vit_base_patch16_siglip_224".split()
 )
 
-# Model types of transformers; of each, its base model and the first two of its heads for these tasks.
+# For each model type of transformers: its base model, and the first two heads that it has for these tasks.
 TASKS = (
     "MASKED_LM SEQUENCE_CLASSIFICATION CAUSAL_LM IMAGE_CLASSIFICATION SEQ_TO_SEQ_CAUSAL_LM AUDIO_CLASSIFICATION CTC "
     "OBJECT_DETECTION SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION DEPTH_ESTIMATION VIDEO_CLASSIFICATION BACKBONE "
@@ -92,7 +92,7 @@ yoso youtu zamba zamba2 bailing_hybrid dac
 
 @dataclass(frozen=True)
 class Spec:
-    """One model: its library, and its name there (for transformers, type and class)."""
+    """One model: its library, and its name there (for transformers, "type/class")."""
 
     library: str
     name: str
@@ -104,7 +104,7 @@ class Spec:
 
 
 def specs() -> list[Spec]:
-    """timm's models, then the base models of transformers, then its heads: another architecture before another head."""
+    """Models of timm, then base models of transformers, then its heads, so that new architectures come first."""
     from transformers.models.auto import modeling_auto
 
     bases, heads = [], []
@@ -120,7 +120,7 @@ def specs() -> list[Spec]:
 
 
 def build(spec: Spec) -> tuple[nn.Module, Inputs]:
-    """The model in eval mode with weights from seed 0, and the inputs of one call that it takes in either mode."""
+    """The model in eval mode, with weights from seed 0, and keyword arguments for one call."""
     problems = []
     makers = _timm if spec.library == "timm" else tiny_transformers.models
     for make in makers(spec.name):
@@ -142,7 +142,7 @@ def build(spec: Spec) -> tuple[nn.Module, Inputs]:
 
 @torch.no_grad()
 def _enliven(model: nn.Module) -> None:
-    """Weights that start at zero, or a layer scale near it, would hide what is behind them from the output."""
+    """Makes weights nonzero that start at or near zero: otherwise the output would not depend on parts of the model."""
     for name, parameter in model.named_parameters():
         if "bias" not in name and parameter.numel() and (parameter == parameter.flatten()[0]).all():
             if parameter.flatten()[0].abs() >= 0.01:
@@ -154,7 +154,7 @@ def _enliven(model: nn.Module) -> None:
 
 
 def _settle(model: nn.Module, inputs: Inputs) -> None:
-    """Batch norms get the statistics of this batch, so that eval normalises as after a training."""
+    """Gives batch norms the statistics of these inputs, so that they normalise in eval mode as after a training."""
     norms = [
         module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
     ]
@@ -172,7 +172,7 @@ def _settle(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _accepted(model: nn.Module, candidates: Iterator[Inputs]) -> Inputs:
-    """The first inputs that the model runs with; the error of the likeliest ones if there are none."""
+    """The first inputs with which the model runs; if there are none, raises the error of the likeliest ones."""
     problem: Exception | None = None
     for inputs in candidates:
         try:

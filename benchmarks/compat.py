@@ -5,13 +5,13 @@
     python benchmarks/compat.py check [--out FILE]
     python benchmarks/compat.py table
 
-`run` makes a virtual environment for each release in turn, in a temporary folder, installs PyTorch, numpy and this
-repository there, runs `check` in it, removes it, and merges the record into results/compat.json. Releases that are not
-run keep their record. `--env` takes an environment that has PyTorch and setuptools already, and leaves it as it is.
-`check` runs `compat_checks.py` on the PyTorch that is installed, and prints the record or writes it to a file.
-`table` prints the records as the table of README.md. `run` and `check` exit with 1 where a row failed.
+`run` makes a virtual environment for each release in turn, in a temporary folder. It installs PyTorch, numpy and this
+repository there, runs `check` in it, removes it, and merges the record into results/compat.json. Other releases keep
+their record. `--env` uses an existing environment with PyTorch and setuptools, and does not change it.
+`check` runs `compat_checks.py` on the installed PyTorch, and prints the record or writes it to a file.
+`table` prints the records as the table of README.md. `run` and `check` exit with 1 if a row failed.
 
-`run` and `table` need Python alone.
+`run` and `table` need only Python.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compat.json"
 # The newest patch of each minor release since the oldest that works.
 RELEASES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
-# A CUDA build takes 5.5 GB, and its archives as much again while pip unpacks them.
+# A CUDA build takes 5.5 GB, and its archives take as much again while pip unpacks them.
 GIGABYTES = 12
 CHECK_SECONDS = 1800
 
-# One release: `release`, `torch`, `python`, `numpy`, `date`, `cpu`, `build`, `seconds`, and `rows`, each
-# [check, case, whether it is right, what was seen].
+# The record of a release: `release`, `torch`, `python`, `numpy`, `date`, `cpu`, `build`, `seconds`, and `rows`, each of
+# which is [check, case, whether it is right, what was seen].
 Record = dict[str, Any]
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(releases: Sequence[str], environment: Path | None, out: Path) -> int:
-    """Checks the releases, or the one of an existing environment; 1 where something failed."""
+    """Checks the releases, or the one of an existing environment; returns 1 if something failed."""
     failed = False
     for release in releases if environment is None else (environment.name,):
         with tempfile.TemporaryDirectory(prefix="compat-") as folder:
@@ -89,8 +89,8 @@ def run(releases: Sequence[str], environment: Path | None, out: Path) -> int:
 
 
 def checked(release: str, environment: Path | None, folder: Path) -> Record:
-    """The record of one release, measured in a child process; everything that is made for it is in the folder."""
-    # What is set here is not the release's doing.
+    """The record of one release, measured in a child process; all files that it needs are made in `folder`."""
+    # Settings of the caller's environment must not change the results.
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TORCH", "ORTHO_FX"))}
     variables |= {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "PIP_NO_CACHE_DIR": "1"}
     python = folder / "environment" / "bin" / "python"
@@ -114,7 +114,7 @@ def checked(release: str, environment: Path | None, folder: Path) -> Record:
         call(python, *ours, "--target", folder / "installed", source, check=True)
         variables["PYTHONPATH"] = str(folder / "installed")
     file = folder / "record.json"
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the rows that it did not reach have failed
+    with contextlib.suppress(subprocess.TimeoutExpired):  # rows that it did not reach are recorded as failed
         call(python, Path(__file__).resolve(), "check", "--out", file, timeout=CHECK_SECONDS)
     if not file.exists():
         raise ValueError("the check ended before it had a row")
@@ -123,7 +123,7 @@ def checked(release: str, environment: Path | None, folder: Path) -> Record:
 
 
 def copy_of_source(target: Path) -> Path:
-    """What the package is built from, elsewhere: a build writes beside it."""
+    """Copies the sources of the package, since a build writes beside them."""
     target.mkdir()
     for name in ("README.md", "LICENSE", "pyproject.toml"):
         shutil.copy(ROOT / name, target)
@@ -137,7 +137,7 @@ def failures(record: Record) -> list[Sequence[Any]]:
 
 
 def merged(records: Mapping[str, Record], record: Record) -> dict[str, Record]:
-    """The records with this one, the newest release first."""
+    """The records with `record` added, the newest release first."""
     both = {**records, record["release"]: record}
     order = sorted(both, key=lambda release: [int(n) for n in re.findall(r"\d+", release)], reverse=True)
     return {release: both[release] for release in order}
@@ -148,7 +148,7 @@ def read(file: Path) -> dict[str, Record]:
 
 
 def written(records: Mapping[str, Record]) -> str:
-    """The records as JSON, a row of theirs a line."""
+    """The records as JSON, with one line for each row."""
     blocks = []
     for release, record in records.items():
         head = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in record.items() if k != "rows")
@@ -161,7 +161,7 @@ COLUMNS = ("lowering", "values", "plain", "readme", "hook", "transforms", "expor
 
 
 def table(records: Mapping[str, Record]) -> str:
-    """The records in Markdown, a release a row."""
+    """The records in Markdown, with one row for each release."""
     titles = {"plain": "values without it", "readme": "README", "ddp": "DDP"}
     head = ["PyTorch", "build", *(titles.get(column, column) for column in COLUMNS)]
     lines = [head, ["---"] * len(head)]
@@ -171,7 +171,7 @@ def table(records: Mapping[str, Record]) -> str:
 
 
 def cell(record: Record, check: str) -> str:
-    """One check of a release: its rows that are right, of all, in bold where some are not; and a summary."""
+    """One check of a release: how many of its rows are right, and a summary; in bold unless all are right."""
     rows = [row for row in record["rows"] if row[0] == check]
     right = [row for row in rows if row[2]]
     text = f"{len(right)} of {len(rows)}"

@@ -1,4 +1,4 @@
-"""What the checks of `compat.py check` share: a case, which raises `Wrong`, and the error of tensors."""
+"""The base of the checks of `compat.py check`: cases, the error `Wrong` of a case, and the error of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SINGLE, DOUBLE = 1e-5, 1e-9
 
 
 class Wrong(Exception):
-    """What a case saw is not what it should be."""
+    """A case saw a wrong result."""
 
 
 def leaves(values: Any) -> list[Tensor]:

@@ -1,19 +1,19 @@
-"""The checks of `compat.py check`: what ortho_fx promises, tried on the PyTorch that is installed.
+"""The checks of `compat.py check`: they test the promises of ortho_fx on the installed PyTorch.
 
-A check is a function that gives its cases by name. A case is a call: it returns what it saw, and raises where that is
-wrong. The cases that remain go on. Nothing but PyTorch, numpy and ortho_fx is needed.
+A check is a function that yields its cases with their names. A case is a call: it returns what it saw, or raises an
+error if that is wrong; the next cases run nevertheless. Only PyTorch, numpy and ortho_fx are needed.
 
-- lowering: Inductor gets our own kernels for each basis, not the fallback;
-- values, plain: compiled expansions in float32, forward and backward, are those of eager float64: with the lowering
-  and without it;
-- kernels: how many Inductor makes of an expansion alone, forward and backward, with the lowering and without it. The
-  lowering must not take more;
-- readme: the Python of README.md, in order;
-- hook: `torch.compile(model, backend="ortho_fx")` trains as a model does that `rewrite_` has been over;
-- transforms: those of torch.func, eager and compiled, are those of the formulas in float64;
-- export: `torch.export`, strict and not, for a batch of any size, and its decompositions;
-- ddp: a step of two processes is that of one;
-- warnings: what ortho_fx warned of in all of these.
+- lowering: Inductor uses our own kernels for each basis, not the fallback;
+- values, plain: compiled expansions in float32 agree with eager float64, forward and backward, with the lowering
+  (values) and without it (plain);
+- kernels: the number of kernels that Inductor makes of a single expansion, forward and backward, with the lowering and
+  without it. The lowering must not need more;
+- readme: the Python blocks of README.md run in order;
+- hook: a model under `torch.compile(model, backend="ortho_fx")` trains like a model after `rewrite_`;
+- transforms: results of torch.func, eager and compiled, agree with those of the formulas in float64;
+- export: `torch.export`, strict and not strict, for a batch of any size, and its decompositions;
+- ddp: a step of two processes agrees with the step of one;
+- warnings: the warnings of ortho_fx in all of these checks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from compat_transforms import transforms
 
 
 def check(out: Path | None = None) -> Record:
-    """The record of the installed PyTorch; also written to a file after each check, for a process that does not end."""
+    """The record of the installed PyTorch; written to a file after each check, in case the process is killed."""
     start = time.perf_counter()
     record: Record = {
         "release": torch.__version__.split("+")[0],
@@ -65,7 +65,7 @@ def check(out: Path | None = None) -> Record:
 
 
 def row(name: str, case: str, call: Callable[[], Any], noted: dict[str, str]) -> tuple[str, bool, Any]:
-    """Case, whether it is right, and what was seen; warnings of ours are noted with the first case that met them."""
+    """The case, whether it is right, and what was seen. `noted` gets our warnings, each with its first case."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -93,7 +93,7 @@ def cpu_name() -> str:
 
 
 def build() -> str:
-    """What PyTorch was built for; everything here runs on the CPU."""
+    """The device for which PyTorch was built; the checks run on the CPU in any case."""
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
     return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
@@ -103,7 +103,7 @@ def readme() -> Iterator[Case]:
     namespace: dict[str, Any] = {"__name__": "readme"}
 
     def block(number: int, text: str) -> str:
-        # Classes are rewritten by their source, which a file has.
+        # The block is a file, since the rewrite reads the source of classes from their files.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"block{number}.py"
             file.write_text(text)

@@ -1,4 +1,4 @@
-"""The checks of expansions alone, compiled: the lowering, their values and their kernels."""
+"""The checks of single compiled expansions: the lowering, their values and their kernels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES, Basis
 from ortho_fx.operators import generated_code, operator, support
 
-# The shape of an input for each, and the dimension of its channels: large enough for sums in two stages.
+# By granularity, the shape of the input and the dimension of its channels. It is large enough for sums in two stages.
 SHAPES = {"layer": ((4, 32, 14, 14), 1), "channel": ((256, 96), 1)}
 
 
 class Compiled:
-    """An expansion that is compiled by itself: what it computed, the operators of its graphs, and their kernels."""
+    """A single compiled expansion: its results, the operators of its graphs, and the numbers of its kernels."""
 
     def __init__(self, basis: Basis, granularity: str, lowered: bool) -> None:
         self.basis, self.operators = basis, list[str]()
@@ -40,11 +40,11 @@ class Compiled:
 
     @property
     def ours(self) -> list[str]:
-        """The operators that our own lowering took."""
+        """The operators that our own lowering handles."""
         return [name for name in self.operators if name.startswith("ortho_fx_inductor.")]
 
     def error(self) -> float:
-        """The relative error of output and gradients beside eager float64."""
+        """The relative error of output and gradients, compared with eager float64."""
         exact = [tensor.double().requires_grad_() for tensor in self.tensors]
         y = operator(self.basis)(*exact)
         y.backward(self.grad.double())

@@ -48,7 +48,10 @@ def rewritten(config: ExpansionConfig) -> Network:
 
 def hook() -> Iterator[Case]:
     def steps(model: Network, call: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Outputs of three steps and the parameters after them. The optimizer comes after the first call."""
+        """Outputs of three steps and the parameters after them.
+
+        The optimizer is made after the first call, since the hook replaces activations in that call.
+        """
         results, optimizer = [], None
         for step, size in enumerate(sizes):
             y = call(inputs(size, 4, seed=step))
@@ -109,7 +112,7 @@ def ddp() -> Iterator[Case]:
 
 
 def one_of_two(rank: int, folder: str, configs: Sequence[ExpansionConfig]) -> None:
-    """Half a batch through a compiled model in float32, beside the whole one through an eager model in float64."""
+    """A step on half a batch by a compiled model in float32, compared with an eager step on all of it in float64."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     limit = timedelta(seconds=300)
@@ -127,6 +130,6 @@ def one_of_two(rank: int, folder: str, configs: Sequence[ExpansionConfig]) -> No
     texts = [str(warning.message) for warning in caught if "ortho_fx" in str(warning.message)]
     result = {"off": off(*states, SINGLE), "warnings": texts}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    # A process that leaves takes its connections along, and gloo's threads in the other one may still be using them.
+    # A process that ends closes its connections, which gloo's threads in the other process may still use.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

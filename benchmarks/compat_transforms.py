@@ -1,4 +1,4 @@
-"""The check of torch.func's transforms: eager and compiled, they are those of the formulas in float64."""
+"""The check of torch.func's transforms: eager and compiled results agree with those of the formulas in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ortho_fx.operators import formulas, operator
 
 
 def in_a_loop(function: Callable[..., Any], in_dims: object) -> Callable[..., Any]:
-    """What `vmap` computes over its last argument."""
+    """Computes the same as `vmap` over the last argument, but in a loop."""
 
     def each(*arguments: Any) -> list[Tensor]:
         *shared, batch = arguments
@@ -36,7 +36,7 @@ def transformed(function: Callable[..., Any], vmap: Callable[..., Any] = vmap) -
         "grad": lambda parameters, batch: grad(loss, (0, 1))(parameters, batch[0]),
         "vmap": lambda parameters, batch: vmap(function, (None, 0))(parameters, batch),
         "vmap of grad": lambda parameters, batch: vmap(grad(loss), (None, 0))(parameters, batch),
-        # Of a batch: PyTorch itself does not compile the jvp of a product of a matrix with a vector.
+        # This one takes the whole batch: PyTorch itself does not compile the jvp of a matrix-vector product.
         "jvp": lambda parameters, batch: jvp(partial(function, parameters), (batch,), (batch.cos(),)),
         "hessian": lambda parameters, batch: hessian(loss, 1)(parameters, batch[0]),
         "jacrev": lambda parameters, batch: jacrev(function, (0, 1))(parameters, batch[0]),
@@ -47,7 +47,10 @@ def transforms() -> Iterator[Case]:
     weights, batch = (inputs(4, 6, seed=3), inputs(6, 4, seed=4)), inputs(3, 4)
 
     def network_of(basis: Basis, expand: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        """Two layers, an expansion a channel and one for all, as a function of what they learn; and that."""
+        """A function of learnable parameters and an input, and these parameters.
+
+        It has two layers: the first with an expansion for each channel, the second with one for all.
+        """
         all_values = [tensors_of(basis, "channel", (1, 6), 1)[2:], tensors_of(basis, "layer", (1, 4), 1)[2:]]
 
         def call(parameters: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def transforms() -> Iterator[Case]:
 
     @cache
     def together(basis_name: str, backend: str) -> dict[str, Any] | None:
-        """All of them as one graph, which takes less time; None where one does not compile."""
+        """The results of all transforms in one graph, which saves time; None if one does not compile."""
         functions, parameters = ours_of(BASES[basis_name])
         torch.compiler.reset()
 
@@ -100,7 +103,7 @@ def transforms() -> Iterator[Case]:
         return error(name, basis, torch.compile(functions[name], backend=backend, fullgraph=True)(parameters, batch))
 
     for basis in BASES.values():
-        # Inductor takes a minute for a basis. The others show that they trace.
+        # Inductor takes a minute for each basis. For the other bases it is enough that they trace.
         backend = "inductor" if basis.name == "hermite" else "aot_eager"
         for kind, call in (("eager", eager), (backend, partial(in_a_graph, backend))):
             for name in transformed(lambda: None):

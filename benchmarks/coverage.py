@@ -3,15 +3,18 @@
     OMP_NUM_THREADS=1 python benchmarks/coverage.py [--library timm|transformers] [--only PATTERN] [--limit N] [--again]
     python benchmarks/coverage.py --summary          # needs timm and transformers: pip install "ortho-fx[bench]"
 
-An oracle that knows nothing of the rewrite (oracle.py) notes every activation that a model runs, in train and in eval.
-After `rewrite_` each of them must be gone or be in the report with a reason; any other is an unexplained miss. Plain
-gates must be called as before. For each model too: the relative error of the outputs when the expansions are fitted to
-what they replace; a training step in which every expansion that is called must get a finite gradient, with clamped
-expansions where a random network grows out of range without; and a second rewrite, which must change nothing.
+An oracle that knows nothing of the rewrite (oracle.py) records every activation that a model runs, in train and in
+eval. After `rewrite_` each of them must be gone, or be in the report with a reason; any other is an unexplained miss.
+Plain gates must be called as before. Each model is also measured for:
 
-Weights are random, models are small (architectures.py), each architecture is measured in a process of its own, in half
-an hour altogether. Writes results/coverage.json, a row as soon as it is measured; rows that are in there are not
-measured again. The summary is printed, and written to results/coverage.txt.
+- the relative error of the outputs if the expansions are fitted to the functions that they replace;
+- a training step, in which every expansion that is called must get a finite gradient. If the values of a random network
+  grow out of range, the step is done with clamped expansions;
+- a second rewrite, which must change nothing.
+
+Weights are random, models are small (architectures.py), and each architecture is measured in a process of its own. All
+of them take half an hour. Writes results/coverage.json, each row as soon as it is measured; rows in that file are not
+measured again. The summary is printed and written to results/coverage.txt.
 """
 
 from __future__ import annotations
@@ -49,8 +52,11 @@ TIMEOUT = 60
 
 
 def explanation(place: Place, left: Iterable[Site]) -> str | None:
-    """The reason that the report gives for the place, None if it does not name it: neither the module that is the
-    activation, nor the line in the module that runs it, nor what that module keeps as an attribute."""
+    """The reason that the report gives for the place; None if the report does not name the place.
+
+    The report names it by the module that is the activation, by the line of a module that calls it, or by an attribute
+    of that module.
+    """
     for site in left:
         names = (site.name, *site.aliases)
         file, _, number = site.location.rpartition(":")
@@ -113,7 +119,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     for name, run in steps.items():
         try:
             run()
-        except OverflowError as error:  # cubes drive some random networks out of range; clamped they may not
+        except OverflowError as error:  # cubes drive some random networks out of range; clamped ones may stay within
             if name == "training":
                 row["diverged"] = str(error)
             else:
@@ -129,7 +135,7 @@ def _by_reason(left: Iterable[Site]) -> dict[str, int]:
 
 
 def watched(model: nn.Module) -> tuple[dict[str, nn.Module], set[str], set[str]]:
-    """The expansions of a model, which of them are called, and which of them a backward pass gets to."""
+    """The expansions of a model, the names of those that are called, and of those that a backward pass reaches."""
     expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
     called: set[str] = set()
     reached: set[str] = set()
@@ -145,7 +151,7 @@ def watched(model: nn.Module) -> tuple[dict[str, nn.Module], set[str], set[str]]
 
 
 def explain(row: dict[str, Any], remaining: list[Place], left: Iterable[Site]) -> None:
-    """Counts what still runs by the reason that the report gives, and names what it does not know of."""
+    """Counts the remaining activations by the report's reason, and names those that the report does not explain."""
     reasons = {place: explanation(place, left) for place in remaining}
     row["remaining"] = dict(Counter(reason for reason in reasons.values() if reason))
     row["unexplained"] = dict(Counter(str(place) for place, reason in reasons.items() if reason is None))
@@ -154,7 +160,7 @@ def explain(row: dict[str, Any], remaining: list[Place], left: Iterable[Site]) -
 def rewritten(
     row: dict[str, Any], model: nn.Module, inputs: Inputs, before: dict[str, Any], report: RewriteReport
 ) -> None:
-    """What still runs of the activations, and whether the gates run as before."""
+    """Records the activations that still run, and whether the gates run as before."""
     after = observe(model, inputs)
     family, formulas, _ = (after["eval"][i] | after["train"][i] for i in range(3))
     explain(row, [*family, *formulas], report.left)
@@ -179,7 +185,7 @@ def training(
     called: set[str],
     reached: set[str],
 ) -> None:
-    """One backward pass: expansions that it reached and that got no finite gradient, and those off its path."""
+    """Runs a backward pass. Records reached expansions without a finite gradient, and called ones off its path."""
     model.train()
     for parameter in model.parameters():
         parameter.grad = None
@@ -190,7 +196,7 @@ def training(
     outputs = [t for t in tensors(model(**inputs)) if t.is_floating_point() and t.requires_grad and t.numel()]
     if not outputs:
         raise ValueError("no output has a gradient")
-    loss = torch.stack([t[t.isfinite()].square().mean() for t in outputs]).sum()  # NaN where one has no finite value
+    loss = torch.stack([t[t.isfinite()].square().mean() for t in outputs]).sum()  # NaN if one has no finite value
     trained = set(called)
     called |= seen_before
     if not loss.isfinite():
@@ -210,13 +216,13 @@ def training(
 
 
 def training_clamped(row: dict[str, Any], model: nn.Module, inputs: Inputs) -> None:
-    """The training step of a model that is not rewritten yet."""
+    """Rewrites the model with clamped expansions and runs its training step."""
     rewrite_(model, CLAMPED)
     training(row, model, inputs, *watched(model))
 
 
 def again(row: dict[str, Any], model: nn.Module) -> None:
-    """What a second rewrite replaces, and whether it changes any module."""
+    """Records how many sites a second rewrite replaces, and whether it changes any module."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     second = rewrite_(model, LEARNABLE)
     same = [(name, type(module)) for name, module in model.named_modules()] == modules
@@ -224,7 +230,7 @@ def again(row: dict[str, Any], model: nn.Module) -> None:
 
 
 def fidelity(row: dict[str, Any], model: nn.Module, fitted: nn.Module, inputs: Inputs) -> None:
-    """The relative error of the outputs after a rewrite that is fitted to what it replaces."""
+    """Records the relative error of the outputs after a rewrite with expansions fitted to the original functions."""
     report = rewrite_(fitted, FITTED, example_inputs=inputs)
     row["fitted"] = len(report.replaced)
     outputs = []
@@ -260,7 +266,7 @@ def _short(error: Exception, length: int = 200) -> str:
 
 
 def serve(connection: Connection, group: list[Spec]) -> None:
-    """Measures models in a process of their own, and sends each row; what is empty is left out."""
+    """Measures models in a process of their own and sends each row, without its empty fields."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for spec in group:
@@ -270,7 +276,7 @@ def serve(connection: Connection, group: list[Spec]) -> None:
 
 
 def measured(group: list[Spec]) -> Iterator[tuple[Spec, dict[str, Any]]]:
-    """Rows of one group, from a process that is started again after a model that hangs or kills it."""
+    """Yields the rows of one group from a child process, which is restarted after a model that hangs or kills it."""
     context = multiprocessing.get_context("fork")
     while group:
         receiver, sender = context.Pipe(duplex=False)
@@ -326,7 +332,7 @@ def main() -> None:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """One row a line: there are many, and few fields of each are read."""
+    """Writes one row a line: rows are many, and readers look at few of their fields."""
     head = json.dumps({key: value for key, value in result.items() if key != "rows"})
     ordered = sorted(result["rows"], key=lambda row: (row["library"], row["name"]))
     rows = ",\n".join(json.dumps(row) for row in ordered)

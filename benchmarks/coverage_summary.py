@@ -1,4 +1,4 @@
-"""What the coverage benchmark prints: a line of each model, and the summary of all (coverage.py --summary)."""
+"""The text of the coverage benchmark: a line for each model, and the summary of all (coverage.py --summary)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 VERSIONS = ("torch", "timm", "transformers")
-# What the summary names the models of, and the fields of a row that tell it.
+# Findings for which the summary names the models, and the fields of a row that show each finding.
 NAMED = {
     "gates changed": ["gates_changed"],
     "expansions without a gradient, or without a finite one": ["no_gradient", "gradient_not_finite"],
@@ -21,7 +21,7 @@ NAMED = {
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a model as soon as it is measured."""
+    """The line of one model, printed as soon as it is measured."""
     if "error" in row:
         return f"{row['name']}: NOT BUILT {row['error']}"
     parts = [f"{row['name']}: {row['calls'] + row['formulas']} calls, {sum(row.get('replaced', {}).values())} replaced"]

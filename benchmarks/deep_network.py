@@ -2,8 +2,8 @@
 
     python benchmarks/deep_network.py [--seeds 10] [--layers 100] [--width 512]
 
-For each basis and initialisation: the second moment after every layer, and the rms of the input's gradient for a
-gradient of N(0, 1) at the output, over seeds, in float64. Writes results/deep_network.json and a plot of it beside it.
+Measured for each basis and initialisation, over seeds, in float64: the second moment after every layer, and the rms of
+the input's gradient for a gradient of N(0, 1) at the output. Writes results/deep_network.json and a plot beside it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/fine_tuning.py [--steps 1500] [--fine-tune 300] [--seeds 3]
 
 The tiny GPT-2 trains on the source of Python's standard library with GELU. Then its activations are replaced by fits
-under the inputs that they really get, and it is fine-tuned on the same batches, at the same learning rate, as the
-untouched model is. The fits learn at ten times that rate, and the norm of their gradient is clipped apart. Writes
+under their real inputs. Both the rewritten and the untouched model are fine-tuned, on the same batches at the same
+learning rate. The fits learn at ten times that rate, and the norm of their gradient is clipped separately. Writes
 results/fine_tuning.json and prints a table.
 """
 
@@ -40,7 +40,7 @@ CONFIGS = {
     "tropical_rational 6": ExpansionConfig("tropical_rational", 6, "fit"),
 }
 BATCH, LEARNING_RATE, VALIDATION_WINDOWS = 16, 1e-3, 960
-# A fit starts where the model had its activation; at the rate of the weights it would hardly leave it in so few steps.
+# A fit starts at the model's old activation. At the learning rate of the weights it would hardly move in so few steps.
 EXPANSION_LEARNING_RATE = 10 * LEARNING_RATE
 
 
@@ -57,7 +57,7 @@ def validate(compiled, model: nn.Module, data: StandardLibrary) -> float:
 
 
 def fine_tune(model: nn.Module, config: ExpansionConfig | None, data: StandardLibrary, seed: int, steps: int) -> dict:
-    """Loss before and after, on batches that training has not seen."""
+    """Fine-tunes the model on batches that its training did not see; the validation loss before and after."""
     fits = {}
     if config is not None:
         batch, _ = data.batch(seed, 10**6, BATCH)
@@ -66,8 +66,8 @@ def fine_tune(model: nn.Module, config: ExpansionConfig | None, data: StandardLi
     before = validate(compiled, model, data)
     groups = param_groups(model, lr=LEARNING_RATE, weight_decay=0.1, expansion_lr=EXPANSION_LEARNING_RATE)
     rates = [group["lr"] for group in groups]
-    # He_8 / 8! is in the hundreds at an outlier, which the gradient of its coefficient is multiplied by: clipped
-    # together with the weights' gradients it would scale those down.
+    # The coefficient of He_8 / 8! has a gradient in the hundreds at an outlier. Clipped together, it would scale down
+    # the gradients of the weights.
     weights, expansions = (
         [parameter for group in groups if (group["name"] == "expansions") == own for parameter in group["params"]]
         for own in (False, True)

@@ -1,10 +1,10 @@
-"""Fits of known activations, beside those of torchortho: how close they are, and how long they take.
+"""Fits of known activations, compared with those of torchortho: how close they are, and how long they take.
 
     OMP_NUM_THREADS=1 python benchmarks/fits.py          # needs torchortho: pip install "ortho-fx[bench]"
 
-torchortho does not say on which interval it fits, so both are measured on the same three weights: uniform on [-3, 3]
-and on [-5, 5], and N(0, 1). Ours is fitted under the weight that it is measured with, once in value alone and once in
-value and derivative alike (derivative_weight 1); what a fit minimises is what it is to be judged by: the rmse of the
+torchortho does not state the interval of its fits, so both are measured under the same three weights: uniform on
+[-3, 3] and on [-5, 5], and N(0, 1). Ours is fitted under the weight with which it is measured, once in value alone and
+once in value and derivative alike (derivative_weight 1). A fit is judged by the cost that it minimises: the rmse of the
 value, or the root of the sum of both squares. Times are medians of nine. Writes results/fits.json and prints a table.
 """
 

@@ -2,16 +2,16 @@
 
     python benchmarks/h100_code.py [--only hermite] [--case plain]
 
-Needs `pip install triton` (640 MB), whose compiler and disassembler need no GPU. tests/h100.py generates the kernels;
-each is then compiled as Inductor would compile it before its first launch, and its instructions are read. Nothing runs:
+Needs `pip install triton` (640 MB), whose compiler and disassembler need no GPU. tests/h100.py generates the kernels.
+Each is compiled as Inductor would compile it before its first launch, and its instructions are read. Nothing runs, so
 these are counts, not times.
 
-For the forward and the backward of every activation: the kernels that touch a whole tensor and those that do not, and
-how often the former load and store one. For the costliest of them: registers of a thread, bytes of its stack and
-instructions that load or store there (spills, and the tables of the C library's sine), the share of an H100's threads
-that fit in at once, and instructions for each element in its loops, or in all of it where there are none. They
-are counted in the text, so code that is rarely reached (a library sine's path for huge arguments) counts as well.
-Where a kernel needs many registers, Inductor times smaller blocks at its first launch too; these are not read.
+Counted for the forward and the backward of every activation: kernels that touch a whole tensor, how often they load and
+store one, and other kernels. Of the costliest kernel: registers of a thread; bytes of its stack, and instructions that
+load or store there (spills, and the tables of the C library's sine); the share of an H100's threads that are resident
+at once; and instructions for each element, in its loops, or in the whole kernel if it has none. Instructions are
+counted in the text, so rarely executed code counts too (such as a library sine's path for huge arguments). If a kernel
+needs many registers, Inductor also tries smaller blocks at its first launch; these are not read.
 
 Writes results/h100_code.json and prints a table.
 """
@@ -94,7 +94,7 @@ def code_of(basis: str, degree: int, case: str, dtype: torch.dtype) -> tuple[Gra
 
 
 def machine_code(kernel: Kernel) -> dict[str, Any]:
-    """What is read from the kernel's machine code, for the first of the configurations that Inductor would try."""
+    """The counts from a kernel's machine code, for the first configuration that Inductor would try."""
     private = torch_private.load(torch_private.MACHINE_CODE)
     with h100(), without_driver():
         _, path = private.PyCodeCache.write(kernel.definition)
@@ -114,11 +114,11 @@ def machine_code(kernel: Kernel) -> dict[str, Any]:
     elements = math.prod(size for name, size in config.kwargs.items() if name.endswith("BLOCK")) / threads
     counted = loops(instructions) if kernel.kind == "reduction" else instructions
     if not counted:
-        # The compiler has unrolled all of the loop, or one block is as long as the axis.
+        # The compiler has unrolled the whole loop, or a single block covers the axis.
         counted = instructions
         elements *= -(-kernel.numels["r0_"] // config.kwargs["R0_BLOCK"])
     if kernel.kind == "persistent_reduction":
-        # The block along the reduced axis is not a setting: it is as long as the axis, rounded up to a power of two.
+        # The block along the reduced axis is not in the config: it is the length of the axis, up to a power of two.
         elements *= 1 << (kernel.numels["r0_"] - 1).bit_length()
 
     names = Counter(instruction.name for instruction in counted)
@@ -144,7 +144,7 @@ def machine_code(kernel: Kernel) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_driver() -> Iterator[None]:
-    """Compiling without the driver of a device, which Inductor sets up because launching needs it."""
+    """Compiles without a device's driver, which Inductor would set up for launches."""
     private = torch_private.load(torch_private.MACHINE_CODE)
     with (
         mock.patch.object(private.triton_helpers, "set_driver_to_gpu", return_value=None),
@@ -165,7 +165,7 @@ class Instruction(NamedTuple):
 
 
 def read_instructions(text: str) -> list[Instruction]:
-    """The instructions of a kernel, without the endless loop and the padding behind its end."""
+    """The instructions of a kernel, without the endless loop and the padding after its end."""
     instructions = []
     for address, name, operands in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)([^;]*);", text):
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
@@ -176,13 +176,13 @@ def read_instructions(text: str) -> list[Instruction]:
 
 
 def loops(instructions: list[Instruction]) -> list[Instruction]:
-    """The instructions that stand in a loop."""
+    """The instructions that are inside a loop."""
     spans = [(i.branch_target, i.address) for i in instructions if i.branch_target and i.branch_target < i.address]
     return [i for i in instructions if any(start <= i.address <= end for start, end in spans)]
 
 
 def occupancy(registers: int, threads: int, shared: int) -> float:
-    """The share of a multiprocessor's threads that can be resident; registers are handed out 256 a warp."""
+    """The share of a multiprocessor's threads that can be resident; a warp gets registers in units of 256."""
     warps = threads // 32
     blocks = [
         PROPERTIES.max_threads_per_multi_processor // threads,

@@ -2,11 +2,11 @@
 
     python benchmarks/lowering.py [--quick]
 
-Measures activations alone, forward and backward, beside compiled F.gelu, as `ortho-fx bench` does: first with the
-lowering, then without it, in one process. Prints a table, and puts the numbers into results/lowering_cpu.json (or
-results/lowering_<GPU>.json) under the release of PyTorch that runs it, with date and hardware; other releases keep
-theirs. `plain / own` is the factor that a user of an unknown release may lose; the warning in
-ortho_fx/torch_private.py names the largest of all.
+Measures single activations, forward and backward, compared with compiled F.gelu, as `ortho-fx bench` does: first with
+the lowering, then without it, in one process. Prints a table. Writes the numbers with date and hardware to
+results/lowering_cpu.json (or results/lowering_<GPU>.json) under the installed release of PyTorch; other releases keep
+their numbers. `plain / own` is the factor that a user of an unknown release may lose; the warning in
+ortho_fx/torch_private.py names the largest one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPANSIONS = tuple(
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
-    """Reports of both forms, and how much longer plain operations take."""
+    """Time ratios and numbers of kernels for both forms, and how much longer plain operations take."""
     elements, rounds = (64, 2) if quick else (16384 if device == "cuda" else 2048, 15)
     config = BenchConfig(device=device, elements=elements * ROW, rounds=rounds, peers=False, expansions=EXPANSIONS)
     reports: dict[str, Report] = {}

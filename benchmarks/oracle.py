@@ -1,9 +1,9 @@
 """The oracle of the coverage benchmark: which activations a model runs, and where.
 
-It knows nothing of the rewrite. `observe(model, inputs)` runs a model under a dispatch mode, in eval and in train, and
-notes every operator of the ReLU/GELU/SiLU family, every self-gated formula and every other gate, each with the module
-that runs it and its lines. A formula such as x * sigmoid(c x) or x * tanh(softplus(x)) is known by following the data:
-a gate is self-gated if its output is multiplied by a pointwise function of the tensor that it was computed from.
+It knows nothing of the rewrite. `observe(model, inputs)` runs a model under a dispatch mode, in eval and in train. It
+records every operator of the ReLU/GELU/SiLU family, every self-gated formula and every other gate, each with the module
+that runs it and the lines. It finds formulas such as x * sigmoid(c x) or x * tanh(softplus(x)) by following the data: a
+gate is self-gated if its output is multiplied by a pointwise function of the tensor from which it was computed.
 It does not see a ReLU that is written as a clamp or a maximum, nor functions such as x + sin(x)^2.
 """
 
@@ -35,8 +35,11 @@ TORCH, OURS = (str(Path(module.__file__).parent) for module in (torch, ortho_fx)
 
 @dataclass(frozen=True)
 class Place:
-    """Where an operator is called: the innermost registered module that is running, and the lines outside of PyTorch
-    that are, from the operator to that module's own: each as file, first and last line, function."""
+    """Where an operator is called.
+
+    `module` is the innermost registered module that is running. `frames` are the lines outside of PyTorch from the
+    operator up to that module's method, each as file, first line, last line and function.
+    """
 
     operator: str
     module: str
@@ -49,14 +52,15 @@ class Place:
 
 @dataclass
 class Origin:
-    """What a tensor is a pointwise function of (an object that stands for it), and the calls of GATES on the way."""
+    """The origin of a tensor: an object that stands for the tensor of which it is a pointwise function, and the calls
+    of `GATES` in between."""
 
     root: object
     gates: frozenset[int] = frozenset()
 
 
 class Oracle(_DispatchMode):
-    """Notes the activations that run while it is entered; `found` sorts them."""
+    """Records the activations that run inside this context; `found` sorts them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -64,7 +68,7 @@ class Oracle(_DispatchMode):
         self.calls: list[Place] = []
         self.self_gated: set[int] = set()
         self.origins: dict[tuple, Origin | None] = {}
-        self.kept: list[Tensor] = []  # so that no address is used twice
+        self.kept: list[Tensor] = []  # tensors stay alive, so that no address is reused
         for tensor in (*model.parameters(), *model.buffers()):
             self.origins[_key(tensor)] = None
 
@@ -105,7 +109,7 @@ class Oracle(_DispatchMode):
         return result
 
     def origin(self, tensor: Tensor) -> Origin | None:
-        """None stands for a constant: a parameter, a buffer, or something made of these alone."""
+        """The tensor's origin; None for a constant: a parameter, a buffer, or a tensor computed from these alone."""
         if tensor.dim() == 0 and _key(tensor) not in self.origins:
             return None
         return self.origins.setdefault(_key(tensor), Origin(object()))
@@ -131,7 +135,7 @@ class Oracle(_DispatchMode):
         return Place(operator, module or "", tuple(frames))
 
     def found(self) -> tuple[Counter[Place], Counter[Place], Counter[Place]]:
-        """The family, the formulas (self-gated), and the gates that are neither, each with its number of calls."""
+        """Calls of the family, of self-gated formulas, and of all other gates, counted by place."""
         family, formulas, gates = Counter(), Counter(), Counter()
         for index, place in enumerate(self.calls):
             if place.operator in FAMILY:
@@ -171,7 +175,7 @@ def _lines(code: CodeType, instruction: int) -> tuple[int, int]:
 
 
 def observe(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """What the oracle sees in eval and in train; the model's own failure in train is noted."""
+    """What the oracle finds in eval and in train; "train_error" is an error of the model itself in train."""
     found = {}
     for mode in ("eval", "train"):
         model.train(mode == "train")

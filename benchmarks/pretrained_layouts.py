@@ -1,12 +1,12 @@
-"""Weights of other libraries in our models: whether the logits are theirs, and what fits of GELU change about them.
+"""Weights of other libraries in our models: whether the logits agree, and how much fits of GELU change them.
 
     python benchmarks/pretrained_layouts.py
 
 Builds GPT2LMHeadModel of transformers and ConvNeXts of timm with random weights, saves them as those libraries and
 their users do, loads the files with `load_pretrained`, and compares logits in float64 and float32. Then `rewrite_`
-puts fits of GELU in its place, made for the inputs that it gets from one batch, and the change of the logits on another
-is measured in their standard deviations. Random weights are not trained ones: what trained activations see differs.
-Writes results/pretrained_layouts.json and prints a table; fails where logits differ.
+replaces GELU by fits for its inputs on one batch. The change of the logits on another batch is measured in their
+standard deviations. The weights are random, and trained activations have other inputs. Writes
+results/pretrained_layouts.json and prints a table; fails if logits differ.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CASES = (
 
 @torch.no_grad()
 def perturb(model: nn.Module) -> None:
-    """No parameter at its initial constant: a bias of zero, or a layer scale near it, would hide what is mixed up."""
+    """Moves all parameters off their initial constants; a bias or layer scale near zero would hide confused names."""
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             parameter.uniform_(0.1, 0.3)

@@ -2,9 +2,9 @@
 
     python benchmarks/rewriting_time.py [--sites 1000]
 
-A third of the sites are modules, a third calls in source and a third formulas. The first rewrite of a process reads
-the sources; later ones find them read. Also for a second `rewrite_`, which finds nothing to do, and for `revert_`.
-Medians of nine, beside the time that a deep copy of the model takes. Writes results/rewriting_time.json and prints a
+A third of the sites are modules, a third are calls in source and a third are formulas. The first rewrite of a process
+reads the sources; later ones reuse them. Measured too are a second `rewrite_`, which finds nothing to do, `revert_`,
+and a deep copy of the model for comparison. Times are medians of nine. Writes results/rewriting_time.json and prints a
 table.
 """
 
@@ -30,7 +30,7 @@ RESULT = Path(__file__).parent / "results" / "rewriting_time.json"
 
 
 class Block(nn.Module):
-    """Three sites of three kinds."""
+    """A site of each kind: a module, a call and a formula."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,13 +3,13 @@
     python benchmarks/speed.py [--only SECTION ...] [--quick]    # torchortho too, with pip install "ortho-fx[bench]"
 
 Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, and with an
-expansion a channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks. How each is
-measured is written in ortho_fx/bench/measure.py; `ortho-fx bench` measures any of them under other settings. Runs on a
-GPU where there is one (`--device cpu` otherwise), there with GPT-2 124M and ConvNeXt-T under autocast to bfloat16.
+expansion for each channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks.
+ortho_fx/bench/measure.py describes the measurements; `ortho-fx bench` measures any of them under other settings. Runs
+on a GPU if there is one, with GPT-2 124M and ConvNeXt-T under autocast to bfloat16; `--device cpu` uses the CPU.
 
-Prints a table a section, and writes results/speed_cpu.json or results/speed_<GPU>.json: date, hardware and versions a
-section. `--only` measures some sections anew and keeps the others of that file; `--quick` tries everything out in small
-and writes nothing.
+Prints a table for each section. Writes results/speed_cpu.json or results/speed_<GPU>.json, with date, hardware and
+versions for each section. `--only` measures some sections anew and keeps the others in that file; `--quick` tries
+everything out in small and writes nothing.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ A_CHANNEL = tuple(
 
 
 def sections(device: str) -> dict[str, dict[str, Any]]:
-    """The settings of every section, in the order in which they run: a process that reuses buffers stays with it."""
+    """The settings of every section, in order. "fresh" runs first: a process that reuses buffers cannot go back."""
     gpu = device != "cpu"
-    # On a GPU beyond what its L2 cache could keep of an output.
+    # On a GPU an output must not fit into the L2 cache.
     elements = (16384 if gpu else 4096) * ROW
     alone: dict[str, Any] = {"device": device, "elements": elements, "peers": False, "rounds": 50 if gpu else 15}
     model = {**alone, "expansions": FEW, "rounds": 20 if gpu else 8, "dtype": "bfloat16" if gpu else "float32"}
@@ -70,13 +70,13 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
 
 
 def quick(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same in small."""
+    """The same settings with small sizes."""
     small = {"elements": 64 * ROW, "rounds": 2, "peers": False, "size": "tiny", "batch_size": 2}
     return {**settings, **small, "expansions": settings.get("expansions", FEW)[:1]}
 
 
 def compilation(config: BenchConfig, blocks: int) -> dict[str, Any]:
-    """Prints and returns how long a model of so many blocks takes to compile, with cold caches."""
+    """Prints and returns how long a model of `blocks` blocks takes to compile with cold caches."""
     seconds = compile_times(config, blocks)
     ratios = {name: value / seconds["gelu"] for name, value in seconds.items()}
     print(f"compilation of {blocks} MLP blocks, forward and backward, cold caches")

@@ -1,7 +1,7 @@
-"""Tiny models of transformers from their config classes, and what their forwards take.
+"""Tiny models of transformers, made from their config classes, and inputs for them.
 
-Every argument of a config that is a width, a depth, a vocabulary or a number of heads is shrunk by its name, in nested
-configs too; the inputs follow from the signature of the forward.
+An argument of a config whose name says that it is a width, a depth, a vocabulary or a number of heads is made small, in
+nested configs too. The inputs follow from the signature of the forward.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SIZES = {
     "prediction_length": 8,
 }
 PER_STAGE = ("depths", "layer_depths", "num_blocks", "blocks_per_stage", "layers_per_stage")
-# What its name does not tell: mostly the layers of each kind that a hybrid needs to show all of them.
+# By model type, arguments whose names do not tell; mostly so many layers that a hybrid model has all of its kinds.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"num_hidden_layers": 4},
     "olmo_hybrid": {"num_hidden_layers": 4},
@@ -126,7 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def models(name: str) -> Iterator[Callable[[], nn.Module]]:
-    """Ways to make a model, named as "type/class": with small widths, and with the default ones."""
+    """Yields two ways to make the model "type/class": with small widths, and with the default ones."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -160,7 +160,7 @@ def _check_size(cls: type, config: Any) -> None:
 
 
 def tiny_config(config_class: type, overrides: dict[str, Any], widths: bool) -> Any:
-    """The config with everything shrunk that its name gives away; with the default widths if not `widths`."""
+    """The config with small sizes, for arguments known by name; with the default widths unless `widths`."""
     keep = () if widths else (WIDTH, 2 * WIDTH, HEADS, WIDTH // HEADS, 8, 32)
     values: dict[str, Any] = {}
     token = VOCABULARY - 1

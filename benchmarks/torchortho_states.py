@@ -1,10 +1,11 @@
-"""Makes tests/ortho_fx/torchortho_states.json: what torchortho 0.1.2 saves and computes, for a test without it.
+"""Makes tests/ortho_fx/activations/torchortho_states.json: states of torchortho 0.1.2, for a test without it.
 
     pip install torchortho==0.1.2
     python benchmarks/torchortho_states.py
 
-For each of its activations, at several degrees: the state dict after noise of N(0, 0.3^2) on every parameter, and the
-results at inputs from -4 to 4. It is only constructed and called; a state is its keys and numbers.
+For each of its activations, at several degrees, the file has the state dict after noise of N(0, 0.3^2) on every
+parameter, and the results at inputs from -4 to 4. Activations are only constructed and called; a state is keys and
+numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 import torchortho
 
-FIXTURE = Path(__file__).parents[1] / "tests" / "ortho_fx" / "torchortho_states.json"
+FIXTURE = Path(__file__).parents[1] / "tests" / "ortho_fx" / "activations" / "torchortho_states.json"
 CASES = [
     ("HermiteActivation", "hermite", (1, 3, 8), {}),
     ("HermiteActivation", "hermite", (3,), {"use_numba": True}),

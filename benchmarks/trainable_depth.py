@@ -2,11 +2,11 @@
 
     python benchmarks/trainable_depth.py [--only NAME ...] [--deepest 64] [--steps 1000]
 
-A ladder of depths, each twice the one before; a depth trains if any of three learning rates of Adam brings the
-validation accuracy to 95 % within the steps. A run that has not come to 50 % after half of them is given up, and the
-ladder ends at the second failure in a row. Weights start at N(0, gain / fan_in) with a gain of 1 for expansions and of
-2 (He) for ReLU and GELU. Writes results/trainable_depth.json, a row as soon as it is measured; rows that are in there
-are not measured again. Prints a table.
+Each depth is twice the one before. A depth trains if any of three learning rates of Adam brings the validation accuracy
+to 95 % within the steps. A run below 50 % after half of the steps is given up, and the depths end at the second failure
+in a row. Weights start at N(0, gain / fan_in), with a gain of 1 for expansions and of 2 (He) for ReLU and GELU. Writes
+results/trainable_depth.json, each row as soon as it is measured; rows in that file are not measured again. Prints a
+table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from digits import digits
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, param_groups
@@ -34,7 +34,7 @@ WIDTH, BATCH, LEARNING_RATES, ACCURACY = 128, 128, (2e-4, 5e-4, 1e-3), 0.95
 
 @dataclass(frozen=True)
 class Case:
-    """An activation, and what is done to keep its training inside the basin."""
+    """An activation, with settings that may keep its training inside the basin."""
 
     activation: ExpansionConfig | Callable[[Tensor], Tensor]
     expansion_lr: float = 1.0
@@ -73,7 +73,7 @@ class Layer(nn.Module):
         nn.init.normal_(self.linear.weight, std=math.sqrt(case.gain / inputs), generator=generator)
         nn.init.zeros_(self.linear.bias)
 
-    # Compiled once for all layers of a size.
+    # A compiled method, so that all layers of a size share one compilation.
     @torch.compile
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.linear(x))
@@ -88,15 +88,8 @@ class PlainNetwork(nn.Sequential):
         super().__init__(*layers, readout)
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].float(), labels[order]
-
-
 def train(case: Case, depth: int, lr: float, steps: int, data: tuple[Tensor, Tensor]) -> dict:
-    """Best validation accuracy, and the step at which 95 % were reached or the loss was no longer finite."""
+    """Best validation accuracy, and the step at which the run reached 95 %, was given up or was no longer finite."""
     images, labels = data
     held_out = 360
     generator = torch.Generator().manual_seed(0)

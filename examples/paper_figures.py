@@ -54,8 +54,8 @@ def differentiated(function: object, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_fits(out: Path) -> list[Path]:
-    """A picture for each function: value and derivative above, their errors below, a column for each basis."""
-    # Off round numbers: there the derivatives of kinked functions jump.
+    """Draws a picture for each function: value and derivative above, their errors below, a column for each basis."""
+    # The points avoid round numbers, where derivatives of functions with kinks jump.
     x = torch.linspace(-5, 5, 1200, dtype=torch.float64) + 1e-6
     drawn = []
     for name, function in FUNCTIONS.items():
@@ -91,7 +91,7 @@ def draw_fits(out: Path) -> list[Path]:
 
 
 def spirals(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two arms of one and a half turns."""
+    """Points on two spiral arms of one and a half turns, and their classes."""
     random = np.random.default_rng(0)
     labels = np.arange(count) % 2
     angle = 3 * math.pi * np.sqrt(random.uniform(0.02, 1, count))
@@ -108,7 +108,7 @@ def datasets(count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def make_classifier(config: ExpansionConfig | None, points: Tensor) -> nn.Module:
-    """An MLP of two hidden layers of 16; the seed gives every activation the same weights at the start."""
+    """An MLP with two hidden layers of 16; the seed gives every activation the same initial weights."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
     if config is not None:
@@ -128,7 +128,7 @@ def train_classifier(network: nn.Module, points: Tensor, labels: Tensor, steps: 
 
 
 def draw_boundaries(out: Path, steps: int) -> list[Path]:
-    """Rows of data sets and columns of activations; titles give the accuracy on the half that is held out."""
+    """Draws a row for each data set and a column for each activation; titles give the held-out half's accuracy."""
     chosen = datasets(600)
     figure, axes = pyplot.subplots(
         len(chosen),
@@ -166,7 +166,7 @@ def write(figure: pyplot.Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    # A palette holds what these pictures show, in less than half of the size.
+    # A palette is enough for these pictures and takes less than half of the size.
     with Image.open(path) as picture:
         reduced = picture.convert("RGB").quantize(64)
     reduced.save(path, optimize=True)

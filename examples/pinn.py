@@ -58,7 +58,7 @@ ACTIVATIONS: dict[str, ExpansionConfig | type[Sine] | None] = {
 
 
 def make_network(activation: ExpansionConfig | type[Sine] | None, example: Tensor) -> nn.Module:
-    """An MLP of two hidden layers, its activations replaced and calibrated to the points of the loss."""
+    """An MLP with two hidden layers; its activations are replaced and calibrated to the points of the loss."""
     linears = [nn.Linear(example.shape[1], WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)]
     for linear in linears:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -77,10 +77,10 @@ class Problem:
     """A differential equation on points (n, d).
 
     Attributes:
-        points: where the loss asks for the equation.
+        points: where the loss evaluates the equation.
         test: where the solution is compared with the exact one.
-        scaled: the points in [-1, 1], as the network gets them.
-        solution: (network, points) -> u (n,), with the boundary conditions met.
+        scaled: the points scaled to [-1, 1], as the network gets them.
+        solution: (network, points) -> u (n,), which meets the boundary conditions.
         residual: (u, points) -> the equation's residual (n,).
         exact: points -> u (n,).
     """
@@ -94,7 +94,7 @@ class Problem:
 
 
 def gradient(u: Function) -> Function:
-    """All first derivatives of a function of the points, each of which gets its own only: (n, d)."""
+    """points (n, d) -> the first derivatives of u (n, d); u at a point must depend on that point alone."""
     return grad(lambda points: u(points).sum())
 
 
@@ -140,7 +140,7 @@ def burgers() -> Problem:
 
 
 def exact_burgers(points: Tensor) -> Tensor:
-    """Cole and Hopf's solution, a quotient of two Gaussian integrals over y = x - sqrt(4 nu t) z."""
+    """Cole and Hopf's solution: a quotient of two Gaussian integrals over y = x - sqrt(4 nu t) z."""
     nodes, weights = (torch.from_numpy(values) for values in np.polynomial.hermite.hermgauss(100))
     x, t = points.double().unbind(1)
     y = x[:, None] - (4 * VISCOSITY * t[:, None]).sqrt() * nodes
@@ -172,7 +172,7 @@ def train(problem: Problem, network: nn.Module, loss: Callable[[nn.Module, Tenso
 
 
 def milliseconds(network: nn.Module, points: Tensor, losses: list[Callable[..., Tensor]]) -> list[float]:
-    """Median times of loss and gradients, taken in turn so that what else runs on the machine meets all of them."""
+    """Median times of loss and gradients, measured in turns so that other load on the machine affects all alike."""
     times: list[list[float]] = [[] for _ in losses]
     for _ in range(25):
         for own, loss in zip(times, losses, strict=True):
@@ -184,7 +184,7 @@ def milliseconds(network: nn.Module, points: Tensor, losses: list[Callable[..., 
 
 
 def draw(problem: Problem, name: str, solutions: dict[str, Tensor], path: Path) -> None:
-    """The exact solution and the first seed's errors, at all x or, for burgers, at the last t."""
+    """Draws the exact solution and the first seed's errors, at all x or, for burgers, at the last t."""
     at = slice(None) if problem.test.shape[1] == 1 else problem.test[:, 1] == 1
     x, exact = problem.test[at, 0], problem.exact(problem.test[at])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.5, 3.3), layout="constrained")

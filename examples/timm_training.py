@@ -25,13 +25,13 @@ LEARNING_RATE, WEIGHT_DECAY, BATCH, SIZE = 2e-3, 0.05, 64, 32
 def make_learnable(
     model: nn.Module, batch: Tensor, config: ExpansionConfig | None, lr: float = LEARNING_RATE
 ) -> list[dict[str, Any]]:
-    """Rewrites the activations, starts them for what they get of this batch, and returns the optimizer's groups.
+    """Rewrites the activations, calibrates them to their inputs on this batch, and returns the optimizer's groups.
 
-    Without a config the activations stay.
+    Without a config the activations stay as they are.
     """
     if config is not None:
         print(rewrite_(model, config))
-        # In training mode, where a new batch normalisation divides by what the batch has: training starts from that.
+        # In training mode a new batch normalisation uses the batch's own statistics, as at the start of the training.
         calibrate_(model.train(), [batch])
     return param_groups(model, lr=lr, weight_decay=WEIGHT_DECAY)
 

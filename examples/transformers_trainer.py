@@ -45,15 +45,15 @@ class Bytes(Dataset[dict[str, Tensor]]):
 def make_learnable(
     model: nn.Module, batch: Tensor | Mapping[str, Tensor], config: ExpansionConfig = CONFIG
 ) -> torch.optim.Optimizer:
-    """Rewrites the activations, starts them for what they get of this batch, and returns the optimizer."""
+    """Rewrites the activations, calibrates them to their inputs on this batch, and returns the optimizer."""
     print(rewrite_(model, config))
     print(calibrate_(model, [batch]))
     return torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.1))
 
 
 def load_learnable(model: nn.Module, directory: Path) -> None:
-    """Rewrites a new model as the saved one was, and loads the weights of both the model and its expansions."""
-    from safetensors.torch import load_model  # knows tied weights, which are saved once
+    """Rewrites a new model like the saved one, and loads the weights of the model and its expansions."""
+    from safetensors.torch import load_model  # it handles tied weights, which are saved once
 
     rewrite_(model, ExpansionConfig.from_dict(json.loads((directory / "expansion.json").read_text())))
     load_model(model, directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""ConvNeXt as published, in plain PyTorch: it knows nothing of expansions, and the rewrite is what changes it.
+"""ConvNeXt as published, in plain PyTorch. It knows nothing of expansions; the rewrite inserts them.
 
 Liu et al., "A ConvNet for the 2020s", CVPR 2022: a patchifying stem, four stages of depthwise 7 x 7 blocks with an
 inverted bottleneck on channels-last, layer scale, stochastic depth.
@@ -24,9 +24,9 @@ class ConvNeXtConfig:
     layer_scale: float = 1e-6
 
 
-# "tiny" is for digits of 8 x 8 pixels and "small" for the 28 x 28 of the MNIST family. Patches of one pixel would leave
-# the stem's normalisation nothing but each pixel's sign; with so few layers, a layer scale of 1e-6 would leave the
-# blocks unused.
+# "tiny" is for digits of 8 x 8 pixels, "small" for the 28 x 28 pixels of the MNIST family. "tiny" has no patches of one
+# pixel: of such a patch the stem's normalisation would keep only the sign. Both have a layer scale of 1: with so few
+# layers, 1e-6 would leave the blocks unused.
 PRESETS: dict[str, ConvNeXtConfig] = {
     "tiny": ConvNeXtConfig(channels=1, classes=10, patch=2, depths=(2, 2), widths=(48, 96), layer_scale=1.0),
     "small": ConvNeXtConfig(channels=1, classes=10, depths=(2, 6), widths=(64, 128), layer_scale=1.0),

@@ -1,4 +1,4 @@
-"""Files of tensors, read whoever wrote them."""
+"""Reads files of tensors, ours and those of other libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,26 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
 
 _PICKLED = (".bin", ".pth", ".pt")
-# What a folder may hold its weights in, the likeliest first; an index names the files of the parts.
+# Names of weight files in a folder, the likeliest first; an index lists the files of weights in parts.
 _IN_A_FOLDER = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-# Under what others keep the state dict in a file that holds more.
+# Keys under which other libraries store the state dict in a file that holds more.
 _WRAPPINGS = ("model", "state_dict")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a file of tensors: the tensors by name, and the metadata, which only safetensors files have."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """Puts the path before the text of an error that is about what the file holds."""
+    """Puts the path before the text of an `OrthoFxError` about the file's content."""
     try:
         yield
     except OrthoFxError as error:
@@ -47,8 +56,8 @@ def safetensors_library() -> Any:
     return safetensors
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, copied from it, and its metadata.
+def read_safetensors(path: Path) -> TensorFile:
+    """The content of a safetensors file; the tensors are copies.
 
     Raises:
         OrthoFxError: no file, or one that is not safetensors.
@@ -57,17 +66,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     safetensors = safetensors_library()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            # Copies: the file's own pages are mapped into memory, and change with it.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
+            # Copies, since the tensors are mapped into memory: they would change with the file.
+            return TensorFile({name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise OrthoFxError(f"{path} is not a readable safetensors file: {reason(error)}") from None
 
 
-def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The state dict of a .safetensors, .bin, .pth or .pt file, and its metadata where it is the first.
+def read_tensors(path: Path) -> TensorFile:
+    """The state dict in a .safetensors, .bin, .pth or .pt file, with its metadata.
 
     Raises:
-        OrthoFxError: no file, another ending, one that cannot be read, or that holds more than plain values, or no
+        OrthoFxError: no file, another ending, or a file that cannot be read, holds more than plain values, or holds no
             state dict.
     """
     if path.suffix == ".safetensors":
@@ -80,7 +89,7 @@ def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     except pickle.UnpicklingError:
         # PyTorch's own text advises loading without weights_only, which runs whatever code the file holds.
         raise OrthoFxError(f"{path} is not readable: it is damaged, or holds more than tensors") from None
-    except Exception as error:  # what is no pickle makes its reader raise whatever it likes
+    except Exception as error:  # a file that is no pickle can make the reader raise any exception
         raise OrthoFxError(f"{path} is not readable: {reason(error)}") from None
     for name in _WRAPPINGS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -90,11 +99,11 @@ def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     other = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
     if other is not None:
         raise OrthoFxError(f"{path} holds no state dict: {other} is a {type(state[other]).__name__}, not a tensor")
-    return state, {}
+    return TensorFile(state)
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that hold the weights of a path: itself, or those in a folder.
+    """The files with the weights of a path: the path itself, or files in the folder.
 
     Raises:
         OrthoFxError: a folder without weights, or an index that is damaged or names files elsewhere.

@@ -1,4 +1,4 @@
-"""GPT-2 as published, in plain PyTorch: it knows nothing of expansions, and the rewrite is what changes it.
+"""GPT-2 as published, in plain PyTorch. It knows nothing of expansions; the rewrite inserts them.
 
 Radford et al., "Language models are unsupervised multitask learners", 2019: learned positions, layer normalisation
 before each block, tanh-GELU, a head tied to the token embedding.
@@ -90,7 +90,7 @@ class GPT2(nn.Module):
         self.head.weight = self.tokens.weight
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Each block adds two outputs to the residual stream; they start smaller, lest their sum grows.
+                # Each block adds two outputs to the residual stream. They start smaller, so that their sum stays small.
                 residual = name.endswith("projection.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if residual else 0.02)
             elif name.endswith("bias"):

@@ -1,7 +1,7 @@
 """`TrainConfig`, the one description of a training run, and recipes: TOML files of its fields.
 
-Every field is a key of a recipe and an option of the command line, by the same name. What the command line says goes
-before what the recipe says, and that before the model's own defaults.
+Every field is a key of a recipe and an option of the command line, by the same name. The command line overrides the
+recipe, and the recipe overrides the model's own defaults.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ortho_fx.bases import BASES
 from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.data.batch import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARALLEL = ("ddp", "fsdp")
@@ -29,12 +30,12 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of model: its presets, how it is built, what its data is called, and what a run takes unless told."""
+    """A kind of model: its presets and classes, its kind of data, and the defaults of a run."""
 
-    presets: dict[str, Any]
+    presets: Mapping[str, gpt2.GPT2Config] | Mapping[str, convnext.ConvNeXtConfig]
     model: type[torch.nn.Module]
     block: type[torch.nn.Module]
-    kind: str
+    kind: Kind
     unit: str
     data: str
     steps: int
@@ -49,9 +50,9 @@ TASKS: dict[str, Task] = {
 
 
 def _setting(default: Any, text: str | Callable[[], str], kind: type | None = None) -> Any:
-    """A field with what `--help` says of it, and its type where the default does not tell.
+    """A field with its text for `--help`, and its type if the default does not have that type.
 
-    A function gives the text when it is asked for.
+    A function as `text` is called when the help is made.
     """
     return field(default=default, metadata={"help": text, "type": kind or type(default)})
 
@@ -60,7 +61,7 @@ def _setting(default: Any, text: str | Callable[[], str], kind: type | None = No
 class TrainConfig:
     """One training run. Fields that are None take the model's own default.
 
-    `settings()` lists the fields with what each is for; the command line's help is made from it.
+    `settings()` lists the fields with their purpose; the command line's help is made from it.
 
     Raises:
         OrthoFxError: a value that is unknown, out of range, or not available on this machine.
@@ -171,7 +172,7 @@ class TrainConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The config of such values; an unknown key is an error that lists the known ones."""
+        """The config with these values; an unknown key is an error that lists the known ones."""
         known = [setting.name for setting in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -201,7 +202,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """The settings of a recipe: a TOML file by its path, or one that comes with the package by its name.
 
     Raises:
-        OrthoFxError: no such recipe, or one that is not TOML. Whether its keys are settings, `TrainConfig` says.
+        OrthoFxError: no such recipe, or one that is not TOML. `TrainConfig` checks the keys.
     """
     path = Path(name)
     bundled = resources.files(__package__) / "recipes" / f"{name}.toml"
@@ -244,13 +245,22 @@ def recipes() -> list[str]:
     return sorted(Path(file.name).stem for file in (resources.files(__package__) / "recipes").iterdir())
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The settings in which a saved configuration differs from that of this run, a text for each."""
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
 def one_of(name: str, value: str, allowed: Mapping[str, Any] | Sequence[str]) -> None:
     if value not in allowed:
         raise OrthoFxError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _typed(setting: Field[Any], value: Any) -> Any:
-    """The value in its field's type; whole numbers may stand for floats, as TOML writes them."""
+    """The value in its field's type. An integer is accepted for a float, since TOML files have such values."""
     kind = setting.metadata["type"]
     if value is None and setting.default is None:
         return value

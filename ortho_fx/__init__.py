@@ -2,7 +2,7 @@
 
 from ortho_fx import (
     moved,  # noqa: F401
-    torch_private,  # noqa: F401  -- before all else: it refuses a PyTorch that is too old
+    torch_private,  # noqa: F401  -- first of all: it refuses a PyTorch that is too old
 )
 from ortho_fx.activations.expansion import (
     ExpansionActivation,
@@ -12,12 +12,13 @@ from ortho_fx.activations.expansion import (
     TropicalRationalActivation,
 )
 from ortho_fx.activations.fit import Fit, fit
-from ortho_fx.activations.freeze import FrozenExpansion, freeze_
+from ortho_fx.activations.freeze import FreezeReport, FrozenExpansion, freeze_
 from ortho_fx.activations.gains import Gains, gains
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.export import Export, export_onnx, export_program
+from ortho_fx.passes.vocabulary.register import register_activation
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
@@ -26,7 +27,7 @@ from ortho_fx.rewriting.anneal import Annealing
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.check import Check
 from ortho_fx.rewriting.optimizer import param_groups
-from ortho_fx.rewriting.rewrite import RewriteReport, find_sites, revert_, rewrite_
+from ortho_fx.rewriting.rewrite import RevertReport, RewriteReport, find_sites, revert_, rewrite_
 from ortho_fx.version import __version__
 
 __all__ = [
@@ -39,12 +40,14 @@ __all__ = [
     "Export",
     "Fit",
     "FourierActivation",
+    "FreezeReport",
     "FrozenExpansion",
     "Gains",
     "HermiteActivation",
     "OrthoFxError",
     "Polynomial",
     "PolynomialReport",
+    "RevertReport",
     "RewriteReport",
     "Site",
     "TropicalActivation",
@@ -60,6 +63,7 @@ __all__ = [
     "gains",
     "param_groups",
     "polynomial_report",
+    "register_activation",
     "register_basis",
     "revert_",
     "rewrite_",

@@ -1,4 +1,4 @@
-"""A batch as users hand it over, and how a model is called with it."""
+"""The type of a batch that users pass, and the call of a model with it."""
 
 from __future__ import annotations
 

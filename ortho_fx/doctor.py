@@ -1,4 +1,4 @@
-"""What `torch.compile` makes of expansions on this machine: behind `ortho_fx.compile_support` and `ortho-fx doctor`."""
+"""`compile_support`: how `torch.compile` compiles expansions on this machine; `ortho-fx doctor` prints it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ortho_fx.version import __version__
 
 @dataclass(frozen=True, repr=False)
 class CompileSupport:
-    """What is compiled by kernels of ortho_fx's own here, and what is not. Printing it shows all of it.
+    """Which bases compile to ortho_fx's own kernels on this machine; `print(support)` shows all of it.
 
     Attributes:
         ortho_fx: version of ortho_fx.
         torch: version of PyTorch.
         tested: whether ortho_fx was tested with this release of PyTorch.
         python: version of Python.
-        fallbacks: for each kind of device, why a basis is compiled through plain tensor operations, by its name. A
-            basis that is not named is lowered to fused kernels.
+        fallbacks: for each kind of device ("cpu", "cuda"), the bases that compile to plain tensor operations, each with
+            the reason. All other bases are lowered to fused kernels.
         lost: what ortho_fx cannot do on this release, each with the reason.
         cpp_compiler: version of the C++ compiler, or None.
-        compiler_problem: why there is none, or None.
+        compiler_problem: why there is no C++ compiler, or None.
         triton: version of Triton, or None.
         gpu: name of the GPU, or None.
     """
@@ -64,13 +64,16 @@ class CompileSupport:
 
 
 def compile_support(*, check: bool = False) -> CompileSupport:
-    """What `torch.compile` makes of expansions on this machine.
+    """Finds out how `torch.compile` compiles expansions on this machine.
 
-    On a release of PyTorch that ortho_fx was not tested with, small expansions are compiled and compared, once for an
-    installation; this takes some ten seconds for each basis.
+    On a release of PyTorch that ortho_fx was not tested with, small expansions are compiled and compared once per
+    installation. This takes some ten seconds for each basis.
 
     Args:
-        check: compile and compare now, on every release, whatever was found before. The result is kept.
+        check: compile and compare now, on every release, even if an earlier result exists. The new result is stored.
+
+    Returns:
+        The bases without fused kernels on each kind of device, with the reasons. Problems raise no error.
 
     Example:
         >>> print(ortho_fx.compile_support())  # doctest: +SKIP
@@ -81,7 +84,7 @@ def compile_support(*, check: bool = False) -> CompileSupport:
 
     fallbacks: dict[str, dict[str, str]] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the result says it
+        warnings.simplefilter("ignore")  # the result holds the same reasons
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
             if check:
                 support.forget_verdicts(device)

@@ -1,8 +1,9 @@
-"""`export_onnx` and `export_program`: models in files that run without ortho_fx, checked against the model.
+"""`export_onnx` and `export_program`: write files that run without ortho_fx, and check them against the model.
 
-`torch.export` traces the model in eval mode; each expansion is one operator of ours in that graph, and
-`run_decompositions` puts its formula, in plain tensor operations, in its place. A .pt2 file holds this graph, an ONNX
-file its translation. What is written is read back and run beside the model before it takes its name.
+`torch.export` traces the model in eval mode. Each expansion is one operator of ours in that graph, and
+`run_decompositions` replaces it by its formula in plain tensor operations. A .pt2 file holds this graph; an ONNX file
+holds its translation. Each file is written under a temporary name, read back, and compared with the model. Only then
+does it get its final name.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ import torch
 from torch import Tensor, fx, nn
 
 from ortho_fx import trees
+from ortho_fx.arguments import checked_model
 from ortho_fx.bases import BASES
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
-from ortho_fx.modes import evaluating
+from ortho_fx.modes import evaluating, keeping_buffers
 from ortho_fx.operators import by_position, operator
 from ortho_fx.operators.formulas import forward_formula
 
 _LGAMMA = (torch.ops.aten.lgamma.default, torch.ops.prims.lgamma.default)
-# They tell about operators that are not in the model, and of what they could have made faster.
+# These loggers report operators that the model does not use, and optimisations that they did not make.
 _TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A model that was exported, and how far its outputs are from those of the model.
+    """An exported file, and the difference between its outputs and those of the model.
 
     Attributes:
-        path: the file. ONNX keeps weights of more than 1.5 GB in a second one beside it, of this name and ".data".
-        size: bytes of both.
-        inputs: name, shape and dtype of each tensor that it takes ("tokens (batch, 128) int64").
+        path: the file. ONNX stores weights of more than 1.5 GB in a second file, named `path` with ".data" added.
+        size: bytes of the file, or of both.
+        inputs: name, shape and dtype of each input tensor ("tokens (batch, 128) int64").
         difference: the largest absolute difference between an output of the file and of the model.
         relative_difference: the same, in units of the largest absolute value of that output.
-        checked_in: what ran the file ("onnxruntime 1.20.0").
+        checked_in: the runtime that ran the file for this comparison ("onnxruntime 1.20.0").
     """
 
     path: Path
@@ -72,17 +74,20 @@ def export_onnx(
 ) -> Export:
     """Writes a model, rewritten or not, as an ONNX file of standard operators, and checks it in onnxruntime.
 
-    The model is exported as it computes in eval mode, and is left as it was. Where learning is over, `freeze_` before
-    makes the file smaller and what it computes cheaper.
+    The file computes what the model computes in eval mode; the model is not changed. If training is finished, call
+    `freeze_` first: the file becomes smaller and faster.
 
     Args:
         model: a model in float32 or float64.
         example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments. The file takes inputs
             of these shapes and dtypes.
-        path: the file, ending in .onnx; what it held before is replaced once the check is passed, or stays.
-        dynamic_batch: whether dimension 0 of every input is a batch of any size; the examples then have two members or
-            more, and the file is checked with one more as well.
-        tolerance: how far an output may be from the model's, in units of its largest absolute value.
+        path: the file, ending in .onnx. An earlier file is replaced only after the check has passed.
+        dynamic_batch: whether dimension 0 of every input is a batch of any size. The example inputs then need at least
+            two members, and the file is also checked with one member more.
+        tolerance: the largest allowed difference from the model's output, in units of its largest absolute value.
+
+    Returns:
+        The file, its inputs, and its difference from the model.
 
     Raises:
         OrthoFxError: another ending, half precision, a model that `torch.export` or ONNX cannot express, outputs that
@@ -95,11 +100,12 @@ def export_onnx(
         >>> export_onnx(model, torch.randn(2, 8), "model.onnx", dynamic_batch=True).inputs  # doctest: +SKIP
         ('input (batch, 8) float32',)
     """
+    checked_model(model)
     path, onnxruntime = _checked_path(path, ".onnx"), _onnxruntime()
     half = next((name for name, value in model.state_dict().items() if value.dtype.itemsize == 2), None)
     if half is not None:
         raise OrthoFxError(f"ONNX files are for float32 and float64, and {half} is half precision: call model.float()")
-    with evaluating(model):
+    with evaluating(checked_model(model)), keeping_buffers(model):
         program = _program(model, example_inputs, dynamic_batch)
         _fold_lgamma(program)
         with _quiet(), _naming(model, "an ONNX model"):
@@ -127,19 +133,22 @@ def export_program(
 ) -> Export:
     """Writes a model, rewritten or not, as a .pt2 file, which `torch.export.load` reads without ortho_fx.
 
-    The program has PyTorch's own operators alone, and its `module()` the parameters of the model by their names. It
-    computes as the model does in eval mode, and the model is left as it was.
+    The program holds only PyTorch's own operators. Its `module()` has the parameters of the model, with their names. It
+    computes what the model computes in eval mode; the model is not changed.
 
     Args:
         model, example_inputs, dynamic_batch, tolerance: as for `export_onnx`; any dtype.
-        path: the file, ending in .pt2; what it held before is replaced once the check is passed, or stays.
+        path: the file, ending in .pt2. An earlier file is replaced only after the check has passed.
+
+    Returns:
+        The file, its inputs, and its difference from the model.
 
     Raises:
         OrthoFxError: another ending, a model that `torch.export` cannot express, outputs that are not finite or off
             by more than the tolerance, or a disk that cannot be written.
     """
     path = _checked_path(path, ".pt2")
-    with evaluating(model):
+    with evaluating(checked_model(model)), keeping_buffers(model):
         program = _program(model, example_inputs, dynamic_batch)
         with atomic_file(path) as temporary, _quiet():
             torch.export.save(program, temporary)
@@ -150,7 +159,7 @@ def export_program(
 
 
 def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """The model's graph in PyTorch's own operators."""
+    """The graph of the model in PyTorch's own operators."""
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (_positional(batch), {})
     shapes: Any = None
     if dynamic_batch:
@@ -165,13 +174,13 @@ def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.expor
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions(_formulas())
     for node in program.graph.nodes:
         assert not str(node.target).startswith("ortho_fx")
-        # Paths of this machine, at every node: more than a small model's weights.
+        # Every node holds file paths of this machine; they would take more space than a small model's weights.
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _formulas() -> dict[Any, Callable[..., Any]]:
-    """The decompositions of our operators alone: attention and the like stay whole, for each runtime to do its way."""
+    """The decompositions of our operators only. Others, such as attention, stay whole for the runtime to optimise."""
     return {operator(basis): by_position(forward_formula(basis), 1 + len(basis.parameters)) for basis in BASES.values()}
 
 
@@ -180,12 +189,12 @@ def _positional(batch: Any) -> tuple[Any, ...]:
 
 
 def _fold_lgamma(program: torch.export.ExportedProgram) -> None:
-    """Puts numbers in the place of each lgamma of numbers: ONNX has none, and tied frequencies take that of 2, 3 ..."""
+    """Replaces each lgamma of constants by its value: ONNX has no lgamma, and tied frequencies need that of 2, 3 ..."""
     graph = program.graph
 
     def value(node: fx.Node) -> Any:
         if not callable(node.target):
-            return None  # an input, which has no value here
+            return None  # an input has no constant value
         inputs = {source: value(source) for source in node.all_input_nodes}
         if any(result is None for result in inputs.values()):
             return None
@@ -211,9 +220,9 @@ def _fold_lgamma(program: torch.export.ExportedProgram) -> None:
 
 
 def _register_constants(graph: Any) -> None:
-    """Adds the constants that nodes read and the file would lack.
+    """Registers constants that nodes read and the file would otherwise lack.
 
-    Where a value is clamped twice, onnxscript (0.7) makes two Clip nodes and one entry for their four bounds.
+    If a value is clamped twice, onnxscript (0.7) makes two Clip nodes, but one entry for their four bounds.
     """
     for node in graph.all_nodes():
         for value in node.inputs:
@@ -224,7 +233,7 @@ def _register_constants(graph: Any) -> None:
 
 
 def _session(onnxruntime: Any, path: Path) -> Callable[[Batch], list[Tensor]]:
-    """What runs an ONNX file on a batch."""
+    """A function that runs an ONNX file on a batch."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
@@ -247,14 +256,14 @@ def _session(onnxruntime: Any, path: Path) -> Callable[[Batch], list[Tensor]]:
 def _check(
     model: nn.Module, batch: Batch, run: Callable[[Batch], Any], dynamic_batch: bool, tolerance: float
 ) -> tuple[float, float]:
-    """The largest absolute and relative difference between the model and what runs its file."""
+    """The largest absolute and relative difference between the outputs of the model and of its file."""
     batches = [batch]
     if dynamic_batch:
         batches.append(trees.mapped(lambda v: torch.cat([v, v[:1]]) if isinstance(v, Tensor) else v, batch))
     largest = relative = 0.0
     for batch in batches:
         with torch.no_grad():
-            # Copies, for models that write to their inputs.
+            # Copies, because some models write to their inputs.
             expected, actual = (_tensors(f(copy.deepcopy(batch))) for f in (lambda b: call(model, b), run))
         if [value.shape for value in expected] != [value.shape for value in actual]:
             shapes = [", ".join(str(tuple(value.shape)) for value in values) for values in (expected, actual)]
@@ -286,7 +295,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _described(program: torch.export.ExportedProgram, batch: Batch, dynamic_batch: bool) -> tuple[str, ...]:
-    """Name, shape and dtype of each tensor among the inputs."""
+    """The name, shape and dtype of each input tensor, as text."""
     leaves = trees.leaves(dict(batch) if isinstance(batch, Mapping) else _positional(batch))
     described = []
     for name, value in zip(program.graph_signature.user_inputs, leaves, strict=True):
@@ -319,7 +328,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _naming(model: nn.Module, what: str) -> Iterator[None]:
-    """Makes one line of what the exporters raise, whose reason is at the end of a chain of errors."""
+    """Turns an exporter's error into one line. Its reason is at the end of a chain of errors."""
     try:
         yield
     except OrthoFxError:

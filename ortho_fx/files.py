@@ -14,13 +14,13 @@ from ortho_fx.errors import OrthoFxError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path of that name in a temporary folder beside it, whose files move there when the block ends without an error.
+    """Gives a path in a temporary folder next to `path`; its files move to `path`'s folder if the block succeeds.
 
-    Whoever writes may do so in its own way, opening that path, replacing what is there, or writing more files beside
-    it. Folders are made as needed.
+    The path has the same file name. The block may open it, replace it, or write more files next to it. Missing folders
+    are made.
 
     Raises:
-        OrthoFxError: the disk is full or cannot be written; what `path` held before is untouched.
+        OrthoFxError: the disk is full or cannot be written. An earlier file at `path` is then unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,9 +29,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
             with temporary.open("wb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             yield temporary
-            # What lies beside it first: the file is then never without that.
+            # The additional files move first, so that the main file never exists without them.
             for written in sorted(Path(folder).iterdir(), key=lambda written: written == temporary):
-                # safetensors leaves a file that its owner alone can read.
+                # safetensors makes files that only their owner can read.
                 written.chmod(mode)
                 with written.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -43,14 +43,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _is_of_writing(error: BaseException) -> bool:
-    """Whether an error is the file system's, or that of PyTorch's writer of archives about it."""
+    """Whether an error comes from the file system, directly or through PyTorch's archive writer."""
     chain = (error, error.__cause__, error.__context__)
     return any(isinstance(part, OSError) for part in chain) or "inline_container" in str(error)
 
 
 def reason(error: BaseException) -> str:
-    """One line: the system's reason where there is one, else the error's message, or its class where it has none."""
-    # PyTorch's writers answer a failed write with a RuntimeError that only speaks of positions in the file.
+    """One line: the system's reason if there is one, else the error's message, else the name of its class."""
+    # After a failed write, PyTorch raises a RuntimeError whose message gives only positions in the file.
     for system in (error, error.__cause__, error.__context__):
         if isinstance(system, OSError) and system.strerror:
             return system.strerror

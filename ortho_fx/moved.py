@@ -1,4 +1,4 @@
-"""Modules under the names that they had before: files that were pickled with those, and scripts, still find them."""
+"""Makes moved modules importable under their earlier names, for old pickles and scripts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOVED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module that has moved from where it is now; both names then stand for one module."""
+    """Imports a moved module from its new place; both names then refer to the same module."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,7 +40,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = importlib.import_module(MOVED[spec.name])
-        # The import system is about to put the old name's specification there.
+        # The import system is about to overwrite `__spec__` with the specification of the old name.
         spec.loader_state = module.__spec__
         return module
 

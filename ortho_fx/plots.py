@@ -1,4 +1,4 @@
-"""Pictures; the one place that needs matplotlib, which is an extra."""
+"""Plots. Only this module needs matplotlib, which is an extra dependency."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _INK, _RED = "0.25", "#c0392b"
 
 
 def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
-    """Value and derivative of a fit beside those of the function, over its interval, with the errors below.
+    """Plots value and derivative of a fit and of its function over the interval, with the errors below.
 
     Raises:
-        OrthoFxError: a file that cannot be written, or no matplotlib.
+        OrthoFxError: the file cannot be written, or matplotlib is missing.
     """
     pyplot = load_pyplot()
     low, high = fit.interval
-    # The middles of cells, not their edges: derivatives jump at kinks, which are at round numbers.
+    # The middles of cells, not their edges: kinks are at round numbers, and derivatives jump there.
     x = low + (torch.arange(2000, dtype=torch.float64) + 0.5) * (high - low) / 2000
     exact = differentiated(fit.function, x)
     fitted = differentiated(fit, x)
@@ -47,7 +47,7 @@ def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
 
 
 def save(figure: Any, path: str | Path, dpi: int = 150) -> None:
-    """Writes a figure in the format that the path's ending names."""
+    """Writes a figure to a file; the ending of the path decides the format."""
     try:
         figure.savefig(path, dpi=dpi)
     except (OSError, ValueError) as error:
@@ -61,7 +61,7 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise OrthoFxError('plots need matplotlib: pip install "ortho-fx[train]"') from None
-    # A figure is written to a file wherever this runs, with a display or without.
+    # The backend "agg" writes files on machines without a display too.
     from matplotlib import pyplot
 
     if not matplotlib.is_interactive():

@@ -1,7 +1,7 @@
-"""`register_basis`: a basis from outside becomes one like ours.
+"""`register_basis`: makes a user's basis work like ours.
 
-It is checked once: its description, its derivatives against autograd in float64, and that its formula runs on all that
-formulas run on. Then its operators, their lowering and its activation class are made, and its name is known.
+It is checked once: its description, its derivatives against autograd in float64, and its formula on every kind of
+operand. Then its operators, their lowering and its activation class are made, and its name is added to `BASES`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators import decomposition, formulas, parts, registration, support
 
-# What the command line and comparisons call a model without expansions.
+# The command line and comparisons use these names for a model without expansions.
 _NO_BASES = ("none", "gelu")
 # Arguments of operators, and attributes of expansions, live and frozen.
 _NOT_PARAMETERS = ("x", "grad", "channel_dim", "prepared", "bounds", "config", "channels", "form")
-# How far derivatives may be from autograd's, of the largest of them or of one.
+# The allowed error of derivatives against autograd, in units of max(1, largest derivative).
 _OFF = 1e-8
 
 
 def register_basis(basis: Basis) -> type[ExpansionActivation]:
-    """Makes a basis known by its name: to `ExpansionConfig`, the command line, and all that takes one of ours.
+    """Registers a basis under its name, for `ExpansionConfig`, the command line, and everything that takes a basis.
 
-    It gets operators, which compile into fused kernels as ours do, and a module class. A process that loads a model or
-    a checkpoint with the basis has to register it first.
+    The basis gets operators, which compile to fused kernels like ours, and a module class. Its derivatives are compared
+    with autograd in float64, for x of shape (16, 3), to within 1e-8. A process that loads a model or a checkpoint with
+    the basis has to register it first.
 
     Args:
-        basis: of a class of your own; `ortho_fx.bases.basis.Basis` says what it gives and what has a default.
+        basis: an instance of your own subclass of `ortho_fx.bases.basis.Basis`, which describes the methods to write
+            and those with a default.
 
     Returns:
         Its module class, `<title>Activation`.
 
     Raises:
-        OrthoFxError: a name or a title that is taken or no identifier, degrees or parameters that are none, a formula
-            that cannot be compiled, and derivatives that are not those of the formula. Nothing is registered then.
+        OrthoFxError: a name or a title that is taken or no identifier, wrong degrees or parameters, a formula that
+            fails or cannot be compiled, or derivatives that are not those of the formula. Nothing is registered then.
     """
     _check_description(basis)
     for degree in sorted({basis.degrees[0], basis.default_degree, basis.degrees[:6][-1]}):
@@ -100,7 +102,7 @@ def _is_attribute(name: str) -> bool:
 
 
 def _check_formula(basis: Basis, degree: int, tied: bool) -> None:
-    """Raises an `OrthoFxError` unless the formula runs, and its derivatives are autograd's."""
+    """Raises an `OrthoFxError` unless the formula runs and its derivatives agree with autograd's."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -145,7 +147,7 @@ def _by_autograd(basis: Basis, grad: Tensor, x: Tensor, *parameters: Tensor) -> 
 
 
 def _compare_gradients(basis: Basis, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raises an `OrthoFxError` that names the first gradient which is not autograd's."""
+    """Raises an `OrthoFxError` that names the first gradient that differs from autograd's."""
     names = ("x", *basis.learnable)
     if len(actual) != len(names):
         raise OrthoFxError(f"it collects {len(actual) - 1} gradients for {len(names) - 1} learnable parameters")
@@ -172,12 +174,12 @@ def _naming(where: str, what: str = "raises") -> Iterator[None]:
 
 
 def _digest(basis: Basis) -> str:
-    """Of what decides what code its operators are compiled to: PyTorch's caches on disk must know it."""
+    """A digest of everything that decides the compiled code of its operators, for the keys of PyTorch's disk caches."""
     digest = hashlib.sha256(repr(vars(basis)).encode())
     for cls in type(basis).__mro__[: type(basis).__mro__.index(Basis)]:
         for member in vars(cls).values():
             if hasattr(member, "__code__"):
-                digest.update(marshal.dumps(member.__code__, 2))  # from version 3 on it depends on reference counts
-        with contextlib.suppress(TypeError, OSError):  # a class that was typed in has no file
+                digest.update(marshal.dumps(member.__code__, 2))  # later versions depend on reference counts
+        with contextlib.suppress(TypeError, OSError):  # a class from an interactive session has no file
             digest.update(Path(inspect.getfile(cls)).read_bytes())
     return digest.hexdigest()[:16]

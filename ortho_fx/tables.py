@@ -9,9 +9,9 @@ def table(rows: Sequence[Sequence[str]], align: str = "l") -> str:
     """Lines of aligned columns.
 
     Args:
-        rows: the cells; the first row is the header. A row with fewer cells than that is a note: after its first cell,
-            the rest runs over the columns.
-        align: "l" or "r" for each column; the last letter counts for the columns after it.
+        rows: the cells; the first row is the header. A row with fewer cells than the header is a note: its cells after
+            the first are not aligned to the columns.
+        align: "l" or "r" for each column; the last letter also holds for all further columns.
     """
     columns = len(rows[0])
     sides = [align[min(column, len(align) - 1)] for column in range(columns)]
@@ -28,7 +28,7 @@ def table(rows: Sequence[Sequence[str]], align: str = "l") -> str:
 
 
 def without_empty_columns(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """The rows without the columns that are empty below the header; a note stays as it is."""
+    """The rows without the columns that are empty below the header; notes do not change."""
     header = rows[0]
     whole = [row for row in rows[1:] if len(row) == len(header)]
     shown = [column for column in range(len(header)) if column == 0 or any(row[column] for row in whole)]
@@ -36,6 +36,6 @@ def without_empty_columns(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 
 def markdown(rows: Sequence[Sequence[str]], align: str = "l") -> str:
-    """A table of Markdown; the arguments are those of `table`, without notes."""
+    """A Markdown table; the arguments are those of `table`, without notes."""
     sides = ["---:" if align[min(column, len(align) - 1)] == "r" else "---" for column in range(len(rows[0]))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], sides, *rows[1:]))

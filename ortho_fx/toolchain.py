@@ -1,4 +1,4 @@
-"""What `torch.compile` needs besides PyTorch: a C++ compiler for a CPU, Triton for a GPU."""
+"""Finds the tools that `torch.compile` needs besides PyTorch: a C++ compiler for a CPU, Triton for a GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class NoCompiler(OrthoFxError):
 
 
 def cpp_compiler() -> str:
-    """The first line in which the C++ compiler that Inductor would call gives its version.
+    """The version line of the C++ compiler that Inductor would call.
 
     Raises:
-        NoCompiler: none can be called.
+        NoCompiler: no C++ compiler can be called.
     """
     tried = []
     for command in _candidates():
@@ -39,7 +39,7 @@ def cpp_compiler() -> str:
 
 
 def require_cpp_compiler(otherwise: str) -> None:
-    """Raises where no C++ compiler works, with what the user can do otherwise."""
+    """Raises `NoCompiler` if no C++ compiler works; the message ends with `otherwise`, another way for the user."""
     try:
         cpp_compiler()
     except NoCompiler as error:
@@ -51,12 +51,12 @@ def _candidates() -> Iterator[str]:
         names = torch_private.load(torch_private.TOOLCHAIN).config.cpp.cxx
     except (torch_private.MissingNames, AttributeError):
         names = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    # None stands for a compiler that PyTorch would install by itself, when it is told to.
+    # None means a compiler that PyTorch installs itself if it is asked to.
     return (name for name in ([names] if isinstance(names, str) else names) if name is not None)
 
 
 def triton() -> str | None:
-    """The version of Triton; None where it is not installed."""
+    """The version of Triton; None if it is not installed."""
     for name in ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"):
         try:
             return importlib.metadata.version(name)

@@ -1,20 +1,20 @@
-"""Every name of PyTorch that its documentation does not promise, in one place.
+"""All private names of PyTorch that this repository uses, in one place.
 
 PyTorch changes such names without notice. So no other file of this repository imports one, tests and benchmarks
-included; a test walks their imports and attribute chains. A name belongs to a group, and a group says what is lost on a
-release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`; `available`
-returns None then, and tells the user once. Whoever asks goes on without them.
+included; a test checks their imports and attribute chains. Each name belongs to a group. The group states what is lost
+on a release that lacks one of its names. `load(GROUP)` returns the objects of a group, or raises `MissingNames`.
+`available(GROUP)` returns None instead, and warns the user once; the caller then continues without these names.
 
     INDUCTOR = PrivateNames("...", without="...", names=(PrivateName("torch._inductor.ir.Pointwise", "..."), ...))
     inductor = load(INDUCTOR)
     inductor.Pointwise.create(...)
 
-All names below were seen in every release of `TESTED`, unless they say otherwise. That a name exists does not mean that
-it behaves as before: on a release that is not in `TESTED`, `ortho_fx.operators.support` compiles a small expansion
-first and compares. To see what a release without a name would do, name it in the environment variable
-ORTHO_FX_ABSENT_NAMES (several are separated by commas).
+All names below exist in every release of `TESTED`, unless `releases` says otherwise. A name may exist and still behave
+differently. So on a release that is not in `TESTED`, `ortho_fx.operators.support` first compiles a small expansion and
+compares it. To try a release without some names, list them in the environment variable ORTHO_FX_ABSENT_NAMES, separated
+by commas.
 
-Public ways that are used in place of private ones: `torch.library` for operators, shapes and batching rules,
+Public interfaces replace private ones where they exist: `torch.library` for operators, shapes and batching rules,
 `torch.compiler.reset` and `torch.compiler.config.cache_key_tag`, the entry point `torch_dynamo_backends`, a thread for
 code that must not be traced, and `torch.optim.swa_utils` for moving averages.
 """
@@ -24,14 +24,18 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ortho_fx.errors import OrthoFxError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 OLDEST = (2, 11)
 TESTED = ((2, 11), (2, 12), (2, 13), (2, 14), (2, 15))
@@ -39,9 +43,9 @@ TESTED = ((2, 11), (2, 12), (2, 13), (2, 14), (2, 15))
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One name: its path, what it is used for, and the releases that have it where that is not all of `TESTED`.
+    """One private name: its path, its use, and the releases that have it.
 
-    A group calls it by the last part of its path, or by `alias`.
+    In a loaded group its attribute is the last part of the path, or `alias`.
     """
 
     path: str
@@ -56,7 +60,7 @@ class PrivateName:
 
 @dataclass(frozen=True)
 class PrivateNames:
-    """Names that are used together: the title, what is lost without any one of them, and the names."""
+    """A group of names that are used together, with a title, and `without`: what is lost if one of them is missing."""
 
     title: str
     without: str
@@ -83,17 +87,17 @@ def is_tested() -> bool:
 
 
 def require_release() -> None:
-    """Raises an ImportError where the installed PyTorch is older than the oldest release that works."""
+    """Raises an ImportError if the installed PyTorch is older than the oldest supported release."""
     if release() < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ImportError(f"ortho_fx needs PyTorch {oldest} or newer, and {torch.__version__} is installed")
 
 
 def resolve(path: str) -> Any:
-    """The object that a dotted path names.
+    """The object at a dotted path.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: there is no such object.
     """
     if path in os.environ.get("ORTHO_FX_ABSENT_NAMES", "").split(","):
         raise AttributeError(path)
@@ -113,14 +117,14 @@ def load(group: PrivateNames) -> Any:
     """The objects of a group, by their names.
 
     Raises:
-        MissingNames: this release lacks one that it should have.
+        MissingNames: this release lacks a name that it should have.
     """
     values, missing = {}, []
     for entry in group.names:
         try:
             values[entry.name] = resolve(entry.path)
         except AttributeError:
-            # What the newest tested release does without, a later one may lack as well.
+            # A name that the newest tested release does not need may be missing in later releases too.
             if (release() if release() in TESTED else TESTED[-1]) in entry.releases:
                 missing.append(entry.path)
     if missing:
@@ -129,7 +133,7 @@ def load(group: PrivateNames) -> Any:
 
 
 def available(group: PrivateNames) -> Any | None:
-    """As `load`; where a name is missing, None, and the user is told."""
+    """Like `load`, but if a name is missing, warns the user and returns None."""
     try:
         return load(group)
     except MissingNames as missing:
@@ -141,7 +145,7 @@ _reported: set[str] = set()
 
 
 def report_loss(reason: str, group: PrivateNames) -> None:
-    """Warns, once for each group: why it is not used, what is lost, and what to install."""
+    """Warns once for each group: why it is not used, what is lost, and which releases are tested."""
     if group.title in _reported:
         return
     _reported.add(group.title)
@@ -151,6 +155,24 @@ def report_loss(reason: str, group: PrivateNames) -> None:
         "`ortho-fx doctor` shows what works here",
         stacklevel=2,
     )
+
+
+def constant_in_a_trace(function: _Function) -> _Function:
+    """Has Dynamo call a method while it traces, and take what it returns for constant.
+
+    As `torch.compiler.assume_constant_result`, whose import takes Dynamo's with it. Seen in every release of `TESTED`;
+    one that does not know the mark traces the method, or breaks the graph there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_called_by_fully_shard() -> bool:
+    """Whether the caller of the caller is `fully_shard`, which collects the parameters that it is to shard.
+
+    The function that does so was seen in 2.15. Where it has another name, PyTorch's own error comes instead of ours.
+    """
+    return sys._getframe(2).f_code.co_name == "_get_managed_states"
 
 
 AUTOGRAD = PrivateNames(
@@ -311,7 +333,7 @@ MACHINE_CODE = PrivateNames(
     ),
 )
 
-# What an installation uses, and what only tests and benchmarks do.
+# GROUPS are used by an installation, REPOSITORY_GROUPS only by tests and benchmarks.
 GROUPS = (AUTOGRAD, SHAPES, FAKE_TENSORS, INDUCTOR, HOOK, INDUCTOR_BACKEND, TREES, TOOLCHAIN, TOOLS)
 REPOSITORY_GROUPS = (TESTS, GPU_CODE, MACHINE_CODE)
 

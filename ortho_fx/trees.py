@@ -9,14 +9,14 @@ from ortho_fx import torch_private
 
 
 def leaves(value: Any) -> list[Any]:
-    """What the containers hold, in order."""
+    """The leaves of nested containers, in order."""
     found: list[Any] = []
     mapped(found.append, value)
     return found
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same containers, each leaf replaced by what the function makes of it."""
+    """The same containers, with the function applied to each leaf."""
     trees = torch_private.available(torch_private.TREES)
     return trees.tree_map(function, value) if trees else _mapped(function, value)
 

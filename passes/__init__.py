@@ -1,1 +1,1 @@
-"""The passes that replace activations: `pipeline` has them in order, and README.md beside this file is their design."""
+"""The passes that replace activations. `pipeline` lists them in order; README.md in this folder explains the design."""

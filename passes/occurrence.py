@@ -1,7 +1,8 @@
-"""`Occurrence`: one activation that was found, on its way through the passes."""
+"""`Occurrence`: the record of one activation, which the passes fill in one after another."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,9 @@ from ortho_fx.passes.vocabulary.targets import Reference
 
 @dataclass
 class Observation:
-    """What one activation got: all its inputs, and the size and the dimension of their channels (the last call's).
+    """The inputs that one activation received: their histogram, and the channels' number and dimension (last call).
 
-    `problem` says why one expansion a channel cannot be put there; empty where it can.
+    `problem` says why the site cannot have one expansion per channel; it is empty if the site can.
     """
 
     inputs: Histogram
@@ -28,22 +29,37 @@ class Observation:
     problem: str = "example_inputs do not reach it"
 
 
+def merged_observation(parts: Sequence[Observation]) -> Observation:
+    """What one activation got in several processes."""
+    reached = [part for part in parts if part.channels is not None or part.inputs.samples]
+    if not reached:
+        return parts[0]
+    first, problem = reached[0], next((part.problem for part in reached if part.problem), "")
+    for part in reached:
+        if not problem and (part.channels, part.channel_dim) != (first.channels, first.channel_dim):
+            problem = "processes call it with different channels, or with channels in different dimensions"
+    return Observation(Histogram.merged([part.inputs for part in parts]), first.channels, first.channel_dim, problem)
+
+
 @dataclass(eq=False)
 class Occurrence:
     """One activation of a model: how it was found, and what each pass decides about it.
 
     Attributes:
-        site: what the user reads of it.
-        owner: the module that its expansion becomes a child of.
-        substitute: puts an expansion there.
-        reference: the scalar function that is computed there; None where that is known only when it runs.
-        places: the modules that hold it as a child, with its names there.
-        match: what a graph holds of it, and `backward` its backward in the same graph, which is replaced with it.
-        nodes: the nodes of graphs that carry the site as a note.
-        config: the expansion that was chosen; None until then, and for a site that is left.
-        seen: what reached it in a copy of the model, where a config asks for that.
-        expansion: the module that replaces it.
-        decided, started: whether `choose` and `initialise` have been over it.
+        site: the description for the user.
+        owner: the module that gets the expansion as a child.
+        substitute: the function that puts an expansion in this place.
+        reference: the scalar function of the activation; None if it is known only at run time.
+        places: the modules that hold the activation as a child, each with the child's name.
+        match: the nodes of the activation in a graph.
+        backward: the backward node of the activation in the same graph; it is replaced together with the activation.
+        nodes: the graph nodes that carry the site as a note.
+        guard: why it is no activation unless the targets name it; empty where it is one.
+        config: the chosen config; None before `choose`, and for a site that is left.
+        seen: the inputs measured in a copy of the model; None if no config needs them.
+        expansion: the module that replaces the activation.
+        decided: whether `choose` has handled the occurrence.
+        started: whether `initialise` has handled it.
     """
 
     site: Site
@@ -54,6 +70,7 @@ class Occurrence:
     match: Match | None = None
     backward: fx.Node | None = None
     nodes: tuple[fx.Node, ...] = ()
+    guard: str = ""
     config: ExpansionConfig | None = None
     seen: Observation | None = None
     expansion: LearnableExpansion | None = None
@@ -61,7 +78,7 @@ class Occurrence:
     started: bool = False
 
     def note(self) -> int:
-        """Writes the site on its nodes; on how many it was not."""
+        """Writes the site on its nodes; returns how many nodes changed."""
         changed = 0
         for node in self.nodes:
             changed += node.meta.get(NOTE) != self.site

@@ -2,15 +2,15 @@
 
     find        lists the activations of every graph and module, and notes each on its nodes
     choose      gives each site its config, by targets and name patterns, or the reason why it is left
-    substitute  puts an expansion there: a call of a child module; with its backward in the graph, two operators
-    initialise  gives the new parameters the values that the config's init asks for
-    lower       turns the calls into operators, one node each, for a backend that takes the graph as it is
+    substitute  puts a call of a child module at each chosen site; two operators if the graph holds the backward
+    initialise  sets the new parameters to the values that the config's init asks for
+    lower       replaces each call by one operator node, for a backend that takes the graph as it is
 
-A pass is a function `(model, context) -> number of edits`. The model is a graph module, or holds some, or none; the
-context carries the record of each site from one pass to the next. A second run edits nothing. A pass is switched off by
-its name, with `disable=` or the environment variable ORTHO_FX_DISABLE_PASSES (names with commas between them).
-`graphs=FOLDER` or ORTHO_FX_GRAPHS=FOLDER writes the graphs before and after every pass into files that can be compared.
-README.md beside this file is the design, and says how to add a pass.
+A pass is a function `(model, context) -> number of edits`. The model may be a graph module, may hold graph modules, or
+may have none. The context carries the record of each site from one pass to the next. A second run edits nothing. A pass
+is switched off by its name, with `disable=` or the environment variable ORTHO_FX_DISABLE_PASSES (names separated by
+commas). `graphs=FOLDER` or ORTHO_FX_GRAPHS=FOLDER writes the graphs before and after every pass into files that can be
+compared. README.md in this folder describes the design, and how to add a pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -40,11 +41,17 @@ from ortho_fx.passes.vocabulary import expansions
 from ortho_fx.passes.vocabulary.sites import NOTE, Site, format_sites
 from ortho_fx.passes.vocabulary.targets import choose_targets
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Pass = Callable[[nn.Module, Context], int]
 
 
 class Passes(dict[str, Pass]):
-    """The passes by name, in their order; its text is a list of them."""
+    """The passes by name, in their order. Each is a function `(model, context) -> number of edits`.
+
+    `print(PASSES)` lists them, each with the first sentence of its docstring.
+    """
 
     def __repr__(self) -> str:
         width = max(map(len, self))
@@ -60,15 +67,16 @@ DISABLE_VARIABLE, GRAPHS_VARIABLE = "ORTHO_FX_DISABLE_PASSES", "ORTHO_FX_GRAPHS"
 
 @dataclass(frozen=True)
 class Record:
-    """What a run of the passes did; `print(record)` is two tables.
+    """What a run of the passes did; `print(record)` shows two tables.
 
     Attributes:
-        edits: the edits of each pass that ran, by its name.
-        sites: every site, those that were left with the reason.
+        edits: the number of edits of each pass that ran, by its name.
+        sites: every site; a site that was left has the reason.
         disabled: the passes that were switched off.
         earlier: how many expansions the model held before.
-        gradients: the parameters whose gradients a graph with its backward returns after its other outputs, in order.
-        occurrences: what the passes know of each site.
+        gradients: the names of the new parameters whose gradients are the last outputs of the graph, in order; empty
+            unless a graph holds its own backward.
+        occurrences: what the passes know about each site.
     """
 
     edits: Mapping[str, int]
@@ -109,22 +117,25 @@ def run(
     disable: Iterable[str] = (),
     until: str | None = None,
     graphs: str | os.PathLike[str] | None = None,
-    factory: expansions.Factory | None = None,
-    calibrate: expansions.Calibrate | None = None,
+    maker: expansions.Maker | None = None,
+    process_group: ProcessGroup | str | None = None,
 ) -> Record:
     """Takes a model through `PASSES`, in place.
 
     Args:
         model: a graph module, from `symbolic_trace`, `torch.export`, `make_fx` or Dynamo, or any other module.
-        config, targets, sharing, example_inputs: as in `ortho_fx.rewrite_`.
+        config, targets, sharing, example_inputs, process_group: as in `ortho_fx.rewrite_`.
         disable: names of passes to leave out.
-        until: the last pass to run; all of them when omitted. One that comes before substitute only looks.
+        until: the last pass to run; all passes run when omitted. A run that ends before substitute changes only notes.
         graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
-        factory, calibrate: what makes and calibrates expansions, if not ortho_fx's own.
+        maker: makes and calibrates expansions; ortho_fx's own when omitted.
+
+    Returns:
+        The record of the run: the number of edits of each pass, and every site.
 
     Raises:
-        OrthoFxError: a pass, a target or a sharing that is not known, a model with nothing to replace, and what the
-            passes raise. The model is then as it was.
+        OrthoFxError: an unknown pass, target or sharing, a model with nothing to replace, or an error of a pass. The
+            model is then unchanged.
     """
     disabled = disabled_passes(disable)
     _check_name(until, "until=")
@@ -134,9 +145,9 @@ def run(
         table=choose_targets(targets),
         share=shares(sharing),
         example_inputs=example_inputs,
-        factory=factory or expansions.provided_factory(),
-        calibrate=calibrate or expansions.provided_calibration(),
+        maker=maker or expansions.provided(),
         replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
+        process_group=process_group,
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )
@@ -170,10 +181,10 @@ def run(
 
 
 def disabled_passes(names: Iterable[str]) -> list[str]:
-    """The passes that these names and the environment switch off, in order.
+    """The passes that these names and the environment variable switch off, in order.
 
     Raises:
-        OrthoFxError: a name of no pass.
+        OrthoFxError: an unknown pass name.
     """
     asked = [(name, "disable=") for name in ((names,) if isinstance(names, str) else names)]
     asked += [(name.strip(), DISABLE_VARIABLE) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")]
@@ -188,7 +199,7 @@ def _check_name(name: str | None, where: str) -> None:
 
 
 def _leave_undone(name: str, context: Context) -> None:
-    """Notes on the sites that a pass did not run which had to, for them to be replaced."""
+    """Marks the sites that stay because this pass is disabled, with that as the reason."""
     for occurrence in context.occurrences:
         undecided = name == "choose" or (name == "substitute" and occurrence.config is not None)
         if undecided and not occurrence.site.reason:
@@ -209,7 +220,7 @@ def _undo(
     backups: Mapping[fx.GraphModule, fx.Graph],
     notes: Mapping[tuple[fx.GraphModule, str], Site | None],
 ) -> None:
-    """The model as it was before the run."""
+    """Puts the model back as it was before the run."""
     ours = [occurrence for occurrence in context.occurrences if occurrence.expansion is not None]
     if ours:
         for owner, graph in backups.items():
@@ -228,12 +239,12 @@ def _undo(
                 node.meta[NOTE] = note
 
 
-# The folders that this process has written graphs into, and how many runs went into each.
+# The folders into which this process has written graphs, each with the number of runs.
 _WRITTEN: dict[Path, int] = {}
 
 
 def _folder(graphs: str | os.PathLike[str] | None) -> Path | None:
-    """Where the graphs of this run go; the runs after the first have folders of their own inside."""
+    """The folder for the graphs of this run; each run after the first gets its own subfolder."""
     if graphs is not None:
         return Path(graphs)
     asked = os.environ.get(GRAPHS_VARIABLE)

@@ -1,4 +1,4 @@
-"""Puts back what expansions replaced, whichever way they were put there."""
+"""Puts back the activations that expansions replaced, for every kind of site."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import fx, nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.graph.nodes import restore_nodes
 from ortho_fx.passes.graph.operators import raise_calls
-from ortho_fx.passes.modules.exchange import restore_attribute, restore_module
+from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
 from ortho_fx.passes.source.calls import restore_call
 from ortho_fx.passes.vocabulary.expansions import Substitute
 
 
 def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
-    """Puts back what the chosen expansions replaced; their names."""
+    """Puts back the activations that the chosen expansions replaced; returns the names of these expansions."""
     places = [
         (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, owner in model.named_modules()
@@ -30,11 +30,12 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
             raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
+    set_nested_paths(model)
     return tuple(name for name, _, _ in places)
 
 
 def restore(owner: nn.Module, key: str) -> None:
-    """Puts what an expansion replaced back in one place that holds it."""
+    """Puts the replaced activation back in one place that holds its expansion."""
     (replaced,) = vars(owner._modules[key])["_replaced"]
     if replaced.kind == "module":
         restore_module(owner, key, replaced.value)
@@ -48,7 +49,7 @@ def restore(owner: nn.Module, key: str) -> None:
 
 
 def put_in_copy(put: Substitute, expansion: nn.Module) -> None:
-    """Puts an expansion of a model into a copy of it as well; `restore` goes by the model itself all the same."""
+    """Puts an expansion of a model also into a copy of the model. `restore` still puts back the model's activation."""
     replaced = expansion._replaced
     put(expansion)
     expansion._replaced = replaced

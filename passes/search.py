@@ -2,8 +2,8 @@
 
 What is found is an `Occurrence`: the site as the user sees it, and the function that replaces it. Every kind is looked
 up in the one table of `targets`, and activations that the chosen targets leave out are found as well, with that as the
-reason. Nothing is changed; of the model's code only copies of leaf modules without parameters are run, to see whether
-they are activations.
+reason. Nothing is changed. Of code that is not PyTorch's or that of `meaning.LIBRARIES`, only copies of leaf modules
+without parameters and functions that are nothing but tensor arithmetic are run, to see whether they are activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import fx, nn
 from ortho_fx.passes.graph.occurrences import nodes
 from ortho_fx.passes.graph.pairs import holds_backward
 from ortho_fx.passes.modules.exchange import module_in
-from ortho_fx.passes.modules.occurrences import attributes, children, scripted
+from ortho_fx.passes.modules.fused import fused, scripted
+from ortho_fx.passes.modules.occurrences import attributes, children
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source.occurrences import calls
 from ortho_fx.passes.vocabulary.expansions import Expansion
@@ -27,14 +28,14 @@ from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTabl
 
 
 def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
-    """Every activation of the model, in the order of `model.named_modules()`; those not of the table with that reason.
+    """Every activation of the model, in the order of `model.named_modules()`.
 
-    With `share`, a module that stands in several places or is called several times is one occurrence; without, each
-    place and each call is.
+    An activation outside of the table has that as its reason. With `share`, a module that stands in several places or
+    is called several times is one occurrence. Without it, each place and each call is an occurrence.
     """
     found = list_occurrences(model, share=share)
     for occurrence in found:
-        occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence.site, table))
+        occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence, table))
     return found
 
 
@@ -47,13 +48,14 @@ def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence
 _NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
 
 
-def reason_not_chosen(site: Site, table: TargetTable) -> str:
+def reason_not_chosen(occurrence: Occurrence, table: TargetTable) -> str:
     """Why the targets leave a site out; empty where they do not."""
-    if site.function in table.names:
-        return ""
-    if not BY_NAME[site.function].gate:
+    function = occurrence.site.function
+    if function in table.names:
+        return "" if table.named else occurrence.guard
+    if not BY_NAME[function].gate:
         return "it is not among the targets"
-    return _NOT_CHOSEN.get(site.function, "it is a gate unless it is named as a target")
+    return _NOT_CHOSEN.get(function, "it is a gate unless it is named as a target")
 
 
 def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
@@ -64,18 +66,33 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
         return
     modules = list(model.named_modules())
     backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
+    scripts: list[str] = []
     for prefix, owner in modules:
         if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
-            yield from scripted(prefix, owner)
+            if not any(prefix.startswith(f"{outer}.") for outer in scripts if outer) and "" not in scripts:
+                yield from scripted(prefix, owner)
+            scripts.append(prefix)
             continue
         inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
-        yield from (*attributes(prefix, owner), *inside, *children(prefix, owner, share))
+        for occurrence in (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share)):
+            if not _is_named(model, occurrence.site.name) and not occurrence.site.reason:
+                occurrence.describe(reason="a name on the way to it is empty or has a dot, by which nothing finds it")
+            yield occurrence
+
+
+def _is_named(model: nn.Module, name: str) -> bool:
+    """Whether the modules above a site are found by its qualified name, and its own name holds no dot."""
+    *path, last = name.split(".")
+    owner: nn.Module | None = model
+    for key in path:
+        owner = None if owner is None else owner._modules.get(key)
+    return owner is not None and bool(last)
 
 
 def _merge_shared(occurrences: list[Occurrence]) -> list[Occurrence]:
-    """One occurrence for a module that stands in several places, under its first name."""
+    """Makes one occurrence of a module that stands in several places, under its first name."""
     merged: dict[int, Occurrence] = {}
     for occurrence in occurrences:
         owner, key = occurrence.places[0] if occurrence.places else (occurrence.owner, None)

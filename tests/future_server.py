@@ -1,13 +1,14 @@
-"""Releases of PyTorch to come, each in a process of its own: one that lacks a private name, one whose parts raise.
+"""Imitates future releases of PyTorch, each in a process of its own: they lack a private name, or a part raises.
 
-Started as a process by tests/ortho_fx/operators/test_support.py. It imports PyTorch and its compiler once, and forks
-for every case that it reads, a JSON object a line; ortho_fx is imported in the fork. It answers with a line of JSON:
-{"failed": what went wrong}, or for
+tests/ortho_fx/operators/conftest.py starts it as a process. It imports PyTorch and its compiler once and forks for
+every case that it reads; the fork imports ortho_fx. A case is a line of JSON, and so is the answer:
+{"failed": the failure}, or for
 
-    {"absent": path, ...} or {"raises": where}   the largest relative error of values and gradients, why bases are not
-                                                 lowered, the warnings, and what the hook did
-    {"release": version, "path": folder}         why Hermite expansions are not lowered there, and the warnings
+    {"absent": path, ...} or {"raises": where}   the largest relative error of values and gradients, the reasons why
+                                                 bases are not lowered, the warnings, and the results of the hook
+    {"release": version, "path": folder}         the reason why Hermite expansions are not lowered, and the warnings
     {"command": arguments, "absent": path}       what the command line returns and prints
+    {"degrees": degrees, "package": folder}      a small model compiled for each degree: hits of the cache, and numbers
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 
 def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
-    """Of every basis, compiled in one graph: against the formulas in float64."""
+    """Relative errors of every basis, compiled in one graph, compared with the formulas in float64."""
     from ortho_fx.activations.expansion import make_activation
     from ortho_fx.bases import BASES
     from ortho_fx.config import ExpansionConfig
@@ -60,7 +61,7 @@ def _errors(granularities: Sequence[str], dynamic: bool) -> list[float]:
 
 
 def _hook() -> dict[str, str]:
-    """What the hook makes of a model with an activation, and of one that was rewritten."""
+    """The results of the hook for a plain model and for a rewritten one."""
     import ortho_fx
 
     done = {}
@@ -78,7 +79,7 @@ def _hook() -> dict[str, str]:
 
 
 def _break(where: str) -> None:
-    """Has the lowering raise at its registration, in `lower` of a forward or backward, or while code is generated."""
+    """Makes the lowering raise: at its registration, in `lower` of a forward or backward, or in code generation."""
     from ortho_fx import torch_private
 
     def boom(*_: Any, **__: Any) -> Any:
@@ -88,7 +89,7 @@ def _break(where: str) -> None:
     if where == "registration":
         lowerings.register_lowering = boom
         return
-    # Graphs that a case before this one compiled are not to be found in the caches.
+    # The caches must not return graphs that an earlier case compiled.
     torch.compiler.config.cache_key_tag = where
     from ortho_fx.operators import lowering, support
 
@@ -136,6 +137,28 @@ def _step(release: str, path: str) -> dict[str, Any]:
     return {"reason": support.reason(BASES["hermite"]), "warnings": texts}
 
 
+def _from_caches(degrees: Sequence[int], package: str) -> dict[str, Any]:
+    """A small model compiled for each degree, by the ortho_fx in the folder `package`, or the usual one.
+
+    The results have, for each degree, the number of cache hits, the values, the gradients and the eager model's values.
+    """
+    sys.path[:0] = [package] if package else []
+    import ortho_fx
+    from ortho_fx import torch_private
+
+    counters = torch_private.load(torch_private.TESTS).counters
+    results = []
+    for degree in degrees:
+        torch.compiler.reset()
+        counters.clear()
+        model, x = nn.Sequential(nn.GELU()), torch.linspace(-2, 2, 32).reshape(4, 8)
+        y = torch.compile(model, backend="ortho_fx", options={"degree": degree})(x)
+        y.sum().backward()
+        hits = counters["aot_autograd"]["autograd_cache_hit"]
+        results.append([hits, y.tolist(), model[0].coefficients.grad.tolist(), model(x).tolist()])
+    return {"file": ortho_fx.__file__, "results": results}
+
+
 def _command(arguments: list[str]) -> dict[str, Any]:
     """The command line, with what it writes to the standard output and to the standard error."""
     out, err = io.StringIO(), io.StringIO()
@@ -150,6 +173,8 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
     os.environ["ORTHO_FX_ABSENT_NAMES"] = case.get("absent", "")
     if "release" in case:
         return _step(case["release"], case["path"])
+    if "degrees" in case:
+        return _from_caches(case["degrees"], case["package"])
     if "command" in case:
         return _command(case["command"])
     with _our_warnings() as texts:
@@ -159,7 +184,7 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
 
         if "raises" in case:
             _break(case["raises"])
-        # Both granularities lose the same, and a graph of its own takes long. Other cases find theirs in the caches.
+        # Both granularities lose the same, and a graph that the caches must not return takes long to compile.
         dynamic = case.get("dynamic", False)
         cached = case.get("raises") in (None, "registration")
         granularities = ["layer", "channel"] if cached and not dynamic else ["layer"]
@@ -177,7 +202,7 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.compile(lambda t: t.sin())(torch.ones(2))  # brings in the compiler, and its precompiled headers
+    torch.compile(lambda t: t.sin())(torch.ones(2))  # imports the compiler and precompiles its headers
     for line in sys.stdin:
         reader, writer = os.pipe()
         child = os.fork()

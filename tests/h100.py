@@ -1,4 +1,4 @@
-"""The Triton kernels that Inductor would generate for an H100, on a machine without one: nothing of them is executed.
+"""The Triton kernels that Inductor would generate for an H100, on a machine without one. They are not executed.
 
     from tests.h100 import triton_code
 
@@ -8,20 +8,20 @@
     assert kernel.kind == "pointwise"
     assert [(a.loads, a.stores) for a in kernel.whole] == [(1, 0), (1, 0), (0, 1)]
 
-`triton_code` compiles a function for its inputs as `torch.compile` does, forward and backward: Dynamo, AOTAutograd with
-its partitioner, Inductor's passes, lowerings, scheduler and code generation all run as they are, on FakeTensors whose
-device is `cuda`. Only what would touch the device is replaced, by `h100()`: the properties of the device, and the step
-that loads the generated module. `code.forward` and `code.backward` hold the source (`.source`), the kernels in the
+`triton_code` compiles a function for its inputs as `torch.compile` does, forward and backward. Dynamo, AOTAutograd with
+its partitioner, and Inductor's passes, lowerings, scheduler and code generation run unchanged, on FakeTensors whose
+device is `cuda`. `h100()` replaces only the parts that would touch the device: the properties of the device, and the
+step that loads the generated module. `code.forward` and `code.backward` hold the source (`.source`), the kernels in the
 order of their launches (`.kernels`) and the calls of libraries such as cuBLAS (`.externs`). `print(code)` shows it all.
 
-Every tensor that the function uses has to be among its inputs, or a parameter or buffer of the module that is called.
-Sizes, strides, dtypes and `requires_grad` are taken from the inputs, so they may be on `meta` and cost no memory.
+Every tensor that the function uses must be one of its inputs, or a parameter or buffer of the module that is called.
+Only sizes, strides, dtypes and `requires_grad` of the inputs count, so they may be on `meta` and take no memory.
 
 Triton need not be installed: the source is the same with it and without. Limits:
-- Padding of matrix multiplications, which Inductor decides by timing them, is off, and `max_autotune` would time too.
-- Where PyTorch's own C++ code decides by the device, it sees the CPU: scaled_dot_product_attention picks the CPU's
-  kernel, and autocast would do nothing, so it is an error. Pass half-precision inputs instead.
-- A tensor that the function makes without naming a device is on the GPU, where on a real one it would be an error.
+- Padding of matrix multiplications is off, since Inductor decides it by timing. `max_autotune` would time as well.
+- PyTorch's C++ code sees CPU tensors. So scaled_dot_product_attention picks the CPU's kernel, and autocast would do
+  nothing; it is an error here. Pass half-precision inputs instead.
+- A tensor that the function makes without naming a device is on the GPU; with a real GPU it would be an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from ortho_fx import torch_private
 _private = torch_private.load(torch_private.GPU_CODE)
 _compiler = torch_private.load(torch_private.TESTS)
 _PATHS = {entry.name: entry.path for entry in torch_private.GPU_CODE.names}
-# A graph, as Inductor lowers it.
+# Inductor's GraphLowering.
 _Graph = Any
 
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications, compute capability 9.0,
@@ -72,15 +72,15 @@ PROPERTIES = SimpleNamespace(
     gcnArchName="",
 )
 
-# Of Inductor. Padding would be decided by timing.
+# Inductor's settings. It would decide padding by timing.
 SETTINGS = {"shape_padding": False, "compile_threads": 1, "size_asserts": True}
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One tensor argument of a kernel, as launched, and how often the kernel's text loads from it and stores to it.
+    """One tensor argument of a kernel launch, and how often the kernel's text loads from it and stores to it.
 
-    A reduction that goes over its input in two loops loads it twice.
+    A reduction with two loops over its input loads it twice.
     """
 
     parameter: str
@@ -95,10 +95,10 @@ class Argument:
 class Kernel:
     """One launch of a generated kernel.
 
-    `kind` is the heuristics' name ("pointwise", "reduction", "persistent_reduction"...), `size_hints` what they choose
-    the block sizes by, `numels` the elements along each axis as launched, `reductions` how many there are in the text,
-    and `definition` the text with its decorators. `whole` holds the arguments that are at least as large as
-    `whole_numel`.
+    `kind` is the name of its heuristics ("pointwise", "reduction", "persistent_reduction"...); these choose block sizes
+    by `size_hints`. `numels` are the elements along each axis of the launch, `reductions` is the number of reductions
+    in the text, and `definition` is the text with its decorators. `whole` holds the arguments with at least
+    `whole_numel` elements.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Graph:
-    """The code of one graph: the wrapper's source, its kernels in the order of their launches, its library calls."""
+    """The code of one graph: the wrapper's source, its kernels in the order of their launches, and library calls."""
 
     source: str
     kernels: tuple[Kernel, ...]
@@ -158,10 +158,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Code:
-    """The code of a function; there is no backward where no input requires a gradient.
+    """The code of a function; without a backward if no input requires a gradient.
 
-    `arguments` says which tensor each argument of the forward graph is: its number among the inputs, with a module's
-    parameters and buffers after them. An argument that is no tensor has None.
+    `arguments` gives for each argument of the forward graph the number of its tensor, and None for other arguments.
+    Numbers count the inputs, then a module's parameters and buffers.
     """
 
     forward: Graph
@@ -181,8 +181,8 @@ def triton_code(
 ) -> Code:
     """The code that `torch.compile(function, dynamic=dynamic, options=options)` would run on an H100 for `inputs`.
 
-    `whole` is the number of elements from which a tensor counts as whole: those of the first input, if not given.
-    Raises what the compiler raises.
+    A tensor counts as whole if it has at least `whole` elements, by default those of the first input.
+    Errors are those of the compiler.
     """
     if whole is None:
         whole = next(t.numel() for t in inputs if isinstance(t, Tensor))
@@ -222,7 +222,7 @@ def triton_code(
             numbers.update((id(tensor), number) for number, tensor in enumerate(tensors))
             torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*fakes)
     finally:
-        # What Dynamo has cached for the function is guarded on fake tensors and returns them.
+        # Dynamo's cached code for the function is guarded on fake tensors and returns them.
         torch.compiler.reset()
     return Code(graphs[False], graphs.get(True), tuple(arguments))
 
@@ -244,7 +244,7 @@ def _on_device(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def h100() -> Iterator[None]:
-    """While it is open, PyTorch's Python code believes that device 0 is an H100, and Inductor that Triton works."""
+    """In the block, device 0 looks like an H100 to PyTorch's Python code, and Triton seems to work to Inductor."""
     with contextlib.ExitStack() as stack:
 
         def replace(target: Any, **values: Any) -> None:
@@ -255,7 +255,7 @@ def h100() -> Iterator[None]:
             for name, value in values.items():
                 stack.enter_context(mock.patch(_PATHS[name], value))
 
-        # Of a real device, another H100's properties might be remembered; and nobody is to remember these.
+        # The cache may hold the properties of a real device, and it must not keep these.
         _private.DeviceProperties.create.cache_clear()
         stack.callback(_private.DeviceProperties.create.cache_clear)
 
@@ -278,7 +278,7 @@ def h100() -> Iterator[None]:
             is_current_stream_capturing=lambda: False,
         )
         replace_private(_exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0)
-        # As in a PyTorch without CUDA: Dynamo would ask the accelerator for its stream, which no kernel needs.
+        # No accelerator, as in a PyTorch without CUDA: Dynamo would ask it for its stream, which no kernel needs.
         replace(
             torch.accelerator,
             current_accelerator=lambda check_available=False: None,
@@ -299,8 +299,8 @@ def h100() -> Iterator[None]:
             get_device_properties=staticmethod(lambda device=None: PROPERTIES),
         )
 
-        # What Inductor asks Triton while it generates code. Its answers are those of the Triton that goes with this
-        # PyTorch, whether it is installed or not.
+        # Questions that Inductor asks Triton in code generation. The answers are those of the Triton version that
+        # belongs to this PyTorch, so they do not depend on an installed one.
         replace_private(
             has_triton=lambda: True,
             get_triton_attrs_descriptor_version=lambda: _private.TritonAttrsDescriptorVersion.V4_DICT,
@@ -317,9 +317,9 @@ def h100() -> Iterator[None]:
 
         replace_private(_deduce_value=fold_on_cpu)
         stack.enter_context(warnings.catch_warnings())
-        # Advice to the user of a card with tensor cores.
+        # Advice to users of a GPU with tensor cores.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-        # That no cache is used.
+        # A note that no cache is used.
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
         stack.enter_context(_compiler.functorch.patch(force_non_lazy_backward_lowering=True))
@@ -327,7 +327,7 @@ def h100() -> Iterator[None]:
 
 
 class _OnCPU(TorchFunctionMode):
-    """Runs on the CPU what Inductor computes of constants on the device itself."""
+    """Runs Inductor's own computations with constants on the CPU instead of the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def to_cpu(value: Any) -> Any:
@@ -344,11 +344,11 @@ def _attributes(
 
 
 def _hide_device_from_autograd(replace: Callable[..., None], replace_private: Callable[..., None]) -> None:
-    """Makes PyTorch's C++ code see tensors on `cuda` as tensors on the CPU, and Python code see none on the CPU.
+    """Makes tensors on `cuda` look like CPU tensors to PyTorch's C++ code, and no tensor like one to Python code.
 
-    Built without CUDA, autograd's engine fails on a tensor of a device that it has no streams of. It asks the C++
-    object for the device. Python code, which decides what is compiled, asks the attributes replaced here. Operators
-    that C++ code calls on its way, as `type_as` calls `to`, name the CPU: the modes that trace them put that right.
+    In a build without CUDA, autograd's engine fails on a device that it has no streams of; it asks the C++ object for
+    the device. Python code decides what is compiled; it asks the attributes that are replaced here. Operators that C++
+    code calls internally name the CPU, as in `type_as`, which calls `to`; the tracing modes correct that.
     """
     cpu, prim_device = torch.device("cpu"), torch.ops.prim.device.default
     is_cuda = property(lambda tensor: tensor.device.type == "cuda")
@@ -398,7 +398,7 @@ def _hide_device_from_autograd(replace: Callable[..., None], replace_private: Ca
             return dispatch(self, func, types, args, kwargs)
 
         replace(mode, __torch_dispatch__=on_cuda)
-    # As in a process that must not initialise CUDA: constants are made on the CPU.
+    # Makes constants on the CPU, as in a process that must not initialise CUDA.
     replace(_private.FakeTensorMode, avoid_device_init=property(lambda mode: True))
 
 
@@ -411,10 +411,10 @@ _SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
 
 
 def _parse(source: str, graph: _Graph, whole: int) -> Graph:
-    """Reads the launches out of a wrapper's source; `graph` knows its buffers."""
+    """Reads the launches from a wrapper's source; `graph` knows its buffers."""
     definitions = dict(_DEFINITION.findall(source))
     kernels, externs = [], []
-    # What kernels leave for one another, which the graph knows nothing of: elements and dtype.
+    # Buffers between kernels that the graph does not know, with their elements and dtype.
     workspaces: dict[str, tuple[int, torch.dtype]] = {}
     sizes = {str(symbol): int(value) for symbol, value in graph.sizevars.shape_env.backed_var_to_val.items()}
     for line in source[source.index("\nclass Runner") :].splitlines():
@@ -448,7 +448,7 @@ def _kernel(
     assert header is not None, definition
     assert signature is not None, definition
     assert reductions is not None, definition
-    # Settings of the kernel, such as XBLOCK, are chosen at its launch and not passed.
+    # Settings of the kernel, such as XBLOCK, are chosen at its launch; the wrapper does not pass them.
     parameters = [name for name in ast.literal_eval(signature[1]) if not name.isupper()]
     body = definition[definition.index("@triton.jit") :]
     arguments, numels = [], {}
@@ -476,5 +476,5 @@ def _split(arguments: str) -> list[str]:
 
 
 def _evaluate(expression: str, sizes: dict[str, int]) -> int:
-    """The value of an expression of a wrapper in the sizes of the example inputs."""
+    """The value of a wrapper's expression for the sizes of the example inputs."""
     return int(eval(expression, {"__builtins__": {}}, sizes))

@@ -4,13 +4,13 @@
     code = triton_code(F.gelu, x)
     outputs, gradients = run(code, [x], [torch.ones(48, 64)])
 
-The `call` function of each generated wrapper is executed as it is, with its buffers on the CPU. A kernel's text is
-executed once for each program of its grid; a block is a torch tensor, and `tl` stands for the few functions of Triton
-that Inductor uses. A kernel that uses another raises an AttributeError.
+The `call` function of each generated wrapper is executed unchanged, with its buffers on the CPU. A kernel's text is
+executed once for each program of its grid. A block is a torch tensor, and `tl` has the few functions of Triton that
+Inductor uses; a kernel that uses another one raises an AttributeError.
 
-Checked at every access is that it lies inside its tensor. Buffers begin as NaN, and so do the lanes of a masked load
-that have no other value: what nobody has written shows in the result. Not seen are the order of sums inside a block,
-fused multiply-adds, approximate functions and races between programs.
+Every access is checked to lie inside its tensor. Buffers start as NaN, and so do masked lanes of a load that have no
+other value, so that values which were never written show in the result. The interpreter does not see the order of sums
+inside a block, fused multiply-adds, approximate functions and races between programs.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from torch import Tensor
 
 from tests.h100 import Code, Graph, Kernel
 
-# Any power of two is right. Small ones, so that small tensors take several programs and several loops.
+# Any power of two is correct. These are small, so that small tensors take several programs and several loops.
 BLOCKS = {"XBLOCK": 8, "YBLOCK": 8, "ZBLOCK": 8, "R0_BLOCK": 16, "NUM_STAGES": 1}
 
 
 def run(code: Code, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
-    """The outputs, and the gradients of the tensors where they have one.
+    """The outputs, and the gradients of the tensors (None for a tensor without a gradient).
 
-    `tensors` are the inputs with which the code was generated, with a module's parameters and buffers after them.
-    `tangents` are the gradients of the outputs.
+    `tensors` are the inputs with which the code was generated, then a module's parameters and buffers. `tangents` are
+    the gradients of the outputs.
     """
     primals = [tensors[number].detach() for number in code.arguments if number is not None]
     assert len(primals) == len(code.arguments), "symbolic sizes"
@@ -56,13 +56,13 @@ def run(code: Code, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> tu
 
 
 def call_graph(graph: Graph, arguments: Sequence[Tensor]) -> list[Tensor]:
-    """What the wrapper of a graph returns."""
+    """Runs the wrapper of a graph and returns its results."""
     (call,) = (
         node for node in ast.walk(ast.parse(graph.source)) if isinstance(node, ast.FunctionDef) and node.name == "call"
     )
     scope = {**_WRAPPER, **{kernel.name: _Launcher(kernel) for kernel in graph.kernels}}
     exec(compile(ast.Module([call], []), "<wrapper>", "exec"), scope)
-    others = [None] * (len(call.args.args) - 1)  # the Runner that it is a method of
+    others = [None] * (len(call.args.args) - 1)  # `self`, if `call` is a method of the Runner
     return list(scope["call"](*others, list(arguments)))
 
 
@@ -92,7 +92,7 @@ def _assert_sizes_strides(tensors: Sequence[Tensor], sizes: Any, strides: Any, *
 
 
 class _Torch:
-    """PyTorch, where there is no GPU to be chosen."""
+    """PyTorch, without the choice of a GPU."""
 
     cuda = SimpleNamespace(_DeviceGuard=lambda index: contextlib.nullcontext(), set_device=lambda index: None)
 
@@ -134,7 +134,7 @@ class _Launcher:
         (grid,) = re.findall(r"'grid_type': '(\w+)'", kernel.definition)
         self._steps = {axis: self._blocks.get(f"{axis.upper()}BLOCK", 1) for axis in "xyz"}
         if grid == "MixOrderReductionGrid":
-            # A number in the wrapper follows from it.
+            # The wrapper's sizes depend on this value, so it is not free.
             (split,) = map(int, re.findall(r"'RSPLIT_SIZE': (\d+)", kernel.definition))
             self._blocks["RSPLIT_SIZE"] = self._steps["x"] = split
         else:
@@ -151,7 +151,7 @@ class _Launcher:
 
 
 class _NoChangeInPlace(ast.NodeTransformer):
-    """x += 1 binds x anew, as in Triton, where it would change a torch tensor."""
+    """Turns x += 1 into x = x + 1, its meaning in Triton; x += 1 would change a torch tensor in place."""
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.Assign:
         assert isinstance(node.target, ast.Name)
@@ -161,7 +161,7 @@ class _NoChangeInPlace(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class _Pointer:
-    """Places in a tensor's memory, counted from its first element."""
+    """Positions in a tensor's memory, counted from its first element."""
 
     tensor: Tensor
     name: str
@@ -171,9 +171,9 @@ class _Pointer:
         return _Pointer(self.tensor, self.name, self.offset + offset)
 
     def places(self, mask: Any, beyond: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensor's elements in memory, the places among them, and which of those are meant.
+        """The tensor's elements in memory, positions among them, and which of the positions are accessed.
 
-        With `beyond`, a single place may lie behind the tensor, and is not meant then.
+        With `beyond`, a single position may lie after the tensor's end; it is then not accessed.
         """
         tensor = self.tensor
         count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -206,7 +206,7 @@ class _Language:
 
     @staticmethod
     def load(pointer: _Pointer, mask: Any = None, other: Any = None, eviction_policy: str = "") -> Tensor:
-        # For a `cat` Inductor loads places that are constants without a mask, and drops what lies behind the tensor.
+        # In a `cat` Inductor loads constant positions without a mask and does not use values after the tensor's end.
         memory, offset, meant = pointer.places(mask, beyond=True)
         values = memory[torch.where(meant, offset, 0)]
         undefined = math.nan if values.is_floating_point() else -1
@@ -265,7 +265,7 @@ def _sort_with_index(
     values: Tensor, numbers: Tensor, count: int | None, dim: int, stable: bool, descending: bool
 ) -> tuple[Tensor, Tensor]:
     if count is not None:
-        # Lanes behind the last element stay behind it.
+        # Lanes after the last element stay last.
         behind = torch.arange(values.shape[dim]) >= count
         values = torch.where(behind, -math.inf if descending else math.inf, values)
     values, order = values.sort(dim=dim, descending=descending, stable=True)
@@ -273,7 +273,7 @@ def _sort_with_index(
 
 
 def _over(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """An elementwise function, of numbers too."""
+    """An elementwise function that takes numbers too."""
     return lambda *values: function(*map(torch.as_tensor, values))
 
 

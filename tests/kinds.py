@@ -1,4 +1,4 @@
-"""What tests of every kind of expansion run over: the bases, and Fourier with tied frequencies."""
+"""The kinds of expansions for parametrised tests: the bases, and Fourier with tied frequencies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ortho_fx import ExpansionConfig
 from ortho_fx.activations import expansion as activations
 from ortho_fx.bases import BASES, Basis
+from ortho_fx.passes.vocabulary import targets
 
 KINDS = (*BASES, "fourier tied")
 
@@ -23,7 +24,7 @@ def config_of(kind: str, degree: int | None = None, init: str = "stable", **sett
 
 @contextlib.contextmanager
 def bases_from_outside() -> Iterator[None]:
-    """Forgets the bases that are registered inside: all but their operators, so that each name serves once."""
+    """Removes bases that are registered in the block. Their operators stay, so a name can be used only once."""
     known = set(BASES)
     try:
         yield
@@ -31,3 +32,18 @@ def bases_from_outside() -> Iterator[None]:
         for name in set(BASES) - known:
             delattr(activations, activations.class_name(BASES.pop(name)))
             del activations.CLASSES[name]
+
+
+@contextlib.contextmanager
+def activations_from_outside() -> Iterator[None]:
+    """Forgets the activations that are registered inside."""
+    known = len(targets.TARGETS)
+    try:
+        yield
+    finally:
+        for target in targets.TARGETS[known:]:
+            del targets.BY_NAME[target.name]
+        del targets.TARGETS[known:]
+        vars(targets.EVERY_TARGET).update(vars(targets.TargetTable(targets.TARGETS)))
+        for kept in targets._caches:
+            kept.cache_clear()

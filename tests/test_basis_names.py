@@ -1,4 +1,4 @@
-"""No code outside of `ortho_fx/bases` is chosen by a basis' name or class: what depends on it is its own method."""
+"""No code outside of `ortho_fx/bases` branches on a basis' name or class; such code belongs into the basis' methods."""
 
 import ast
 from pathlib import Path
@@ -19,7 +19,7 @@ CONSTANTS = {name.upper() for name in BASES}
 
 
 def names_a_basis(node):
-    """Whether an operand is a basis by its name, or holds one."""
+    """Whether an operand is the name or class of a basis, or contains one."""
     if isinstance(node, ast.Constant):
         return node.value in BASES
     if isinstance(node, ast.Tuple | ast.List | ast.Set):
@@ -32,7 +32,7 @@ def begins_a_name(node):
 
 
 def chooses(node):
-    """Whether a node of the syntax chooses by a basis."""
+    """Whether a syntax node branches on a basis."""
     match node:
         case ast.Compare():
             return any(map(names_a_basis, (node.left, *node.comparators)))

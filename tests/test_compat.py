@@ -1,4 +1,4 @@
-"""The table of PyTorch releases: README.md has what was measured, and every row is right."""
+"""The table of PyTorch releases: README.md has the measured table, and every row is right."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ RESULT = ROOT / "benchmarks" / "results" / "compat.json"
 
 @pytest.fixture
 def compat(monkeypatch):
-    # The checks import the script by its name, and find it as the main module of a process would.
+    # The checks import the script by its name, as if it were the main module of a process.
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import compat
 

@@ -1,6 +1,7 @@
-"""README and guides run: their Python in order, as one reader would run it, and their commands, shortened, in a row."""
+"""README and guides run: their Python blocks in order, as a reader would run them, then their shortened commands."""
 
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import ortho_fx
-from ortho_fx import cli
+from ortho_fx import cli, moved
 from ortho_fx.models import gpt2
-from tests.kinds import bases_from_outside
+from tests.kinds import activations_from_outside, bases_from_outside
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +24,12 @@ GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [ROOT / "docs" / "index.md", *GUIDES, ROOT / "passes" / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
-# What a page tells a reader to wait for, a test need not.
+# Options that shorten the commands of a page, which take long.
 SHORT = "--no-compile --steps 2 --batch-size 8 --eval-every 1 --warmup 1".split()
 SMALL = gpt2.GPT2Config(vocabulary=256, context=16, layers=1, heads=2, width=32)
 
 
-# The file that a block of Python is, where its first line says so.
+# The first line of a Python block that is a file.
 FILE = re.compile(r"# ([\w/]+\.py)\n")
 
 
@@ -37,19 +38,19 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(gpt2.PRESETS, "tiny", SMALL)
-    with bases_from_outside():
+    with bases_from_outside(), activations_from_outside():
         yield
 
 
 def read(page):
-    """Does what a page says; returns what its Python leaves behind, and the commands."""
+    """Runs the blocks of a page; returns the namespace of its Python, and its commands."""
     namespace, commands = {"__name__": page.stem}, []
     for language, text in BLOCK.findall(page.read_text()):
         if language == "python" and (named := FILE.match(text)):
             Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(named[1]).write_text(text)
         elif language == "python":
-            # Classes are rewritten by their source, which a file has.
+            # The block is a file, since the rewrite reads the source of classes from their files.
             file = Path(f"block{len(namespace)}.py").absolute()
             file.write_text(text)
             exec(compile(text, str(file), "exec"), namespace)
@@ -120,10 +121,58 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     assert [command.split()[0] for command in commands] == ["train", "plot", "export", "compare"]
 
 
-@pytest.mark.parametrize(
-    "page", [*(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples")), *PAGES], ids=str
-)
+OTHERS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        "examples/README.md",
+        "passes/source/README.md",
+    )
+]
+
+
+@pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "architecture.md", *PAGES], ids=str)
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
     for link in LINK.findall(text):
         assert (page.parent / link).exists(), link
+
+
+def readme_tree():
+    """The folders of the tree in the README, by their paths."""
+    tree = (ROOT / "README.md").read_text().split("## The folders")[1].split("```")[1]
+    path = []
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        path = [*path[: len(indent) // 2], name]
+        yield "/".join(path)
+
+
+def test_the_readme_and_the_architecture_page_name_every_folder():
+    top = [ROOT / name for name in ("ortho_fx", "passes", "models")]
+    inside = [child for folder in top for child in folder.iterdir() if child.is_dir() and child.name[0].isalpha()]
+    package = {str(folder.relative_to(ROOT)) for folder in (*top, *inside)}
+    rest = {"tests", "benchmarks", "docs", "examples"}
+    assert set(readme_tree()) == package | rest
+
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+)/`", architecture))
+    assert package | rest <= named
+    assert [folder for folder in named if not (ROOT / folder).is_dir()] == []
+
+
+# Paths and dotted names between backticks, such as `passes/graph/find.py` and `ortho_fx.passes.pipeline.PASSES`.
+PATH = re.compile(r"`((?:ortho_fx|passes|models|tests|benchmarks|docs|examples)/[\w/.-]*)`")
+DOTTED = re.compile(r"(?<![\w.])(ortho_fx(?:\.\w+)+)(?=[`\s.:(])")
+
+
+@pytest.mark.parametrize("page", sorted([*OTHERS, *ROOT.glob("docs/**/*.md"), ROOT / "passes" / "README.md"]), ids=str)
+def test_paths_and_names_are_those_of_today(page):
+    text = page.read_text()
+    for path in PATH.findall(text):
+        # The placeholders of instructions.
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for name in set(DOTTED.findall(text)):
+        assert not any(name == old or name.startswith(f"{old}.") for old in moved.MOVED), name
+        pkgutil.resolve_name(name)

@@ -1,4 +1,4 @@
-"""The examples: those that need nothing beyond the `train` extra run in small, of the others what is ours."""
+"""The examples. Those that need only the `train` extra run with small sizes; of the others, our own functions run."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def load(name):
-    """An example as a module; its dataclasses look themselves up in sys.modules."""
+    """Imports an example as a module. It must be in sys.modules, since dataclasses look up their module there."""
     specification = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
@@ -38,7 +38,7 @@ def figures():
 
 @pytest.mark.parametrize("name", ["poisson", "burgers"])
 def test_exact_solution_solves_the_equation(pinn, name):
-    """By the example's own residual; Cole and Hopf's integral is differentiated like a network."""
+    """The residual is the example's own; Cole and Hopf's integral is differentiated like a network."""
     problem = pinn.PROBLEMS[name]()
     points = problem.points.double()
     points = points[points[:, -1] > 0.05]  # at t = 0 the integral's derivative divides by the square root of t
@@ -177,7 +177,7 @@ def test_transformers_text_is_cut_into_pieces():
 
 
 def test_timm_model_is_calibrated_in_training_mode():
-    """A new normalisation has the statistics of no data: in evaluation mode, it would pass the inputs as they are."""
+    """A new batch normalisation has no statistics yet: in eval mode it would not normalise its inputs."""
     example = load("timm_training")
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)).eval()
     groups = {

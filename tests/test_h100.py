@@ -112,7 +112,7 @@ def test_what_the_function_sees_is_on_the_gpu():
 
 
 def test_what_cpp_code_makes_of_a_tensor_is_on_the_gpu():
-    """`type_as` and the gradient of indexing name a device that they get from the C++ object."""
+    """`type_as` and the gradient of indexing get their device from the C++ object."""
     code = triton_code(lambda x, y: F.dropout(x.type_as(y), 0.1)[:, 3:], empty(64, 64, dtype=torch.half), empty(64, 64))
     assert "empty_strided_cpu(" not in code.forward.source + code.backward.source
     assert code.forward.externs == ("aten.randint.low_out",)

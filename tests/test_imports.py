@@ -1,6 +1,7 @@
-"""What imports what: no module imports itself through others, and the passes stand below the public API."""
+"""The imports: no module imports itself through others, and the passes do not import the public API."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +23,14 @@ MODULES = modules()
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, wherever in it: late and for type checkers as well."""
+    """The modules of the package that a file imports anywhere, also inside functions and for type checkers."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                # `from package import module` reads the module, and the package only for a name that is none.
+                # `from package import name` imports a module of that name; if there is none, the package has the name.
                 yield name if name in MODULES else node.module
 
 
@@ -37,7 +38,7 @@ IMPORTS = {name: set(imported(path)) for name, path in MODULES.items()}
 
 
 def reached(names: set[str]) -> set[str]:
-    """What these modules import, directly or not."""
+    """The modules that these import, directly or indirectly."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -53,7 +54,7 @@ PASSES = {name for name in MODULES if name.startswith("ortho_fx.passes")}
 def test_the_walk_sees_the_imports():
     assert len(MODULES) > 100
     assert "ortho_fx.passes.pipeline" in IMPORTS["ortho_fx.rewriting.rewrite"]
-    assert "ortho_fx.operators.lowering" in IMPORTS["ortho_fx.operators.support"]  # a late one
+    assert "ortho_fx.operators.lowering" in IMPORTS["ortho_fx.operators.support"]  # inside a function
     assert "ortho_fx.passes.graph.matches" in reached({"ortho_fx.rewriting.hook"})
     assert "ortho_fx.passes.source.classes" in reached({"ortho_fx.passes.pipeline"})
 
@@ -73,3 +74,24 @@ def test_numerics_and_vocabulary_know_nothing_of_rewriting():
     below = {name for name in MODULES if name.startswith(("ortho_fx.numerics", "ortho_fx.bases"))}
     below |= {name for name in MODULES if name.startswith("ortho_fx.passes.vocabulary")}
     assert [name for name in sorted(reached(below)) if name.startswith(("ortho_fx.rewriting", "ortho_fx.models"))] == []
+
+
+def architecture() -> list[list[str]]:
+    """The layers that the architecture page lists, the highest first, as names of modules."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    lines = re.findall(r"^\d\. (`.*)$", page.split("## Which way imports point")[1].split("##")[0], re.MULTILINE)
+    return [["ortho_fx." + name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", line)] for line in lines]
+
+
+def test_folders_import_downwards_as_the_architecture_page_says():
+    layers = architecture()
+    assert len(layers) == 7
+    height = {name: -number for number, line in enumerate(layers) for name in line}
+    folders = {".".join(name.split(".")[:2]) for name in MODULES if name.count(".") == 2}
+    assert folders <= set(height)
+    for name, others in IMPORTS.items():
+        folder = ".".join(name.split(".")[:2])
+        above = [other for other in others if height.get(".".join(other.split(".")[:2]), -9) > height.get(folder, 9)]
+        assert above == [], name
+    assert not any(name.startswith("ortho_fx.operators") for name in reached(PASSES))
+    assert not {name for name in MODULES if name.startswith("ortho_fx.operators") and reached({name}) & PASSES}

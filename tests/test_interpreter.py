@@ -1,4 +1,4 @@
-"""The interpreter of generated GPU code: right for functions that are known, and faults in the code are seen."""
+"""The interpreter of generated GPU code: it is right for known functions, and it finds faults in the code."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_parameters_and_buffers_of_a_module():
 
 
 def changed(code, old, new):
-    """The code with another text in its forward kernels."""
+    """The code with `old` replaced by `new` in its forward kernels."""
     assert any(old in kernel.definition for kernel in code.forward.kernels)
     kernels = tuple(
         dataclasses.replace(kernel, definition=kernel.definition.replace(old, new)) for kernel in code.forward.kernels

@@ -1,4 +1,4 @@
-"""What a user installs: one top-level name, no needless imports, and operators that Python's stock tools can read."""
+"""The installed package: one top-level name, no needless imports, and operators that Python's stock tools can read."""
 
 import importlib.metadata
 import subprocess

@@ -1,6 +1,6 @@
-"""Private names of PyTorch are used in ortho_fx/torch_private.py alone, and those that are listed there exist.
+"""Only ortho_fx/torch_private.py uses private names of PyTorch, and the names that it lists exist.
 
-A name is private where a part of its path after `torch` starts with one underscore. The walk follows imports, aliases
+A name is private if a part of its path after `torch` starts with a single underscore. The walk follows imports, aliases
 and attribute chains, names in strings that a function such as `import_module` takes, and programs in strings.
 """
 
@@ -31,7 +31,7 @@ class Walker(ast.NodeVisitor):
 
     def __init__(self) -> None:
         self.found: list[tuple[int, str]] = []
-        # What each variable stands for, in whichever scope.
+        # The path for which each variable stands; scopes are ignored.
         self._paths: dict[str, str] = {}
 
     def _see(self, node: ast.AST, path: str | None) -> None:
@@ -73,7 +73,7 @@ class Walker(ast.NodeVisitor):
         root: ast.expr = node
         while isinstance(root, ast.Attribute):
             root = root.value
-        # Whatever a variable stands for was seen where it got its value.
+        # If the variable itself stands for a private path, that was recorded at its assignment.
         if not is_private(self._path(root) or ""):
             self._see(node, path)
 

@@ -1,4 +1,4 @@
-"""Several activations trained alike, and what came of it."""
+"""Trains several activations alike and compares the results."""
 
 from ortho_fx.models.compare.runs import compare
 

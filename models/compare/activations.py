@@ -13,14 +13,14 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.recipe import TrainConfig
 
-# What an activation may have for itself: how its expansions are made, and how it is trained.
+# Settings that an activation may have of its own: those of its expansions, and those of its training.
 _OF_EXPANSIONS = ("init", "granularity", "clamp", "calibrate", "expansion_lr")
 _OWN = (*_OF_EXPANSIONS, "lr", "weight_decay", "beta2", "warmup", "min_lr", "clip")
 
 
 @dataclass(frozen=True)
 class Activation:
-    """GELU, which is the model as it is, or a basis of expansions; and settings of its own.
+    """GELU (the model as it is) or a basis of expansions, with settings of its own.
 
     Args:
         basis: a basis, or "gelu".
@@ -68,7 +68,7 @@ class Activation:
 
     @property
     def label(self) -> str:
-        """What `parse` reads, with the degree, and with the settings in one order."""
+        """The text that `parse` reads, with the degree, and with the settings in sorted order."""
         parts = [self.basis, *([] if self.degree is None else [str(self.degree)]), *(["tied"] if self.tied else [])]
         return ",".join([":".join(parts), *(f"{name}={_text(value)}" for name, value in self.settings)])
 
@@ -81,7 +81,7 @@ class Activation:
         """The run of this activation with a seed, in a directory of its own inside `out`.
 
         Raises:
-            OrthoFxError: settings that do not go together.
+            OrthoFxError: settings that exclude each other.
         """
         basis = "none" if self.basis == "gelu" else self.basis
         directory = str(out / f"{self.slug}-seed{seed}")
@@ -90,12 +90,12 @@ class Activation:
 
 
 def choose_activations(texts: Sequence[str], reference: str, config: TrainConfig) -> list[Activation]:
-    """The reference and then the others in their order.
+    """The reference, and then the others in their order.
 
     Args:
-        texts: as of `Activation.parse`.
+        texts: activations, as `Activation.parse` reads them.
         reference: one of them, or one to add.
-        config: what they have in common.
+        config: the settings that they have in common.
 
     Raises:
         OrthoFxError: a text that is wrong, or two that describe the same run.
@@ -131,5 +131,5 @@ def _value(name: str, value: str, text: str) -> Any:
         raise OrthoFxError(f"{name} must be {kinds[kind]}; got {value!r} in {text!r}") from None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -11,16 +11,16 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison
 from ortho_fx.plots import load_pyplot, save
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and marks for those who print in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the marks are for prints in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _INK = "0.2"
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
-    """Validation against steps, the mean over seeds in a band from lowest to highest, and beside it the last values.
+    """Draws validations over steps: the mean over seeds in a band from lowest to highest; beside it the last values.
 
-    A row for the loss and, of images, one for the accuracy.
+    The first row shows the loss. Images have a second row for the accuracy.
 
     Raises:
         OrthoFxError: no finished run, a file that cannot be written, or no matplotlib.
@@ -49,7 +49,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
             last.plot([mean, mean], [number - 0.25, number + 0.25], color=style["color"], lw=2)
             if name == comparison.reference:
                 last.axvline(mean, color=_INK, lw=1, ls="--", zorder=0)
-        # The first steps, alike for all, would leave what differs no room.
+        # The first steps are alike for all activations. With them, the later differences would be too small to see.
         late = [
             scale * run.validations[step][measure] for run in finished for step in run.validations if step >= steps / 5
         ]

@@ -1,4 +1,4 @@
-"""What `ortho_fx.models.compare` reports: the runs of a comparison, what they come to, and the table of it."""
+"""The report of `ortho_fx.models.compare`: the runs of a comparison, their results, and the table."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ComparedRun:
     """One run of a comparison.
 
     Args:
-        activation, seed: which one it is.
-        directory: its directory, inside that of the comparison.
-        parameters, expansion_parameters: how many numbers the model learns, and those of them in expansions.
-        validations: "validation_loss" in nats and, of images, "accuracy" from 0 to 1, by step.
-        step_seconds: median over its steps, with whatever else the machine did meanwhile.
-        diverged: why it ended before its last step; None for a run that did not.
+        activation, seed: of the run.
+        directory: name of its directory, inside that of the comparison.
+        parameters, expansion_parameters: how many numbers the model learns, and how many of them are in expansions.
+        validations: by step, "validation_loss" in nats and, for images, "accuracy" from 0 to 1.
+        step_seconds: median over its steps; the machine may have done other work meanwhile.
+        diverged: why it ended before its last step; None if it did not.
     """
 
     activation: str
@@ -46,7 +46,7 @@ class StepCost:
     Args:
         seconds: median over the rounds.
         ratio: median over the rounds of the time divided by that of the first activation in the same round.
-        peak_bytes: the most that the step had allocated at a time, beyond weights, optimizer state and inputs.
+        peak_bytes: the most memory that the step held at a time, beyond weights, optimizer state and inputs.
         rounds: how many there were.
     """
 
@@ -58,15 +58,15 @@ class StepCost:
 
 @dataclass
 class Outcome:
-    """What one activation came to.
+    """The results of one activation.
 
     Args:
         final: the last validation of each finished run, by seed.
-        at_equal_time: the last validation within the time that the reference's steps take, by seed; empty where time
-            was not measured or no validation came that early.
+        at_equal_time: the last validation within the time that the reference's steps take, by seed; empty if time was
+            not measured or no validation came that early.
         equal_time_step: the step of that validation.
-        time_ratio, memory_ratio: of a step, to the reference's.
-        time_share: time up to `equal_time_step` as a share of the reference's whole time.
+        time_ratio, memory_ratio: of a step, divided by the reference's.
+        time_share: time up to `equal_time_step`, divided by the reference's whole time.
         diverged: seeds whose run diverged.
     """
 
@@ -82,13 +82,14 @@ class Outcome:
 
 @dataclass
 class Difference:
-    """A measure of one activation less the reference's, over the seeds that both finished.
+    """A measure of one activation minus that of the reference, over the seeds that both finished.
 
     Args:
         mean: of the paired differences.
-        in_stds: the mean in units of the larger of the two sample standard deviations; None with one seed of either.
-        better: on how many seeds it is better than the reference.
-        pairs: how many seeds there are.
+        in_stds: the mean divided by the larger of the two sample standard deviations; None if one of the two has a
+            single seed.
+        better: number of seeds on which the activation is better than the reference.
+        pairs: number of seeds.
     """
 
     mean: float
@@ -99,15 +100,15 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """Runs that differ in nothing but activation, its settings and the seed. Prints as a table.
+    """Runs that differ only in the activation, its settings and the seed. Prints as a table.
 
     Args:
-        settings: what all have in common, by the names of `TrainConfig`, with the name of the data.
-        reference: the activation that the others are read against.
+        settings: the settings that all have in common, by the names of `TrainConfig`, with the name of the data.
+        reference: the activation that the others are compared with.
         activations: all of them, the reference first.
         environment: date, hardware and versions.
-        runs: those that are done, in the order in which they were.
-        costs: of each activation's training step; empty where time was not measured.
+        runs: those that are done, in the order of training.
+        costs: of each activation's training step; empty if time was not measured.
         costs_environment: date, hardware and versions of that measurement.
     """
 
@@ -127,7 +128,7 @@ class Comparison:
         return sorted({run.seed for run in self.runs})
 
     def outcome(self, activation: str) -> Outcome:
-        """What an activation came to, at equal steps and at equal time."""
+        """The results of an activation, at equal steps and at equal time."""
         steps = self.settings["steps"]
         runs = [run for run in self.runs if run.activation == activation]
         finished = [run for run in runs if run.diverged is None]
@@ -169,10 +170,10 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """The comparison of such values, from JSON as well.
+        """The comparison with these values, as `to_dict` or its JSON has them.
 
         Raises:
-            OrthoFxError: values of another version or another shape.
+            OrthoFxError: values of another version or another form.
         """
         values = dict(values)
         version = values.pop("version", None)
@@ -205,7 +206,7 @@ class Comparison:
         return ", ".join(part for part in parts if part)
 
     def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """Heading, header and rows of the table at equal steps and, where time was measured, of that at equal time."""
+        """Heading, header and rows of two tables: at equal steps and, if time was measured, at equal time."""
         outcomes = [self.outcome(activation) for activation in self.activations]
         images = any(ACCURACY in values for outcome in outcomes for values in outcome.final.values())
         accuracy = ["accuracy %", "difference"] if images else []
@@ -279,7 +280,7 @@ class Comparison:
 
 
 def equal_time_step(validated: Sequence[int], steps: int, ratio: float) -> int | None:
-    """The last validated step whose end comes within the time of `steps` steps of the reference.
+    """The last validated step that ends within the time of `steps` steps of the reference.
 
     Args:
         validated: steps with a validation.
@@ -290,12 +291,12 @@ def equal_time_step(validated: Sequence[int], steps: int, ratio: float) -> int |
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which one value alone does not have."""
+    """Mean and sample standard deviation; a single value has no deviation."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(values: _Measured, reference: _Measured, measure: str) -> Difference | None:
-    """How far a measure is from the reference's, by seed; None without a seed in common."""
+    """The difference of a measure from the reference's, paired by seed; None if they have no seed in common."""
     pairs = [(values[seed][measure], reference[seed][measure]) for seed in values if seed in reference]
     if not pairs:
         return None

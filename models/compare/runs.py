@@ -1,12 +1,12 @@
-"""The same training run with several activations, over several seeds: `compare`.
+"""`compare`: the same training run with several activations and several seeds.
 
-    OUT/SLUG-seedN/     a run of its own, as `train` leaves it
+    OUT/SLUG-seedN/     one run, as `train` writes it
     OUT/compare.json    every run's validations, and time and memory of a step, unrounded; rewritten after each run
     OUT/compare.md      the table
     OUT/compare.png     the picture
 
-Runs of one seed share their initial weights and every batch. Seeds are the outer loop, so that a comparison which is
-cut short is balanced.
+Runs of one seed share their initial weights and every batch. Seeds are the outer loop, so that an interrupted
+comparison is balanced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +30,12 @@ from ortho_fx.bench.config import BenchConfig
 from ortho_fx.bench.measure import bench
 from ortho_fx.bench.report import environment_of
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.files import atomic_file
+from ortho_fx.files import atomic_file, reason
 from ortho_fx.models.compare.activations import Activation, choose_activations
 from ortho_fx.models.compare.plot import plot_comparison
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison, StepCost
 from ortho_fx.models.data.sources import Batch
-from ortho_fx.models.recipe import TrainConfig
+from ortho_fx.models.recipe import TrainConfig, differences
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import checkpoints
@@ -45,7 +44,7 @@ from ortho_fx.models.training.optimization import Optimization
 from ortho_fx.models.training.processes import Processes
 from ortho_fx.plots import load_pyplot
 
-# What an activation or a run has for itself, and what makes no difference to what a run comes to.
+# Settings of a single activation or run, and settings that do not change a run's results.
 _NOT_IN_COMMON = {"basis", "degree", "tied", "seed", "out", "workers", "parallel", "save_every", "keep"}
 _ROUNDS = 20
 _Planned = tuple[str, TrainConfig]
@@ -64,22 +63,23 @@ def compare(
 ) -> Comparison:
     """Trains every activation with every seed, measures their training steps, and writes compare.json, .md and .png.
 
-    What `out` holds already is not trained again: a comparison that was interrupted goes on, and one that gets more
-    activations or seeds trains those. A run that diverges is noted with its reason, and the others go on.
+    Runs that `out` holds are not trained again: an interrupted comparison goes on, and new activations or seeds are
+    added to it. A run that diverges is recorded with its reason, and the others go on.
 
     Args:
-        config: what all runs have in common. Its basis, degree, tied and out are not used, and its seed is the first.
-        activations: as of `Activation.parse`.
-        seeds: how many.
+        config: the settings that all runs have in common. Its basis, degree, tied and out are not used; its seed is the
+            first.
+        activations: as `Activation.parse` reads them.
+        seeds: number of seeds.
         out: directory of the comparison.
-        reference: the activation that the others are read against; added where it is not among them.
-        timing: whether time and memory of a training step are measured, in turns in this process, after the training.
+        reference: the activation that the others are compared with; added if it is not among them.
+        timing: whether to measure time and memory of a training step, in turns in this process, after the training.
         overwrite: start anew although `out` holds a comparison; the runs recorded there or asked for are removed.
         progress: called with a line of text whenever a run or a measurement begins.
 
     Raises:
-        OrthoFxError: an activation that is wrong or there twice, a comparison with other settings in `out`, several
-            processes, no matplotlib, or whatever `train` raises but for a run that diverges.
+        OrthoFxError: a wrong activation, the same one twice, a comparison with other settings in `out`, several
+            processes, no matplotlib, or any error of `train` except `Diverged`.
         KeyboardInterrupt: after SIGINT, once the run under way is saved.
     """
     if dist.is_torchelastic_launched():
@@ -88,7 +88,7 @@ def compare(
         raise OrthoFxError(f"seeds must be 1 or more; got {seeds}")
     out = Path(out)
     chosen = choose_activations(activations, reference, config)
-    load_pyplot()  # Rather now than after hours of training.
+    load_pyplot()  # A missing matplotlib is an error now, not after hours of training.
     planned = [
         (activation.label, activation.configure(config, seed, out))
         for seed in range(config.seed, config.seed + seeds)
@@ -119,14 +119,13 @@ def load_comparison(out: str | Path) -> Comparison:
     try:
         return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OrthoFxError(f"cannot read {path}: {reason}") from None
+        raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _open(
     config: TrainConfig, names: Sequence[str], planned: Sequence[_Planned], out: Path, overwrite: bool
 ) -> Comparison:
-    """The comparison that `out` holds, with the named activations among its own, or a new one without runs."""
+    """The comparison in `out`, with the named activations added, or a new one without runs."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_COMMON}
     settings["data"] = build(planned[0][1]).data.name
     new = Comparison(settings, names[0], list(names), environment_of(_bench_config(config)))
@@ -140,11 +139,7 @@ def _open(
             shutil.rmtree(directory, ignore_errors=True)
     elif present:
         old = load_comparison(out)
-        different = [
-            f"{name} is {old.settings.get(name)!r} there and {settings.get(name)!r} here"
-            for name in sorted({*old.settings, *settings})
-            if old.settings.get(name) != settings.get(name)
-        ]
+        different = differences(old.settings, settings)
         if different:
             raise OrthoFxError(
                 f"{out} holds a comparison with other settings: {', '.join(different)}; choose another --out, or pass "
@@ -164,8 +159,8 @@ def _save(comparison: Comparison, out: Path) -> None:
 
 
 def _train(label: str, config: TrainConfig) -> ComparedRun:
-    """Trains one run, from its newest checkpoint where it has one."""
-    # What the run before compiled is of no use to this one, and counts against the compiler's limits.
+    """Trains one run, from its newest checkpoint if it has one."""
+    # The previous run's compiled code is of no use here, and it counts towards the compiler's recompilation limits.
     torch.compiler.reset()
     gc.collect()
     diverged = None
@@ -200,7 +195,7 @@ def _bench_config(config: TrainConfig) -> BenchConfig:
         batch_size=config.batch_size,
         rounds=_ROUNDS,
         eager=not config.compile,
-        # As the runs were trained: with whatever malloc did in this process.
+        # The runs were trained in this process. If malloc did not reuse buffers then, the measurement must not either.
         fresh=on_cpu and not buffers_are_reused(),
     )
 
@@ -214,7 +209,7 @@ def _costs_are_missing(comparison: Comparison) -> bool:
 def _measure(comparison: Comparison, config: TrainConfig, out: Path) -> None:
     """Measures a training step of every activation of the comparison, in turns."""
     configs = {name: Activation.parse(name).configure(config, config.seed, out) for name in comparison.activations}
-    # Neither its start nor a learning rate changes what a step takes.
+    # Neither the initialisation nor the learning rate changes the cost of a step.
     kinds = {name: run.expansion and replace(run.expansion, init="stable") for name, run in configs.items()}
     distinct = {kind: name for name, kind in reversed(kinds.items())}
     measured = {name: configs[name] for name in comparison.activations if name in distinct.values()}
@@ -229,7 +224,7 @@ def _measure(comparison: Comparison, config: TrainConfig, out: Path) -> None:
 
 
 def _training_steps(configs: Mapping[str, TrainConfig], setting: BenchConfig) -> Iterator[Candidate]:
-    """The step that `train` takes under each config, on the same batch again and again; the first is the reference."""
+    """The training step of `train` for each config, repeated on one batch; the first is the reference."""
     parts: list[Batch] = []
     for number, (name, config) in enumerate(configs.items()):
         assert config.batch_size is not None
@@ -239,15 +234,15 @@ def _training_steps(configs: Mapping[str, TrainConfig], setting: BenchConfig) ->
         for part in rows if not parts else ():
             inputs, targets = built.data.batch(config.seed, 0, config.batch_size, part)
             parts.append((inputs.to(processes.device), targets.to(processes.device)))
-        # Weights that stay as they are keep every round alike.
+        # A learning rate of 0 keeps the weights, and so every round does the same work.
         still = replace(config, lr=0.0, expansion_lr=None, compile=False)
         optimization = Optimization(built.model, still, processes)
         if config.compile:
             optimization.losses = compile_alone(optimization.losses, setting)
 
-        def step(_: Any, optimization: Optimization = optimization) -> None:
+        def step(_: object, optimization: Optimization = optimization) -> None:
             optimization.step(0, parts)
-            # The next step would free the gradients, and the profiler misses the release of what it saw nobody make.
+            # In the next step the profiler would ignore this free, since it misses the allocation.
             optimization.optimizer.zero_grad(set_to_none=True)
 
         yield Candidate(name, "expansion" if number else "reference", {"step": step}, config.device, config.compile)

@@ -1,7 +1,7 @@
 """Augmentation of images: shifts, flips, random crops, RandAugment, and the mixing of neighbouring rows.
 
-All of it is drawn for a row of the global batch from (seed, step, row), however the rows are shared out: whichever
-process computes a row sees the same image. NumPy pads seeds with zeros, so each use has a number of its own in them.
+Random numbers depend on (seed, step, row of the global batch) alone, so every process computes the same image for a
+row. NumPy pads seeds with zeros, so each use of random numbers has a number of its own in the seed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def row_generator(seed: int, step: int, row: int) -> np.random.Generator:
 def shift(
     images: NDArray[np.uint8], pixels: int, *, flip: bool, seed: int, step: int, rows: range
 ) -> NDArray[np.uint8]:
-    """Shifts each image by up to `pixels` in both directions, zeros moving in, and flips every other one if asked to.
+    """Shifts each image by up to `pixels` in both directions, filling with zeros, and mirrors half of them with `flip`.
 
     Args:
-        images: (rows, channels, height, width), zero being the background.
+        images: (rows, channels, height, width); zero is the background.
         pixels: the largest shift.
-        flip: whether an image is mirrored, left to right, with probability one half.
+        flip: whether to mirror images, left to right, with probability one half each.
         seed, step: of the batch.
         rows: numbers of these rows in the global batch.
     """
     if not rows:
         return images
-    # Whole rows from one stream: a row's numbers do not depend on how many rows come after it.
+    # One stream is drawn row by row, so a row's numbers do not depend on how many rows come after it.
     uniform = np.random.default_rng((seed, step, _PLACES)).random((max(rows) + 1, 3))[np.array(rows)]
     top, left = (uniform[:, :2] * (2 * pixels + 1)).astype(np.int64).T
     padded = np.pad(images, ((0, 0), (0, 0), (pixels, pixels), (pixels, pixels)))
@@ -54,7 +54,7 @@ def random_crop(width: int, height: int, generator: np.random.Generator) -> tupl
     """A crop (left, top, right, bottom) of 8% to 100% of an image's area and an aspect ratio from 3/4 to 4/3.
 
     As in Szegedy et al., "Going deeper with convolutions", 2014, section 6: the area is uniform, the ratio log-uniform.
-    An image so narrow that ten crops did not fit gets the largest central one of an allowed ratio.
+    If ten random crops do not fit, as in very narrow images, the crop is the largest central one of an allowed ratio.
     """
     for _ in range(10):
         area = width * height * generator.uniform(0.08, 1.0)
@@ -71,7 +71,7 @@ def random_crop(width: int, height: int, generator: np.random.Generator) -> tupl
 def central_crop(width: int, height: int) -> tuple[float, float, float, float]:
     """The central square (left, top, right, bottom) with 0.875 of the shorter side.
 
-    Resized to N pixels, it is what resizing the shorter side to N / 0.875 and cutting the centre out comes to.
+    Resizing it to N pixels is the same as resizing the shorter side to N / 0.875 and cutting out the centre.
     """
     side = 0.875 * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -79,28 +79,28 @@ def central_crop(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 class RandAugment:
-    """torchvision's RandAugment with its defaults, two operations of magnitude 9 of 30, from a seed of each image.
+    """torchvision's RandAugment with its defaults (two operations of magnitude 9 of 30) and a seed for each image.
 
     Cubuk et al., "RandAugment: practical automated data augmentation with a reduced search space", 2019.
 
     Raises:
-        OrthoFxError: torchvision is not installed, or does not fit the installed PyTorch.
+        OrthoFxError: torchvision is missing or was built for another PyTorch.
     """
 
     def __init__(self) -> None:
         try:
             from torchvision.transforms import v2
-        except (ImportError, RuntimeError):  # RuntimeError: one that was built for another PyTorch
+        except (ImportError, RuntimeError):  # RuntimeError: torchvision was built for another PyTorch
             raise OrthoFxError(
                 "augment 'randaugment' needs torchvision, one that fits the installed PyTorch: pip install torchvision"
             ) from None
         self._transform = v2.RandAugment(num_ops=2, magnitude=9)
 
     def __call__(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-        """The augmented image (height, width, 3); PyTorch's own random numbers stay as they were."""
+        """The augmented image (height, width, 3); the state of PyTorch's generators does not change."""
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed CUDA as well, which nothing here restores.
+            # torch.manual_seed would also seed CUDA, whose generators fork_rng does not restore here.
             torch.default_generator.manual_seed(seed)
             pixels = self._transform(pixels)
         augmented: NDArray[np.uint8] = pixels.numpy().transpose(1, 2, 0)
@@ -110,25 +110,25 @@ class RandAugment:
 def mix(
     images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, *, seed: int, step: int, rows: range
 ) -> Batch:
-    """Mixes rows 2k and 2k + 1 of the global batch with each other, and their labels likewise.
+    """Mixes rows 2k and 2k + 1 of the global batch with each other, images and labels.
 
-    Mixup (Zhang et al., 2017) takes the share lambda ~ Beta(alpha, alpha) of the row itself and 1 - lambda of its
-    neighbour. CutMix (Yun et al., 2019) takes a box of the neighbour whose area is a share 1 - lambda before it is cut
-    off at the border, and counts the pixels that are left. With both, a pair gets one of them, each half of the time.
+    Mixup (Zhang et al., 2017) adds lambda times the row and 1 - lambda times its neighbour; lambda ~ Beta(alpha,
+    alpha). CutMix (Yun et al., 2019) pastes a box of the neighbour. The box has a share 1 - lambda of the area before
+    it is cut off at the border; labels are mixed by the pixels that are left. With both, each pair gets one at random.
 
     Args:
         images: (B, C, H, W) float32.
         labels: (B,) int64.
         classes: number of classes.
-        mixup, cutmix: alpha of each; 0 is without it.
+        mixup, cutmix: alpha of each; 0 turns it off.
         seed, step: of the batch.
         rows: numbers of these rows in the global batch.
 
     Returns:
-        Images as they came in shape and type, and targets (B, classes) float32.
+        Images of the same shape and dtype, and targets (B, classes) float32.
 
     Raises:
-        OrthoFxError: rows that part a pair.
+        OrthoFxError: rows that split a pair.
     """
     if rows.step != 1 or rows.start % 2 or rows.stop % 2:
         raise OrthoFxError(
@@ -163,6 +163,6 @@ def mix(
 
 
 def _with_neighbour(values: Tensor, own: Tensor) -> Tensor:
-    """The share `own` of each row and the rest of its neighbour: products and a sum, which round alike in any batch."""
+    """own * row + (1 - own) * neighbour; elementwise products and sums round alike in a batch of any size."""
     pairs = values.unflatten(0, (len(values) // 2, 2))
     return (own * pairs + (1 - own) * pairs.flip(1)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What the trainer asks of data."""
+"""The interface between data and the trainer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Kind = Literal["tokens", "images"]
 
 
 class Data(Protocol):
-    """Training batches by step, and the same validation batches at every call; pairs of inputs and targets.
+    """Training batches by step, and a fixed list of validation batches. A batch is a pair of inputs and targets.
 
-    `name` tells data apart that differ, wherever it is: a run resumes only on the data that it began with.
+    `name` identifies the data by its content, not by its path: a run resumes only on the data that it began with.
     """
 
     name: str
@@ -22,13 +22,13 @@ class Data(Protocol):
     def kind(self) -> Kind: ...
 
     def batch(self, seed: int, step: int, size: int, rows: slice = ...) -> Batch:
-        """Rows of the global batch of `size` of a step: each a function of (seed, step, row) alone."""
+        """Rows of a step's global batch of `size`; each row is a function of (seed, step, row) alone."""
         ...
 
     def validation_batches(self, size: int) -> int:
-        """How many batches of `size` the validation has."""
+        """Number of validation batches of `size`."""
         ...
 
     def validation_batch(self, number: int, size: int, rows: slice = ...) -> Batch:
-        """Rows of one of them; all are of one shape, the last filled up, with the target -100 for the filler."""
+        """Rows of one validation batch. All have the same shape; rows that fill up the last have the target -100."""
         ...

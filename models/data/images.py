@@ -1,6 +1,6 @@
 """Images: scikit-learn's digits, IDX files (the MNIST family), and folders of images by class.
 
-An epoch shows each training image once, in an order of its own; batches run on across the ends of epochs.
+Each epoch shows every training image once, in a new order; a batch may end one epoch and begin the next.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 from ortho_fx.models.data.augment import RandAugment, central_crop, mix, random_crop, row_generator, shift
 from ortho_fx.models.data.batch import Batch
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# What each of the 256 values of a pixel becomes with ImageNet's mean and standard deviation, by channel.
+# The 256 values of a pixel normalised by ImageNet's mean and standard deviation: (channels, 256).
 _NORMALISED = (
     (np.arange(256) / 255 - np.array([[0.485], [0.456], [0.406]])) / np.array([[0.229], [0.224], [0.225]])
 ).astype(np.float32)
@@ -34,11 +35,11 @@ _NORMALISED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done to images.
+    """Settings of data of images.
 
     Args:
         augment: one of the `augments` of the data; None for the first of them.
-        mixup, cutmix: alpha of each; 0 is without it.
+        mixup, cutmix: alpha of each; 0 turns it off.
         validation_samples: number of validation images, spread over the set; None for all.
     """
 
@@ -51,17 +52,17 @@ class Settings:
 class Images(ABC):
     """A training and a validation set of images with their classes.
 
-    A batch is images (B, channels, image_size, image_size) float32, normalised, and labels (B,) int64; with mixup or
-    cutmix a training batch has targets (B, classes) float32 in their place.
+    A batch is normalised images (B, channels, image_size, image_size) float32 and labels (B,) int64. With mixup or
+    cutmix, a training batch has targets (B, classes) float32 instead of labels.
 
     Args:
-        name: what tells this data from other data.
+        name: identifies the data (see `Data`).
         train_labels, validation_labels: class of each image, int64.
-        settings: what is done to them.
+        settings: augmentation, and size of the validation.
         channels, classes, image_size: of the images.
 
     Raises:
-        OrthoFxError: an augmentation that these images do not have.
+        OrthoFxError: an augmentation that these images do not support.
     """
 
     kind: ClassVar[Literal["images"]] = "images"
@@ -102,7 +103,7 @@ class Images(ABC):
 
     def validation_batch(self, number: int, size: int, rows: slice = slice(None)) -> Batch:
         numbers = np.arange(number * size, (number + 1) * size)[rows]
-        # The last image again is the filler, which its target tells from an image.
+        # The last batch is filled up with the last image; the target -100 marks the filler.
         chosen = self._held[numbers.clip(max=len(self._held) - 1)]
         labels = np.where(numbers < len(self._held), self.validation_labels[chosen], -100)
         return self._validation_images(chosen), torch.from_numpy(labels)
@@ -115,7 +116,7 @@ class Images(ABC):
 
 
 def epoch_order(count: int, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the samples at these positions of a run that goes through all `count` of them in each epoch."""
+    """Indices of the samples at these positions of a run; each epoch of the run goes through all `count` samples."""
     epochs, places = positions // count, positions % count
     chosen = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -128,21 +129,31 @@ def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The training or the validation images: pixels (N, channels, size, size), and the class of each image (N,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
 class _InMemory(Images):
-    """Images held as integers (N, channels, size, size), zero the background, and normalised as they are read."""
+    """Images in memory as integers (N, channels, size, size), normalised batch by batch; zero is the background."""
 
     largest_shift: ClassVar[int]
 
-    def __init__(
-        self,
-        name: str,
-        train: tuple[NDArray[np.uint8], NDArray[np.int64]],
-        validation: tuple[NDArray[np.uint8], NDArray[np.int64]],
-        settings: Settings,
-    ) -> None:
-        self.train_pixels, self.validation_pixels = train[0], validation[0]
-        classes, (channels, size) = int(train[1].max()) + 1, train[0].shape[1:3]
-        super().__init__(name, train[1], validation[1], settings, channels=channels, classes=classes, image_size=size)
+    def __init__(self, name: str, train: _Split, validation: _Split, settings: Settings) -> None:
+        self.train_pixels, self.validation_pixels = train.pixels, validation.pixels
+        channels, size = train.pixels.shape[1:3]
+        super().__init__(
+            name,
+            train.labels,
+            validation.labels,
+            settings,
+            channels=channels,
+            classes=int(train.labels.max()) + 1,
+            image_size=size,
+        )
         counts = np.zeros(256)
         for chunk in np.array_split(self.train_pixels, math.ceil(len(self.train_pixels) / 1000)):
             counts += np.bincount(chunk.ravel(), minlength=256)
@@ -181,7 +192,7 @@ class Digits(_InMemory):
         images, targets = load_digits(return_X_y=True)
         pixels, labels = images.reshape(-1, 1, 8, 8).astype(np.uint8), targets.astype(np.int64)
         held = np.arange(len(pixels)) % 7 == 6
-        train, validation = ((pixels[part], labels[part]) for part in (~held, held))
+        train, validation = (_Split(pixels[part], labels[part]) for part in (~held, held))
         super().__init__("digits of scikit-learn", train, validation, settings)
 
 
@@ -189,14 +200,14 @@ class IDX(_InMemory):
     """Grey images in the four IDX files of the MNIST family, gzipped or not, in one folder.
 
     The files are train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte,
-    each also with .gz. Format: http://yann.lecun.com/exdb/mnist. Normalised by mean and standard deviation of the
-    training set.
+    each also with .gz. Format: http://yann.lecun.com/exdb/mnist. Images are normalised by mean and standard deviation
+    of the training set.
 
-    Augmentation: "light" (the default), shifts by up to two pixels in each direction; "flip", the same with every
-    other image mirrored; "none".
+    Augmentation: "light" (the default), shifts by up to two pixels in each direction; "flip", the same with half of
+    the images mirrored; "none".
 
     Raises:
-        OrthoFxError: a file that is missing, not IDX or cut short, and files that do not go together.
+        OrthoFxError: a file that is missing, not IDX or cut short, or files that do not fit together.
     """
 
     augments = ("light", "flip", "none")
@@ -204,27 +215,27 @@ class IDX(_InMemory):
 
     def __init__(self, folder: str | Path, settings: Settings = Settings()) -> None:
         train, validation = (_read_split(Path(folder), split) for split in ("train", "t10k"))
-        if validation[0].shape[1:] != train[0].shape[1:]:
-            sides = " and ".join("{} x {}".format(*part[0].shape[2:]) for part in (train, validation))
+        if validation.pixels.shape[1:] != train.pixels.shape[1:]:
+            sides = " and ".join("{} x {}".format(*part.pixels.shape[2:]) for part in (train, validation))
             raise OrthoFxError(f"images of {folder} must have one size; training and validation have {sides}")
-        if validation[1].max() > train[1].max():
-            largest = [int(labels.max()) for _, labels in (train, validation)]
+        if validation.labels.max() > train.labels.max():
+            largest = [int(part.labels.max()) for part in (train, validation)]
             raise OrthoFxError(
                 f"labels of {folder} go up to {largest[0]} in training and to {largest[1]} in validation"
             )
         checksum = 0
-        for part in (*train, *validation):
-            checksum = zlib.crc32(part.data, checksum)
-        size = train[0].shape[2]
+        for part in (train, validation):
+            checksum = zlib.crc32(part.labels.data, zlib.crc32(part.pixels.data, checksum))
+        size, counts = train.pixels.shape[2], f"{len(train.labels)} train, {len(validation.labels)} val"
         super().__init__(
-            f"images {size} x {size}, {len(train[0])} train, {len(validation[0])} val, crc32 {checksum:08x}",
+            f"images {size} x {size}, {counts}, crc32 {checksum:08x}",
             train,
             validation,
             settings,
         )
 
 
-def _read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_split(folder: Path, split: str) -> _Split:
     images = _read_idx(folder / f"{split}-images-idx3-ubyte", 3)
     labels = _read_idx(folder / f"{split}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
@@ -232,11 +243,11 @@ def _read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np
     if images.shape[1] != images.shape[2] or not images.size:
         shape = " x ".join(map(str, images.shape))
         raise OrthoFxError(f"{split} images of {folder} must be square, and one or more; got {shape}")
-    return images[:, None], labels.astype(np.int64)
+    return _Split(images[:, None], labels.astype(np.int64))
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of an IDX file of bytes with so many dimensions, from the file itself or from its .gz."""
+    """The array of an IDX file of bytes with this number of dimensions, from the file itself or from its .gz."""
     packed = path.with_name(f"{path.name}.gz")
     if not path.exists() and not packed.exists():
         raise OrthoFxError(f"{path.parent} holds neither {path.name} nor {packed.name}")
@@ -245,9 +256,9 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         content = path.read_bytes()
         content = gzip.decompress(content) if path is packed else content
     except (OSError, EOFError, zlib.error) as error:
-        raise OrthoFxError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
     start = 4 + 4 * dimensions
-    # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, the high byte first.
+    # The header: two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
         raise OrthoFxError(
@@ -268,17 +279,16 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 class ImageFolder(Images):
     """Images in root/train/CLASS/ and root/val/CLASS/, decoded by Pillow as they are read; three channels.
 
-    Classes are the names of folders in their order, folders inside them included; files with other suffixes than
-    `IMAGE_SUFFIXES` and hidden files are left out. Validation images are cut to the central square of 0.875 of the
-    shorter side, which comes to resizing that side to image_size / 0.875. Resized with bicubic filters, normalised by
-    ImageNet's mean and standard deviation.
+    Classes are the sorted names of the folders CLASS, which may have folders inside. Hidden files and files with other
+    suffixes than `IMAGE_SUFFIXES` are left out. Validation images are cut to `central_crop`. Images are resized with
+    bicubic filters and normalised by ImageNet's mean and standard deviation.
 
-    Augmentation: "crop" (the default), random resized crops mirrored half of the time; "randaugment", the same and
-    RandAugment; "none", training images as validation images.
+    Augmentation: "crop" (the default), random resized crops, half of them mirrored; "randaugment", the same and
+    RandAugment; "none", training images are treated like validation images.
 
     Raises:
-        OrthoFxError: a folder that is missing or has no images, other classes in val/ than in train/, Pillow or
-            torchvision missing where it is needed; from `batch` and `validation`, an image that cannot be read.
+        OrthoFxError: a folder that is missing or has no images, other classes in val/ than in train/, or Pillow or
+            torchvision is needed and missing; from `batch` and `validation_batch`, an image that cannot be read.
     """
 
     augments = ("crop", "randaugment", "none")
@@ -297,7 +307,7 @@ class ImageFolder(Images):
                 if missing
             ]
             raise OrthoFxError(f"train and val of {root} must have the same classes; {'; '.join(lacks)}")
-        # Arrays of fixed width: worker processes would copy every page of a list as soon as they count references.
+        # Arrays, not lists: reference counts would make worker processes copy every memory page of a list.
         self.train_files, self.validation_files = (
             np.array([file for files, _ in split.values() for file in files]) for split in (train, validation)
         )
@@ -347,13 +357,12 @@ class ImageFolder(Images):
                 box = central_crop(width, height) if generator is None else random_crop(width, height, generator)
                 sides = (self.image_size, self.image_size)
                 return np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BICUBIC, box=box))
-        except Exception as error:  # each decoder has errors of its own for files that are damaged
-            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-            raise OrthoFxError(f"cannot read the image {path}: {reason}") from None
+        except Exception as error:  # each decoder raises its own errors for damaged files
+            raise OrthoFxError(f"cannot read the image {path}: {reason(error)}") from None
 
 
 def _list_images(folder: Path) -> dict[str, tuple[list[bytes], int]]:
-    """Images of each class, as paths inside the folder, and their size in bytes together."""
+    """For each class, its images as paths relative to `folder`, and their total size in bytes."""
     if not folder.is_dir():
         raise OrthoFxError(f"images are read from train/CLASS/ and val/CLASS/, and {folder} is not a folder")
     found: dict[str, tuple[list[bytes], int]] = {}
@@ -370,7 +379,7 @@ def _list_images(folder: Path) -> dict[str, tuple[list[bytes], int]]:
 
 
 def image_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """The images in a folder and the folders inside it, in the order of their names."""
+    """The images in a folder and its subfolders, in the order of their names."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue

@@ -1,4 +1,4 @@
-"""Batches of the steps to come, computed by worker processes while the model trains."""
+"""Worker processes compute the batches of the next steps while the model trains."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.data.batch import Batch, Data
+
+T = TypeVar("T")
 
 
 def load(
@@ -30,22 +32,22 @@ def load(
     prefetch: int = 2,
     pin: bool = False,
 ) -> Generator[list[Batch], None, None]:
-    """Yields the micro-batches of each step from `first` to before `last`, the same whatever the number of workers.
+    """Yields the micro-batches of each step from `first` to before `last`, the same for any number of workers.
 
-    Closing the generator, or its end, ends the worker processes.
+    The worker processes end when the generator ends or is closed.
 
     Args:
-        data: where batches come from; pickled where workers are not forked.
+        data: source of the batches; it is pickled if workers are not forked.
         seed: of the run.
         first, last: steps.
         size: rows of the global batch.
         rows: rows of it in each micro-batch of this process.
-        workers: processes that compute batches, with one thread each; 0 computes them in this process when asked.
-        prefetch: steps that each worker is ahead.
-        pin: put batches into page-locked memory, from where a GPU copies faster.
+        workers: processes that compute batches, with one thread each; 0 computes each batch here when it is asked for.
+        prefetch: number of steps that each worker computes ahead.
+        pin: put batches into page-locked memory, from which a GPU copies faster.
 
     Raises:
-        OrthoFxError: as `data` raised it, and for a worker that is gone.
+        OrthoFxError: `data` raised it, or a worker died.
     """
     counts = [len(range(size)[part]) for part in rows]
     steps = _Steps(data, seed, size, rows)
@@ -57,7 +59,7 @@ def load(
 def load_validation(
     data: Data, *, size: int, rows: slice = slice(None), workers: int = 0, prefetch: int = 2, pin: bool = False
 ) -> Generator[Batch, None, None]:
-    """Yields the rows of every validation batch of `size`; arguments and errors as those of `load`."""
+    """Yields these rows of every validation batch of `size`. Arguments and errors are those of `load`."""
     numbers = range(data.validation_batches(size))
     return _computed(_Validation(data, size, rows), numbers, min(workers, len(numbers)), prefetch, pin)
 
@@ -75,14 +77,14 @@ def _computed(
         collate_fn=_as_it_is,
         pin_memory=pin,
         worker_init_fn=_heed_the_parent_alone,
-        # Without its own, it would take a number from PyTorch's global generator, and a resumed run one too many.
+        # Without a generator, DataLoader draws from PyTorch's global one, and a resumed run would draw once more.
         generator=torch.Generator(),
     )
     before, death = signal.getsignal(signal.SIGCHLD), ""
     with _sigterm_blocked():
         computed = iter(loader)
     if before is not None and threading.current_thread() is threading.main_thread():
-        # DataLoader's handler would raise the death of a worker wherever the training stands; it is seen here as well.
+        # DataLoader's handler would raise a worker's death anywhere in the training; the except below finds it too.
         signal.signal(signal.SIGCHLD, before)
     try:
         for batch in computed:
@@ -90,15 +92,15 @@ def _computed(
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        # What the data raised comes with "Caught"; the rest is a worker that is gone, or the way to it.
+        # DataLoader starts an error of the data with "Caught"; anything else means that a worker died.
         if not workers or str(error).startswith("Caught"):
             raise
         death = str(error) or type(error).__name__
     finally:
-        # Workers end with the last reference, and an error's traceback would keep this one.
+        # Workers end when the last reference is dropped, and the traceback of an error would keep this one.
         del computed
     if death:
-        # Most often the machine ran out of memory, or of the shared memory that batches pass through.
+        # Most often the machine ran out of memory, or of shared memory, which batches pass through.
         raise OrthoFxError(f"a worker that loads data is gone, try fewer workers: {' '.join(death.split())}")
 
 
@@ -109,7 +111,7 @@ class _Batches(ABC, Dataset["Batch | OrthoFxError"]):
         try:
             return self.compute(number)
         except OrthoFxError as error:
-            # Raised, it would come out of DataLoader with the worker's traceback in its message.
+            # Returned, not raised: DataLoader would put the worker's traceback into the message.
             return error
 
     @abstractmethod
@@ -122,7 +124,7 @@ class _Steps(_Batches):
 
     def compute(self, number: int) -> Batch:
         parts = [self.data.batch(self.seed, number, self.size, part) for part in self.rows]
-        # Each tensor on its way takes a file descriptor: with many micro-batches there would not be enough.
+        # Each tensor in transfer takes a file descriptor. Many micro-batches would need too many.
         inputs, targets = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
         return inputs, targets
 
@@ -135,16 +137,16 @@ class _Validation(_Batches):
         return self.data.validation_batch(number, self.size, self.rows)
 
 
-def _as_it_is(step: Any) -> Any:
+def _as_it_is(step: T) -> T:
     return step
 
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Processes that start meanwhile have SIGTERM blocked in all of their threads.
+    """Processes that start in the block have SIGTERM blocked in all of their threads.
 
-    A worker has threads before any code of ours runs in it, since PyTorch makes its pool anew after a fork. One of them
-    that does not block SIGTERM would end the worker.
+    PyTorch makes its thread pool anew after a fork, before our code runs in a worker. A single thread that does not
+    block SIGTERM would end the worker.
     """
     if not hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
         yield
@@ -157,8 +159,8 @@ def _sigterm_blocked() -> Iterator[None]:
 
 
 def _heed_the_parent_alone(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job that a scheduler stops. A run that
-    # finishes its step and saves still needs its batches; when it ends, it ends its workers.
+    # Ctrl-C reaches every process of a terminal, and a scheduler sends SIGTERM to every process of a job. The run then
+    # finishes its step and saves, for which it needs its batches. It ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_the_parent, daemon=True).start()

@@ -1,7 +1,7 @@
-"""Text made into files of tokens, once: train.bin and val.bin as nanoGPT has them, meta.json and tokenizer.json.
+"""Makes files of tokens from text: train.bin and val.bin as nanoGPT reads them, meta.json and tokenizer.json.
 
 Text is read, encoded and written in pieces, so that memory does not grow with the corpus. Pieces are cut before the end
-of a line, where GPT-2's way of splitting text into words never joins what stands on both sides.
+of a line, since no word of GPT-2's splitting of text crosses such a cut.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-# What other tokenizers call it.
+# Names of this token in other tokenizers.
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 _PIECE = 2**18
 _PIECES_AT_ONCE = 16
-# BPE counts pairs in words, and what it learns hardly changes beyond this many bytes; its memory does.
+# BPE counts pairs in words. Beyond this many bytes its result hardly changes, but its memory still grows.
 _LEARN_FROM = 2**30
 
 Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
@@ -37,7 +37,7 @@ Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote: tokens, and bytes of the text that they stand for, in each split."""
+    """What `prepare` wrote: for each split, the number of tokens and of bytes of text."""
 
     out: Path
     train_tokens: int
@@ -85,26 +85,26 @@ def prepare(
 ) -> Prepared:
     """Writes a text's tokens to `out`/train.bin and val.bin, for `TokenFiles` or nanoGPT to read.
 
-    Files are raw little-endian uint16, or uint32 where the vocabulary is above 65,536. Whole files are for validation;
-    of fewer than ten, the end of each is. An end-of-text token follows each document where the tokenizer has one, and
-    stands for its name where a document has that.
+    Files are raw little-endian uint16, or uint32 if the vocabulary is above 65,536. The validation split is whole
+    files; if there are fewer than ten, it is the end of each. If the tokenizer has an end-of-text token, one follows
+    each document, and its name inside a document becomes that token.
     meta.json has "vocabulary", "dtype", "tokenizer" ("bytes" or "tokenizer.json"), "end_of_text" (its id or null),
     "train_tokens", "validation_tokens" and "bytes_per_token" (of the validation).
 
     Args:
         source: a text file, a folder of text files, or "standard-library".
-        out: folder of the files, made if need be.
-        tokenizer: "bytes"; "bpe", a byte-level BPE as GPT-2's that is trained on the training split; or the path of a
+        out: folder of the files; made if it is missing.
+        tokenizer: "bytes"; "bpe", a byte-level BPE like GPT-2's, trained on the training split; or the path of a
             tokenizer.json. All but "bytes" need text in UTF-8.
-        vocabulary: token ids of "bpe", from 257; a small text gives fewer.
-        validation_share: share of the files, or of the bytes of each of fewer than ten, for validation.
+        vocabulary: number of token ids of "bpe", 257 or more; a small text gives fewer.
+        validation_share: share of the files for validation; of fewer than ten files, the share of each file's bytes.
         seed: chooses the files for validation.
         overwrite: replace files of an earlier preparation.
 
     Raises:
-        OrthoFxError: a source without text, text that is not UTF-8, files that are there already, a value out of range,
-            a tokenizer that cannot be read, the library tokenizers missing where it is needed, and a full disk. What
-            `out` held before is untouched then.
+        OrthoFxError: a source without text, text that is not UTF-8, files that exist already, a value out of range, a
+            tokenizer that cannot be read, the library tokenizers is needed and missing, or a full disk. The files that
+            `out` held before are then untouched.
     """
     out = Path(out)
     if not 0 < validation_share < 1:
@@ -116,7 +116,7 @@ def prepare(
         raise OrthoFxError(f"{out} holds {', '.join(there)} already: pass --overwrite to replace what is there")
     if out.exists() and not out.is_dir():
         raise OrthoFxError(f"out must be a folder; {out} is a file")
-    # A second preparation must not read what the first one wrote into the folder of the text.
+    # If `out` is the folder of the text, a second preparation must not read the files of the first.
     files = [f for f in text_files(source) if f.name not in _FILES or f.parent.resolve() != out.resolve()]
     try:
         parts = _split(files, validation_share, seed)
@@ -196,7 +196,7 @@ def _split(files: Sequence[Path], share: float, seed: int) -> tuple[list[_Part],
 
 
 def _cut_of_file(path: Path, near: int) -> int:
-    """The first start of a line from there on, or of a character where there is no line for a piece's length."""
+    """The first start of a line at or after byte `near`; without one within a piece's length, that of a character."""
     with path.open("rb") as file:
         file.seek(near)
         following = file.read(_PIECE)
@@ -226,7 +226,7 @@ def _pieces(part: _Part) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut(block: bytes) -> int:
-    """Before the last end of a line that follows a character; without one, before the last character."""
+    """A place to cut: before the last line end that follows a visible character; else before the last character."""
     at = len(block)
     while (at := block.rfind(b"\n", 0, at)) > 0:
         cut = at - (block[at - 1] == ord("\r"))
@@ -276,7 +276,7 @@ def _encoded(parts: Sequence[_Part], encode: Encode, end: int | None) -> Iterato
 
 
 def _train_bpe(parts: Sequence[_Part], vocabulary: int, seed: int) -> Tokenizer:
-    """A byte-level BPE with the words of GPT-2, trained on the text or, where that is large, on pieces all over it."""
+    """A byte-level BPE with GPT-2's splitting into words, trained on the text, or on random pieces of a large text."""
     tokenizers = _import_tokenizers()
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -289,7 +289,7 @@ def _train_bpe(parts: Sequence[_Part], vocabulary: int, seed: int) -> Tokenizer:
     )
     share = _LEARN_FROM / sum(part.stop - part.start for part in parts)
     chosen = np.random.default_rng(seed)
-    # Where the text itself marks ends of documents, they are no words to learn.
+    # The text itself may mark ends of documents; the marks are not words to learn.
     texts = (words for text, _ in _texts(parts) if chosen.random() < share for words in text.split(END_OF_TEXT))
     model.train_from_iterator(texts, trainer)
     return model
@@ -304,7 +304,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises plain Exception
         raise OrthoFxError(f"{path} is not a tokenizer.json: {error}") from None
-    # Settings for batches of one length, which would cut pieces off or fill them up.
+    # A tokenizer.json may ask for texts of one length, which would cut pieces off or fill them up.
     model.no_truncation()
     model.no_padding()
     return model

@@ -1,7 +1,7 @@
-"""What the trainer asks of data, and `open_data`, which finds out what a path holds.
+"""`open_data` opens data of any kind; it finds out what a path holds.
 
-Every random choice is a function of seed, step and row of the global batch: a resumed run, and any number of processes,
-workers and micro-batches, see the same samples with the same augmentation.
+Every random choice is a function of seed, step and row of the global batch. A resumed run and runs with other numbers
+of processes, workers and micro-batches see the same samples with the same augmentation.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ ACCEPTED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data, and what is done to it.
+    """The source of data and its settings.
 
     Args:
         source: "standard-library", "digits", or a path.
-        context: tokens in a window; for tokens, which need it.
-        image_size: side in pixels that images of a folder are cut to (None: 224).
+        context: number of tokens in a window; tokens need it, images do not have it.
+        image_size: side in pixels to which images of a folder are cut (None: 224).
         augment: one of `AUGMENTS`; None is "light" for digits and IDX files and "crop" for folders of images.
-        mixup, cutmix: alpha of each, for images; 0 is without it.
-        validation_samples: windows or images of a validation (None: 320 windows, or all images).
+        mixup, cutmix: alpha of each, for images; 0 turns it off.
+        validation_samples: number of windows or images in a validation (None: 320 windows, or all images).
 
     Raises:
         OrthoFxError: a value that is out of range.
@@ -75,16 +75,16 @@ class DataConfig:
 def open_data(config: DataConfig, kind: Literal["tokens"]) -> Tokens: ...
 @overload
 def open_data(config: DataConfig, kind: Literal["images"]) -> Images: ...
-def open_data(config: DataConfig, kind: str) -> Tokens | Images:
-    """Opens the data of a source for a model that takes "tokens" or "images".
+def open_data(config: DataConfig, kind: Kind) -> Tokens | Images:
+    """Opens data for a model that takes "tokens" or "images".
 
     Args:
         config: the source and its settings.
-        kind: what the model takes.
+        kind: "tokens" or "images", as the model takes.
 
     Raises:
-        OrthoFxError: a source that is not there, is not recognised or is of the other kind, settings of the other kind,
-            and whatever is wrong with the data.
+        OrthoFxError: a source that does not exist, is not recognised or is of the other kind, settings of the other
+            kind, or any error of the data.
     """
     source = _recognise(config.source)
     if source is None:
@@ -98,7 +98,7 @@ def open_data(config: DataConfig, kind: str) -> Tokens | Images:
 
 
 def _recognise(source: str) -> type[Tokens] | type[Images] | None:
-    """What kind of data a source is, by what is in the folder."""
+    """The class for a source, by the files in its folder; None if nothing matches."""
     named: dict[str, type[Tokens] | type[Images]] = {STANDARD_LIBRARY: StandardLibrary, "digits": Digits}
     path = Path(source)
     if source in named:

@@ -1,6 +1,6 @@
 """Tokens: the source of Python's standard library, text files byte by byte, and prepared files of token ids.
 
-A training batch is windows at random places; the validation is a fixed number of windows that do not overlap.
+A training batch has windows at random places. The validation has a fixed number of windows that do not overlap.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ortho_fx.models.data.batch import Batch
 
 STANDARD_LIBRARY = "standard-library"
 VALIDATION_SAMPLES = 320
-# Below this number, taking whole files for validation would take too much or too little of the text.
+# With fewer files than this, a validation of whole files would hold too much or too little of the text.
 FEWEST_FILES_TO_SPLIT = 10
 
 
 class TokenFile:
-    """A file of token ids, mapped into memory by each process that reads it: pickled, it is a path and a length.
+    """A file of token ids. Each process that reads it maps it into memory; a pickle has the path and the length only.
 
     Args:
         path: a raw array of little-endian integers.
@@ -55,7 +55,7 @@ class TokenFile:
     def __getitem__(self, places: slice) -> NDArray[np.unsignedinteger[Any]]:
         if self._map is None:
             try:
-                # The array without memmap's class: slices of a memmap are slower to make.
+                # A plain array, since slices of a memmap are slower to make.
                 self._map = np.asarray(np.memmap(self.path, self.dtype, "r", shape=(self._count,)))
             except (OSError, ValueError) as error:
                 raise OrthoFxError(f"{self.path} changed while it was read: {error}") from None
@@ -66,21 +66,21 @@ class TokenFile:
 
 
 class Tokens:
-    """Windows of `context` tokens, each with the token that follows as its target.
+    """Windows of `context` tokens; the target of each token is the token after it.
 
     A batch is inputs and targets, both (B, context) int64.
 
     Args:
-        name: what tells this data from other data.
-        context: tokens in a window.
-        train_tokens, validation_tokens: each split, one after the other.
-        vocabulary: number of token ids; None where it is not known.
-        bytes_per_token: mean length of a validation token in bytes of text; None where it is not known. The loss
-            divided by it is in nats per byte, by which different tokens compare.
-        validation_samples: number of validation windows; fewer where the text does not hold as many.
+        name: identifies the data (see `Data`).
+        context: number of tokens in a window.
+        train_tokens, validation_tokens: the tokens of each split.
+        vocabulary: number of token ids; None if it is unknown.
+        bytes_per_token: mean length of a validation token in bytes of text; None if it is unknown. The loss divided by
+            it is in nats per byte, which is comparable between tokenizers.
+        validation_samples: number of validation windows; fewer if the text does not hold as many.
 
     Raises:
-        OrthoFxError: a split that is shorter than a window and its last target.
+        OrthoFxError: a split that is shorter than a window and the target of its last token.
     """
 
     kind: ClassVar[Literal["tokens"]] = "tokens"
@@ -115,7 +115,7 @@ class Tokens:
 
     def validation_batch(self, number: int, size: int, rows: slice = slice(None)) -> Batch:
         numbers = np.arange(number * size, (number + 1) * size)[rows]
-        # The last window again is the filler, which its targets tell from a window.
+        # The last batch is filled up with the last window; the targets -100 mark the filler.
         inputs, targets = self._windows(self.validation_tokens, self._held[numbers.clip(max=len(self._held) - 1)])
         targets[torch.from_numpy(numbers >= len(self._held))] = -100
         return inputs, targets
@@ -136,7 +136,7 @@ class Tokens:
 class StandardLibrary(Tokens):
     """The source text of Python's standard library, byte by byte; every tenth file is for validation.
 
-    A cut through the concatenated text would put whole packages on one side.
+    A single cut through the text would put whole packages into one split.
     """
 
     def __init__(self, context: int, validation_samples: int = VALIDATION_SAMPLES) -> None:
@@ -146,12 +146,12 @@ class StandardLibrary(Tokens):
 
 
 class TextFiles(Tokens):
-    """A text file, or the text files of a folder, byte by byte and held in memory.
+    """A text file or the text files of a folder, byte by byte and held in memory.
 
-    Every tenth file is for validation; of a single file, or of fewer than ten, the last tenth of each.
+    Every tenth file is for validation; of fewer than ten files, the last tenth of each.
 
     Raises:
-        OrthoFxError: a path that cannot be read, a folder without text files, and too little text.
+        OrthoFxError: a path that cannot be read, a folder without text files, or too little text.
     """
 
     def __init__(self, path: str | Path, context: int, validation_samples: int = VALIDATION_SAMPLES) -> None:
@@ -164,12 +164,12 @@ class TextFiles(Tokens):
 class TokenFiles(Tokens):
     """nanoGPT's train.bin and val.bin in one folder: token ids as raw little-endian uint16, without a header.
 
-    A meta.json beside them, which `ortho-fx data` writes, has the vocabulary, the dtype ("uint16" or "uint32"), the
-    number of tokens in each file and the mean bytes of a token. The files stay on the disk, whatever their size.
+    `ortho-fx data` also writes a meta.json beside them, with the vocabulary, the dtype ("uint16" or "uint32"), the
+    number of tokens in each file and the mean bytes of a token. The files are never read into memory as a whole.
 
     Raises:
-        OrthoFxError: files that are missing, cut short or not as meta.json says; from `batch` and `validation`, a token
-            id that is not in the vocabulary.
+        OrthoFxError: files that are missing, cut short or contradict meta.json; from `batch` and `validation_batch`, a
+            token id that is not in the vocabulary.
     """
 
     def __init__(self, folder: str | Path, context: int, validation_samples: int = VALIDATION_SAMPLES) -> None:
@@ -215,8 +215,8 @@ def text_files(source: str | Path) -> list[Path]:
     """The text files of a source, in the order of their names.
 
     Args:
-        source: "standard-library", a file, or a folder, whose hidden, empty and binary files are left out; binary is
-            what has a zero byte in its first 8 KiB.
+        source: "standard-library", a file, or a folder, whose hidden, empty and binary files are left out. A file is
+            binary if it has a zero byte in its first 8 KiB.
 
     Raises:
         OrthoFxError: a path that cannot be read, or without text.
@@ -232,7 +232,7 @@ def text_files(source: str | Path) -> list[Path]:
 
 
 def find_text(path: Path) -> Iterator[Path]:
-    """The text files at a path, one after the other as they are found."""
+    """Yields the text files at a path, as they are found."""
     if path.is_file():
         found: Iterator[Path] = iter((path,))
     else:

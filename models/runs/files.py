@@ -1,4 +1,4 @@
-"""Reads the directory of a training run back: its configuration, its rows, and its expansions before and after."""
+"""Reads the directory of a training run: its configuration, its rows, and its expansions before and after."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models.weights.expansions import SavedExpansions, load_expansions
 from ortho_fx.models.files import read_json
+from ortho_fx.models.weights.expansions import SavedExpansions, load_expansions
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its directory; a run that is under way has what it wrote until now.
+    """The files of a run, finished or still under way.
 
     Attributes:
         directory: where it is.
-        config: run.json: the run's settings, and what it ran on.
-        rows: a row a step, with "step", "loss", "lr", "gradient_norm", "seconds" and, at some steps, "skipped",
-            "validation_loss", "accuracy" and "mfu".
-        site_rows: a row a site and measurement, as of `SiteMonitor.measure`; none for a model without expansions.
-        start, now: the expansions at the start and at the last measurement; None for a model without.
+        config: run.json: the run's settings, its hardware and its versions.
+        rows: one row for each step, with "step", "loss", "lr", "gradient_norm", "seconds" and, at some steps,
+            "skipped", "validation_loss", "accuracy" and "mfu".
+        site_rows: one row for each site and measurement, from `SiteMonitor.measure`; none without expansions.
+        start, now: the expansions at the start and at the last measurement; None without expansions.
     """
 
     directory: Path
@@ -61,12 +61,12 @@ def read_run(directory: str | Path) -> Run:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl file, with NaN where a number was not finite.
+    """The rows of a .jsonl file; a number that was not finite is NaN.
 
-    A last row that a crash or a full disk cut short is left out.
+    The last row is left out if a crash or a full disk cut it short.
 
     Raises:
-        OrthoFxError: a file that cannot be read, or a line before the last that is no row.
+        OrthoFxError: a file that cannot be read, or a line before the last that is not a row.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -84,6 +84,6 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def row_line(row: Mapping[str, Any]) -> str:
-    """A row as one line of JSON, which has no NaN and no infinity: null stands for both, and is read as NaN."""
+    """A row as one line of JSON. JSON has no NaN and no infinity: both become null, which is read as NaN."""
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
     return json.dumps(finite) + "\n"

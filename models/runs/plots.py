@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.models.runs.files import Row, Run
+from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import Reference
 from ortho_fx.plots import load_pyplot, save
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and dashes for more runs than these.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes serve more runs than there are colours.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.25")
 _DASHES = ("-", "--", "-.", ":")
 _BEFORE, _AFTER, _REFERENCE = "0.55", "#D55E00", "0.1"
@@ -29,14 +29,14 @@ _POINTS = 400
 
 
 def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
-    """Draws runs into a directory, and returns the files.
+    """Draws runs into a directory and returns the files.
 
     loss.png and norm.png show all runs. Each run with expansions has sites/NAME.png for every site, sites.png with all
-    of them if there are several, and drift.png: in `out` itself, or in a directory of the run's name where there are
-    several runs.
+    of them if there are several, and drift.png. They are in `out`, or with several runs in a subdirectory of `out` with
+    the run's name.
 
     Raises:
-        OrthoFxError: no run, one that has no step yet, a directory that cannot be written, or no matplotlib.
+        OrthoFxError: no run, a run without a step yet, a directory that cannot be written, or no matplotlib.
     """
     if not runs:
         raise OrthoFxError("there is no run to draw")
@@ -55,7 +55,7 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The directories' names; with their parents where two have the same."""
+    """The directories' names, preceded by the parent's name if two are the same."""
     paths = [run.directory.resolve() for run in runs]
     twice = {name for name, count in Counter(path.name for path in paths).items() if count > 1}
     return [f"{path.parent.name}-{path.name}" if path.name in twice else path.name for path in paths]
@@ -106,7 +106,7 @@ def _plot_drift(run: Run, path: Path) -> Path:
     names = list(dict.fromkeys(row["site"] for row in run.site_rows))
     beside = math.ceil(len(names) / 22)  # columns of the legend
     figure, (left, right) = load_pyplot().subplots(1, 2, figsize=(8 + 1.5 * beside, 3.8), layout="constrained")
-    # From the first site to the last, in an order that the eye can follow; the lightest end is too light for a line.
+    # A sequence of colours shows the order of the sites. Its lightest end is too light for a line.
     colours = load_pyplot().get_cmap("viridis")(np.linspace(0, 0.88, len(names)))
     for name, colour in zip(names, colours, strict=True):
         rows = [row for row in run.site_rows if row["site"] == name]
@@ -150,14 +150,14 @@ def _plot_sites(run: Run, out: Path) -> list[Path]:
             _dress(axis, "", "", size=6)
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
-        beside = min(len(legend[0]), max(2, round(1.5 * columns)))  # as many as fit over the columns
+        beside = min(len(legend[0]), max(2, round(1.5 * columns)))  # as many as fit above the grid
         figure.legend(*legend, frameon=False, fontsize=8, loc="outside upper center", ncols=beside)
         drawn.append(_write(figure, out / "sites.png"))
     return drawn
 
 
 def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin: bool = False) -> None:
-    """An activation over the range of its inputs, whose densities fill the lowest part of the axes."""
+    """Draws an activation over the range of its inputs, with the inputs' densities at the bottom of the axes."""
     seen = [saved.inputs for saved in (before, after) if saved.inputs is not None and saved.inputs.counts]
     low, high = _interval(seen, 1e-3)
     x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
@@ -176,7 +176,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
         exact = after.activation.reference(x).numpy()
         axis.plot(x, exact, color=_REFERENCE, lw=0.7 * width, ls=_REFERENCE_DASH, zorder=4)
         shown.append(exact)
-    # A polynomial's ends are steep, and few inputs are there: they may leave the axes.
+    # A polynomial's ends are steep and few inputs are there, so the curve may leave the axes.
     left, right = _interval(seen, 0.1)
     inside = np.stack(shown)[:, (x.numpy() >= left) & (x.numpy() <= right)]
     room = (inside.max() - inside.min()) or 1.0
@@ -190,7 +190,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
 
 
 def _legend_of(before: SavedExpansions, after: SavedExpansions) -> tuple[list[Any], list[str]]:
-    """Handles and texts of what `_plot_site` draws."""
+    """Handles and texts of the legend for `_plot_site`."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -209,7 +209,7 @@ def _legend_of(before: SavedExpansions, after: SavedExpansions) -> tuple[list[An
 
 
 def _interval(inputs: Sequence[SiteInputs], outside: float) -> tuple[float, float]:
-    """Where all of the inputs of every measurement lie but a share of `outside`."""
+    """The interval that holds all inputs of each measurement, except a share `outside`."""
     if not inputs:
         return -4.0, 4.0
     ends = []
@@ -220,12 +220,12 @@ def _interval(inputs: Sequence[SiteInputs], outside: float) -> tuple[float, floa
 
 
 def _values(saved: SavedExpansion, x: Tensor) -> Array:
-    """f(x) for each of the activation's channels, or for all alike: (points, channels or 1)."""
+    """f(x) as (points, channels); one column if the activation is the same for all channels."""
     activation = saved.activation.double()
     with torch.no_grad():
         if activation.channels is None:
             return activation(x).numpy()[:, None]
-        # Channels where the activation looks for them, the points in another dimension, and one of everything else.
+        # Channels lie in the activation's channel dimension, the points in another; all other dimensions have size 1.
         dim = -1 if activation.channel_dim is None else activation.channel_dim
         shape = [1] * max(dim + 1, -dim, 2)
         points = 0 if dim % len(shape) else 1
@@ -235,7 +235,7 @@ def _values(saved: SavedExpansion, x: Tensor) -> Array:
 
 
 def _curve(axis: Any, rows: Sequence[Row], key: str, style: dict[str, Any], label: str) -> None:
-    """A thin line of the numbers themselves behind a smoothed one."""
+    """Draws the numbers as a thin line behind a smoothed one."""
     steps = np.array([row["step"] for row in rows if key in row])
     values = np.array([row[key] for row in rows if key in row], dtype=float)
     axis.plot(steps, values, color=style["color"], lw=0.5, alpha=0.35, zorder=1)
@@ -250,12 +250,12 @@ def _validations(axis: Any, run: Run, key: str, style: dict[str, Any], label: st
 
 
 def _smoothed(values: Array) -> Array:
-    """An exponential mean, without the pull to zero of its start, that halves after a hundredth of the values."""
+    """An exponential mean without bias towards zero at the start; its half-life is a hundredth of the values."""
     keep = 0.5 ** (1 / max(len(values) / 100, 1))
     total = weight = 0.0
     smoothed = np.empty(len(values))
     for place, value in enumerate(values):
-        # A step that was left out has no number to count in.
+        # A skipped step has no finite number, so it does not count.
         if math.isfinite(value):
             total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
         smoothed[place] = total / weight if weight else math.nan
@@ -267,7 +267,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _log_scale(axis: Any, values: Sequence[float], least_span: float) -> bool:
-    """A logarithmic axis with plain numbers, if the values span so much that it shows more."""
+    """Makes the axis logarithmic, with plain numbers, if the values span a factor of `least_span`."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite or min(finite) <= 0 or max(finite) < least_span * min(finite):
         return False
@@ -295,13 +295,13 @@ def _dress(axis: Any, x: str, y: str, size: int = 9) -> None:
 
 
 def _columns(count: int) -> int:
-    """Columns of a grid somewhat wider than high, with few places empty."""
+    """Number of columns for a grid somewhat wider than high, with few empty places."""
     wanted = 1.4 * math.sqrt(count)
     return min(range(1, 7), key=lambda columns: -count % columns + 2 * abs(columns - wanted))
 
 
 def _short(name: str) -> str:
-    """A name that fits above a small picture; its end tells sites apart."""
+    """The name shortened to fit above a small picture; the end is kept, since it tells sites apart."""
     return name if len(name) <= 32 else "\u2026" + name[-31:]
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.data.images import Images
 from ortho_fx.models.data.sources import DataConfig, open_data
 from ortho_fx.models.data.text import Tokens
 from ortho_fx.models.gpt2 import GPT2
-from ortho_fx.models.recipe import TASKS, TrainConfig
+from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.weights.layouts import load_pretrained
 from ortho_fx.rewriting.calibration import calibrate_
 from ortho_fx.rewriting.rewrite import rewrite_
@@ -21,7 +22,7 @@ from ortho_fx.rewriting.rewrite import rewrite_
 
 @dataclass(frozen=True)
 class Built:
-    """A model with its data, and what about a pretrained model is not as its file had it."""
+    """A model and its data; `notes` say how a pretrained model differs from its file."""
 
     model: nn.Module
     data: Tokens | Images
@@ -29,9 +30,10 @@ class Built:
 
 
 def build(config: TrainConfig, device: torch.device | None = None) -> Built:
-    """Opens the data, makes the model for it from the run's seed, or loads it, and makes its activations learnable.
+    """Opens the data, makes or loads the model, and replaces its activations by expansions.
 
-    A preset gives way to the data in the numbers of channels, classes and, where it is known, tokens.
+    A new model depends on the run's seed. The data overrides the preset's numbers of channels, classes and, if it is
+    known, tokens.
 
     Args:
         config: the run.
@@ -44,7 +46,7 @@ def build(config: TrainConfig, device: torch.device | None = None) -> Built:
     built = (_language_model if config.model == "gpt2" else _image_model)(config)
     built.model.to(device or torch.device("cpu"))
     assert config.batch_size is not None
-    # As many samples as say what comes into an activation, and the same for any number of processes.
+    # 64 samples are enough to measure an activation's inputs. They are the same for any number of processes.
     first = slice(0, min(config.batch_size, 64))
     inputs = built.data.batch(config.seed, 0, config.batch_size, first)[0].to(device or torch.device("cpu"))
     _make_learnable(built.model, config, inputs)
@@ -64,11 +66,11 @@ def _language_model(config: TrainConfig) -> Built:
                 f"{data.vocabulary}"
             )
     else:
-        preset, notes = TASKS["gpt2"].presets[config.size], ()
+        preset, notes = gpt2.PRESETS[config.size], ()
         data = open_data(DataConfig(config.data, context=preset.context), "tokens")
         vocabulary = data.vocabulary or preset.vocabulary
         model = GPT2(replace(preset, vocabulary=vocabulary, dropout=config.dropout))
-    # What a file of tokens does not tell is checked batch by batch.
+    # Files of tokens need not state a vocabulary, so the data checks each batch against the model's.
     data.vocabulary = model.config.vocabulary
     return Built(model, data, notes)
 
@@ -87,15 +89,14 @@ def _image_model(config: TrainConfig) -> Built:
         shapes = {"classes": data.classes, "channels": data.channels}
         loaded = load_pretrained(config.start_from, kind="convnext", drop_path=config.drop_path, **shapes)
         return Built(loaded.model, data, loaded.notes)
-    task = TASKS["convnext"]
-    preset = replace(task.presets[config.size], channels=data.channels, classes=data.classes)
-    return Built(task.model(replace(preset, drop_path=config.drop_path)), data)
+    preset = replace(convnext.PRESETS[config.size], channels=data.channels, classes=data.classes)
+    return Built(convnext.ConvNeXt(replace(preset, drop_path=config.drop_path)), data)
 
 
 def _make_learnable(model: nn.Module, config: TrainConfig, inputs: Tensor) -> None:
     present = [module.config for module in model.modules() if isinstance(module, ExpansionActivation)]
     wanted = config.expansion
-    # Weights of ours bring the expansions that they learned, which do not start again.
+    # Our own weights bring learned expansions, which keep their values; so `init` may differ, the rest may not.
     if any(wanted is None or replace(found, init=wanted.init) != wanted for found in present):
         raise OrthoFxError(
             f"{config.start_from} holds expansions {present[0]}, and the run asks for {wanted or 'none'}"

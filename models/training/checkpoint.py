@@ -1,11 +1,11 @@
-"""Checkpoints: one directory a step, written beside its place and renamed into it, so that a failed save loses nothing.
+"""Checkpoints: one directory for each step. It gets its name only when it is complete, so a failed save loses nothing.
 
-    checkpoints/step-00000500/state.json    what it is of: configuration, step, processes, versions
+    checkpoints/step-00000500/state.json    configuration, step, processes, versions
     checkpoints/step-00000500/*.distcp      the tensors, written by torch.distributed.checkpoint
 
-Tensors are stored under their qualified names, each process writing its shards, so that a run goes on with another
-number of processes, wrapped by DDP, sharded by FSDP2 or alone. PyTorch reads the directory's index with pickle: go on
-only from checkpoints that you trust; weights to pass on are in model.safetensors.
+Tensors have their qualified names, and each process writes its shards. So a run can resume with another number of
+processes, wrapped by DDP, sharded by FSDP2 or alone. PyTorch reads the directory's index with pickle: resume only from
+checkpoints that you trust. To share weights, use model.safetensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
+from ortho_fx.models.recipe import differences
 from ortho_fx.models.training.processes import Processes
 
 VERSION = 2
 _FAILURES = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, CheckpointException)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its directory, the step that it is of, and the number of skipped steps until then."""
+
+    path: Path
+    step: int
+    skipped: int
 
 
 def save_checkpoint(
@@ -45,9 +56,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of a step, flushed to the disk, and removes all but the newest `keep`.
 
-    `skipped` is how many steps were left out so far.
-
-    Every process has to call it, with its own shards in `state`.
+    Every process has to call it, with its own shards in `state`. `skipped` is the number of skipped steps so far.
 
     Raises:
         OrthoFxError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -89,16 +98,16 @@ def save_checkpoint(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a directory, the newest last."""
+    """The complete checkpoints in a directory, the newest last."""
     return sorted(path.parent for path in directory.glob("step-*/state.json") if path.parent.suffix != ".partial")
 
 
-def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint and its state.json, if it is of this configuration.
+def newest_checkpoint(directory: Path, configuration: Mapping[str, Any]) -> Checkpoint:
+    """The newest checkpoint of a directory.
 
     Raises:
-        OrthoFxError: no checkpoint, one that cannot be read, or one of another version or configuration, with every
-            field that differs.
+        OrthoFxError: no checkpoint, one that cannot be read, one of another version, or one of another configuration;
+            the error then lists the fields that differ.
     """
     found = checkpoints(directory)
     if not found:
@@ -107,36 +116,32 @@ def read_description(directory: Path, configuration: Mapping[str, Any]) -> tuple
     try:
         described = json.loads((path / "state.json").read_text())
         version, saved = described["version"], dict(described["configuration"])
-        described |= {name: int(described[name]) for name in ("step", "skipped")}
+        newest = Checkpoint(path, int(described["step"]), int(described["skipped"]))
     except _FAILURES as error:
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
     if version != VERSION:
         raise OrthoFxError(f"{path} has checkpoint version {version}; this release reads version {VERSION}")
-    different = [
-        f"{name} is {saved.get(name)!r} there and {configuration.get(name)!r} here"
-        for name in sorted({*saved, *configuration})
-        if saved.get(name) != configuration.get(name)
-    ]
+    different = differences(saved, configuration)
     if different:
         raise OrthoFxError(f"{path} is of another configuration: {', '.join(different)}")
-    return path, described
+    return newest
 
 
 def load_tensors(path: Path, state: dict[str, Any], processes: Processes) -> None:
-    """Fills `state`, a template of what `save_checkpoint` got, from a checkpoint; every process has to call it.
+    """Reads a checkpoint into `state`, whose tensors are like those that were saved. Every process has to call it.
 
     Raises:
-        OrthoFxError: a checkpoint that cannot be read, or that holds other tensors than the template.
+        OrthoFxError: a checkpoint that cannot be read, or that holds other tensors than `state`.
     """
     try:
         with _one_process_is_meant():
             load(state, storage_reader=FileSystemReader(path), no_dist=processes.count == 1)
-    except (Exception, CheckpointException) as error:  # a damaged index makes pickle raise whatever it likes
+    except (Exception, CheckpointException) as error:  # a damaged index can make pickle raise any exception
         raise OrthoFxError(f"{path} is not a readable checkpoint: {_reason(error)}") from None
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Removes every checkpoint of a directory, and what interrupted ones left."""
+    """Removes every checkpoint of a directory, unfinished ones too."""
     for path in directory.glob("step-*"):
         _remove(path)
 
@@ -154,7 +159,7 @@ def _one_process_is_meant() -> Iterator[None]:
 
 
 def _flush(directory: Path) -> None:
-    # A rename is on the disk once its directory is.
+    # The rename is safe on the disk only after the directory itself is flushed.
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -164,6 +169,6 @@ def _flush(directory: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
-        # It keeps each process' error with its traceback, and its own text is pages of them.
+        # Its own text is long: the error and traceback of each process. One process' error is enough.
         error = next((failure[0] for failure in error.failures.values()), error)
     return reason(error)

@@ -1,4 +1,4 @@
-"""`explain_divergence`: where a run went wrong whose loss or gradient is not finite, and what to try."""
+"""`explain_divergence`: where a loss or gradient stopped being finite, and what to try."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ortho_fx import trees
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.models.training.monitor import expansions, first_rows, plain_name, probing, reach
 
-# How often its first deviation a site's inputs have, and how far from their start parameters are, before they are
-# what is wrong.
+# Inputs have left their range when their standard deviation is more than _GROWN times the first one. Parameters have
+# moved too far when their drift is more than _DRIFTED.
 _GROWN, _DRIFTED = 10.0, 0.5
 _SKIP = "skip_bad_steps"
 _FINITE = "all modules' outputs are finite: "
@@ -24,29 +24,30 @@ _SLOWER = ["a lower lr", "a longer warmup", "a smaller clip", _SKIP]
 
 def explain_divergence(
     model: nn.Module,
-    forward: Callable[[], Any],
+    forward: Callable[[], object],
     rows_so_far: Sequence[Mapping[str, Any]],
     what: str,
     step: int,
 ) -> str:
-    """One line that says at which module a loss or gradient stopped being finite, and which settings may help.
+    """One line that names the module where a loss or gradient stopped being finite, and settings that may help.
 
-    The first of these that holds is named: an expansion whose inputs have grown tenfold since the first measurement;
-    the first module, as they run, whose output is not finite on this batch; the module from which gradients are not
-    finite; the expansion whose inputs are farthest from where they started.
+    It names the first of these that it finds: an expansion whose inputs have grown tenfold since the first measurement;
+    the first module, in order of execution, whose output is not finite on this batch; the module from which gradients
+    are not finite; the expansion whose inputs are farthest from their start.
 
-    Of several processes each has to call it, since it runs the model; what one finds on its batch, all say. Gradients
-    that the model holds are gone afterwards.
+    Every process has to call it, since it runs the model; all return what one of them finds on its batch. It removes
+    the model's gradients.
 
     Args:
-        model: the model as it is.
-        forward: calls the model on the batch of the step; gradients are looked at if it returns the loss.
-        rows_so_far: the site rows that `SiteMonitor.measure` returned before.
+        model: the model in its present state.
+        forward: calls the model on the batch of the step; gradients are examined if it returns the loss.
+        rows_so_far: the rows that `SiteMonitor.measure` returned before.
         what: what is not finite, as in "the loss is nan".
-        step: the step at which it is.
+        step: number of the step.
     """
     sites = expansions(model)
-    # Before anything is decided: what one process finds, another may not, and it would wait for a run of this one.
+    # Every process runs the model before it decides anything. With sharded parameters, a process that ran it alone
+    # would wait for the others.
     runs, result = _probe(model, forward)
     found = _of_any_process(_grown(sites, rows_so_far) or _not_finite(runs, result))
     if found is None:
@@ -56,7 +57,7 @@ def explain_divergence(
 
 
 def _grown(sites: Mapping[str, ExpansionActivation], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The expansion whose inputs left their range at the earliest measurement and have not come back."""
+    """Names the expansion whose inputs left their range first and are still outside."""
     first, order = first_rows(rows), list(sites)
     last = _last_rows(rows)
 
@@ -80,15 +81,15 @@ def _grown(sites: Mapping[str, ExpansionActivation], rows: Sequence[Mapping[str,
 
 
 class _Run:
-    """What a module's run showed, in numbers on the device: the extremes of its floating inputs and outputs."""
+    """One run of a module: the extremes of its floating inputs and outputs, as tensors on the device."""
 
-    def __init__(self, name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def __init__(self, name: str, module: nn.Module, inputs: object, outputs: object) -> None:
         self.name, self.module = name, module
         self.inputs, self.outputs = _extremes(inputs), _extremes(outputs)
 
 
-def _probe(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Run], list[Tensor]]:
-    """What all modules showed, in the order in which they were done, and the extremes of what `forward` returned."""
+def _probe(model: nn.Module, forward: Callable[[], object]) -> tuple[list[_Run], list[Tensor]]:
+    """The runs of all modules, in the order in which they ended, and the extremes of the result of `forward`."""
     runs: list[_Run] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -107,7 +108,7 @@ def _probe(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Run], li
 
 
 def _not_finite(runs: Sequence[_Run], result: Sequence[Tensor]) -> str | None:
-    """The first of the outputs that is not finite."""
+    """Names the first module whose output is not finite, or the loss."""
     for run in runs:
         if not _finite(run.outputs):
             return _at_output(run, comes_first=run.name == runs[0].name)
@@ -133,10 +134,10 @@ def _at_output(run: _Run, *, comes_first: bool) -> str:
     return f"inputs of {name} are the first numbers that are not finite: {_try(_SLOWER)}"
 
 
-def _origin_of_gradient(model: nn.Module, forward: Callable[[], Any], runs: Sequence[_Run]) -> _Run | None:
-    """The last module with a gradient that is not finite, if those of a later one are: it went wrong between these.
+def _origin_of_gradient(model: nn.Module, forward: Callable[[], object], runs: Sequence[_Run]) -> _Run | None:
+    """The last module with a gradient that is not finite, if later modules have finite gradients.
 
-    Gradients that are wrong in all modules come from the loss, and tell nothing of the model.
+    If even the last module's gradient is not finite, the cause is the loss, and gradients say nothing about the model.
     """
     model.zero_grad(set_to_none=True)
     try:
@@ -151,7 +152,8 @@ def _origin_of_gradient(model: nn.Module, forward: Callable[[], Any], runs: Sequ
     seen: set[int] = set()
     for run in runs:
         for parameter in run.module.parameters(recurse=False):
-            # The gradient of a shared parameter is the sum over its uses, of which backwards the first comes last.
+            # A shared parameter's gradient is the sum over its uses, complete only when the backward pass reaches the
+            # first use. So it counts for the first module alone.
             if id(parameter) not in seen and parameter.grad is not None:
                 finite[run] = finite.get(run, True) and bool(_local(parameter.grad).isfinite().all())
             seen.add(id(parameter))
@@ -170,7 +172,7 @@ def _from_gradient(origin: _Run | None, rows: Sequence[Mapping[str, Any]]) -> st
 
 
 def _of_any_process(found: str | None) -> str | None:
-    """What the first process found that found something, for all to say the same and to go on together."""
+    """The finding of the first process that has one, so that all processes say the same and go on together."""
     if not (dist.is_available() and dist.is_initialized()):
         return found
     everything: list[str | None] = [None] * dist.get_world_size()
@@ -179,7 +181,7 @@ def _of_any_process(found: str | None) -> str | None:
 
 
 def _farthest(runs: Sequence[_Run], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The expansion whose inputs are farthest from those of the first measurement, in its deviations."""
+    """Names the expansion whose inputs are farthest from their first mean, in units of their first deviation."""
     first, last = first_rows(rows), _last_rows(rows)
     distances: dict[_Run, float] = {}
     for run in runs:
@@ -205,7 +207,7 @@ def _last_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
 
 
 def _for_expansion(expansion: ExpansionActivation, row: Mapping[str, Any] | None) -> list[str]:
-    """What may help an expansion, the likeliest first."""
+    """Settings that may help an expansion, the likeliest first."""
     settings = list(expansion.basis.remedies(expansion.config.clamp))
     if expansion.config.init == "paper":
         settings.append("init=stable")
@@ -218,8 +220,8 @@ def _try(settings: Sequence[str]) -> str:
     return f"try {', '.join(settings[:-1])}, or {settings[-1]}"
 
 
-def _extremes(values: Any) -> list[Tensor]:
-    """Smallest and largest number of every floating tensor: NaN where it holds one."""
+def _extremes(values: object) -> list[Tensor]:
+    """Smallest and largest number of every floating tensor; both are NaN if it holds a NaN."""
     leaves = (leaf for leaf in trees.leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return [torch.stack(torch.aminmax(_local(leaf).detach())) for leaf in leaves if leaf.numel()]
 
@@ -229,6 +231,6 @@ def _finite(extremes: Sequence[Tensor]) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; all of one that is not sharded."""
+    """This process' part of a sharded tensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

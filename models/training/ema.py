@@ -28,14 +28,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes the weights after the `step`-th step in, the first being 1."""
+        """Adds the weights after step number `step`; the first step is 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         lerp = get_ema_multi_avg_fn(decay)
         lerp(list(self.averages.values()), list(self.parameters.values()), None)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averages for its weights meanwhile."""
+        """The model has the averages as its weights in the block."""
         weights = [parameter.detach().clone() for parameter in self.parameters.values()]
         self._put(list(self.averages.values()))
         try:

@@ -1,6 +1,6 @@
-"""What a run writes down as it goes: rows as JSON and CSV, sites as JSON, and all of it for TensorBoard.
+"""The log of a run: rows as JSON and CSV, sites as JSON, and all of it for TensorBoard.
 
-Rows are on the disk as soon as they are written, for `tail -f` to show and a killed run to keep.
+Rows are written through at once, so that `tail -f` shows them and a killed run keeps them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.runs.files import Row, read_rows, row_line
 
 COLUMNS = ("step", "loss", "lr", "gradient_norm", "seconds", "skipped", "validation_loss", "accuracy", "mfu")
-# What TensorBoard groups its curves by, for the columns that it shows.
+# Columns that TensorBoard shows, with their names there; it groups curves by the part before the slash.
 _TAGS = {
     "loss": "loss/training",
     "validation_loss": "loss/validation",
@@ -29,12 +29,12 @@ _SITE_TAGS = ("std", "drift")
 
 
 class RunLog:
-    """Opens a run's files, for a run that has done `first` steps: later rows, which it will write again, are dropped.
+    """Opens the files of a run that has done `first` steps. Later rows are dropped, since the run writes them again.
 
     Args:
-        directory: the run's directory; made where it is missing.
-        first: how many steps are done. A run that starts anew, at 0, replaces what is there.
-        writes: whether this process writes; the others of a distributed run log nothing.
+        directory: the run's directory; made if it is missing.
+        first: number of steps done. A new run has 0 and replaces earlier files.
+        writes: whether this process writes; only one of a distributed run does.
 
     Attributes:
         kept: the rows up to `first`.
@@ -70,7 +70,7 @@ class RunLog:
         self._board = _open_board(directory / "tensorboard", first)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Writes what a step came to; keys that are no columns are in the JSON alone.
+        """Writes the row of a step; keys that are not in `COLUMNS` are in the JSON alone.
 
         Raises:
             OrthoFxError: a file that cannot be written.
@@ -94,7 +94,7 @@ class RunLog:
                 self._board.add({f"sites_{name}/{row['site']}": row[name] for name in _SITE_TAGS}, row["step"])
 
     def close(self) -> None:
-        """Closes the files; nothing that was written depends on it."""
+        """Closes the files; rows written before are on the disk without it."""
         for file in self._files:
             file.close()
         if self._board is not None:
@@ -103,13 +103,13 @@ class RunLog:
 
 
 class _RowFile:
-    """A file that rows are appended to, each written through at once, so that none waits in a buffer."""
+    """A file to which rows are appended without a buffer."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         partial = path.with_name(path.name + ".partial")
         try:
-            # Renamed into place: a crash here must not cost the rows that are kept.
+            # Renamed into place, so that a crash here does not lose the kept rows.
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
             self._file = path.open("ab", buffering=0)
@@ -153,7 +153,7 @@ def _open_board(directory: Path, first: int) -> _Board | None:
         return None
     try:
         if not first:
-            # It would show the curves of the run that was there before as well.
+            # Otherwise TensorBoard would also show the curves of an earlier run in this directory.
             for events in directory.glob("events.out.tfevents.*"):
                 events.unlink()
         return _Board(SummaryWriter(str(directory), purge_step=first + 1 if first else None), directory)

@@ -1,10 +1,10 @@
-"""The trainer: takes the steps of a run, and leaves what a person and a later run need of it on the disk.
+"""The trainer: takes the steps of a run and writes its files.
 
-RUN/run.json              the settings, and what the run ran on
-RUN/metrics.jsonl, .csv   a row a step
-RUN/sites.jsonl           a row a site and validation: what came into each expansion, and how far it has moved
+RUN/run.json              the settings, the hardware and the versions
+RUN/metrics.jsonl, .csv   one row for each step
+RUN/sites.jsonl           one row for each site and validation: the expansion's inputs, and how far it has moved
 RUN/expansions-start.safetensors, expansions.safetensors   the expansions at the start and at the last validation
-RUN/checkpoints/          the newest, to go on from
+RUN/checkpoints/          the newest checkpoints, to resume from
 RUN/model.safetensors     the weights at the end
 """
 
@@ -40,7 +40,7 @@ from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import (
     checkpoints,
     load_tensors,
-    read_description,
+    newest_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
@@ -59,7 +59,7 @@ from ortho_fx.version import __version__
 
 @dataclass
 class Result:
-    """What a run came to: the loss of each step, those before it was resumed included, and its validations."""
+    """The result of a run: its losses and validations by step, also of the steps before it was resumed."""
 
     config: TrainConfig
     parameters: int
@@ -70,11 +70,11 @@ class Result:
 
 
 class Diverged(OrthoFxError):
-    """A run whose loss or gradient is no longer finite."""
+    """The loss or gradient of a run is no longer finite."""
 
 
 class Terminated(SystemExit):
-    """A run that SIGTERM asked to end, and that has saved: exit code 143, as of any process that it ends."""
+    """SIGTERM ended a run, which has saved a checkpoint. The exit code is 143, as of any process that SIGTERM ends."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
@@ -82,14 +82,14 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
 
     Args:
         config: the run.
-        resume: go on from the directory's newest checkpoint, on any number of processes.
+        resume: go on from the directory's newest checkpoint, with any number of processes.
         overwrite: start anew although the directory holds a checkpoint.
 
     Raises:
-        OrthoFxError: a directory with a checkpoint and neither flag, a checkpoint of another configuration, or a disk
+        OrthoFxError: a directory with a checkpoint but neither flag, a checkpoint of another configuration, or a disk
             that cannot be written.
-        Diverged: a loss or a gradient that is not finite, more often than the run may leave such steps out.
-        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the step under way is done and saved.
+        Diverged: more than `config.skip_bad_steps` steps had a loss or a gradient that is not finite.
+        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved.
     """
     with join(config.device) as processes:
         return Run(config, processes).start(resume=resume, overwrite=overwrite)
@@ -130,12 +130,12 @@ class Run:
     def start(self, *, resume: bool, overwrite: bool) -> Result:
         folder, first = self.directory / "checkpoints", 0
         if resume:
-            path, description = read_description(folder, self.configuration)
-            first, self.skipped = description["step"], description["skipped"]
-            self._load(path)
+            newest = newest_checkpoint(folder, self.configuration)
+            first, self.skipped = newest.step, newest.skipped
+            self._load(newest.path)
         elif checkpoints(folder) and not overwrite:
             raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
-        # Whether there was a checkpoint, all processes have to find before one of them writes.
+        # All processes must have looked for a checkpoint before one of them writes.
         self.processes.wait()
         if self.leads:
             self._prepare(resume)
@@ -189,7 +189,7 @@ class Run:
         config, done = self.config, step + 1
         taken = self.optimization.step(step, parts)
         paused = time.perf_counter()
-        # From the end of the step before: waiting for data is part of a step.
+        # The time counts from the end of the previous step, since waiting for data is part of a step.
         seconds = paused - self._clock
         row: dict[str, Any] = {"step": done, "loss": taken.loss, "lr": taken.lr}
         row |= {"gradient_norm": taken.gradient_norm, "seconds": seconds}
@@ -231,7 +231,7 @@ class Run:
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss in nats over the validation data, and for images the share that is classified rightly."""
+        """Mean loss in nats over the validation data; for images also the accuracy."""
         self.optimization.shared.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
@@ -246,7 +246,7 @@ class Run:
 
     @property
     def validation_size(self) -> int:
-        """Rows of a validation batch: of a training step's micro-batches, so that memory suffices and shapes agree."""
+        """Rows of a validation batch: as many as in micro-batches of all processes, so that memory and shapes fit."""
         return self.batch_size // self.config.accumulate
 
     def _measure_sites(self, log: RunLog, step: int) -> None:
@@ -260,7 +260,7 @@ class Run:
         return inputs, targets
 
     def _prepare(self, resume: bool) -> None:
-        """Writes run.json, in a directory that holds nothing else of another run, unless it is of this one."""
+        """Writes run.json. Unless the run resumes, removes an earlier run's checkpoints, weights and expansions."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -286,7 +286,7 @@ class Run:
             temporary.write_text(json.dumps(described, indent=1) + "\n")
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds: tensors by qualified names, each process with its own shards."""
+        """The content of a checkpoint: tensors by qualified names; each process has its own shards."""
         model, optimizer = get_state_dict(self.model, self.optimization.optimizer)
         state = {"model": model, "optimizer": optimizer}
         return state if self.average is None else {**state, "average": self.average.averages}
@@ -312,7 +312,7 @@ class Run:
         set_state_dict(self.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def _export(self) -> None:
-        """Writes model.safetensors, with the averaged weights where there is an average."""
+        """Writes model.safetensors, with the averaged weights if there is an average."""
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.leads:
@@ -323,14 +323,14 @@ class Run:
 
 
 class _Signals:
-    """Has SIGTERM and a first Ctrl-C wait for the end of the step, so that weights and step agree.
+    """Delays SIGTERM and a first Ctrl-C to the end of the step, so that the saved weights belong to the saved step.
 
     A second Ctrl-C stops at once.
     """
 
     def __enter__(self) -> _Signals:
         self.asked = self.terminated = False
-        # Python takes signals in its main thread only; elsewhere they are not ours to catch.
+        # Python allows signal handlers in its main thread only.
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}

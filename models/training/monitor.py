@@ -1,4 +1,4 @@
-"""`SiteMonitor`: what comes into each expansion as a run goes on, and how far its parameters have moved."""
+"""`SiteMonitor`: statistics of each expansion's inputs during a run, and how far its parameters have moved."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ortho_fx.models.weights.expansions import SiteInputs, write_expansions
 from ortho_fx.modes import evaluating
 from ortho_fx.numerics.moments import Array
 from ortho_fx.sharded import whole
+from ortho_fx.watch import watching
 
-# Inputs that are kept of each call for the picture of their density, and its bins.
+# For the histogram of a site's inputs: samples kept of each call, number of bins, share of samples outside the bins.
 _SAMPLES, _BINS, _OUTLIERS = 16384, 100, 2e-4
 
 Held = dict[str, dict[str, Tensor]]
 
 
 class SiteRow(TypedDict):
-    """What a measurement says of one expansion.
+    """A measurement of one expansion.
 
-    `mean`, `std` (of the population), `low` and `high` (smallest and largest) are of its inputs, `output_rms` the root
-    mean square of its outputs. `drift` is ||theta - theta_0|| / ||theta_0|| over its learnable parameters, those of
-    the run's start being theta_0. `reach` is the largest |x - mean_0| / std_0, with the mean and the standard deviation
-    of the first measurement.
+    `mean`, `std` (of the population), `low` (smallest) and `high` (largest) are of its inputs; `output_rms` is the root
+    mean square of its outputs. `drift` is ||theta - theta_0|| / ||theta_0|| over its learnable parameters; theta_0 are
+    those at the run's start. `reach` is the largest |x - mean_0| / std_0, with the mean and the standard deviation of
+    the first measurement.
     """
 
     step: int
@@ -47,16 +48,16 @@ class SiteRow(TypedDict):
 
 
 class SiteMonitor:
-    """Measures a model's expansions; made before the first step, for the drift to start from there.
+    """Measures a model's expansions. It must be made before the first step, from which the drift counts.
 
-    For sharded parameters (FSDP2) every process has to make and to call it; nothing but `measure` and the constructor
-    communicates. Statistics are of the batch that a process runs itself.
+    With sharded parameters (FSDP2) every process has to make it and to call `measure`, which communicate; other methods
+    do not. Statistics are of the process' own batch.
 
     Args:
         model: a model, with or without expansions, bare or wrapped by DistributedDataParallel or torch.compile.
 
     Attributes:
-        rows: every measurement so far, those of `resume` included.
+        rows: every measurement so far, including those of `resume`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,32 +69,26 @@ class SiteMonitor:
         self.rows: list[Mapping[str, Any]] = []
 
     def resume(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the measurements of a run that goes on, whose `reach` is that from its start."""
+        """Takes the earlier measurements of a resumed run, so that `reach` still counts from the run's start."""
         self.rows = list(rows)
 
-    def measure(self, forward: Callable[[], Any], step: int) -> list[SiteRow]:
-        """Runs the model once and returns a row for each expansion that it called, in the model's order.
+    def measure(self, forward: Callable[[], object], step: int) -> list[SiteRow]:
+        """Runs the model once and returns a row for each expansion that was called, in the model's order.
 
-        The model is left as it was, and so are random numbers: it runs without gradients, in eval mode and, for the
-        hooks to be called, uncompiled.
+        The model runs without gradients, in eval mode and uncompiled, since compiled code would not call the hooks. The
+        model and PyTorch's generators are unchanged afterwards.
 
         Args:
-            forward: calls the model, on the batch to measure with.
-            step: how many steps are done.
+            forward: calls the model on the batch to measure with.
+            step: number of steps done.
         """
         calls: dict[str, list[_Call]] = defaultdict(list)
-        handles = [
-            site.register_forward_hook(
-                lambda _, inputs, output, seen=calls[name]: seen.append(_Call(inputs[0], output))
-            )
-            for name, site in self._sites.items()
-        ]
-        try:
-            with probing(self._model), evaluating(self._model):
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def see(name: str, x: Tensor, y: Tensor) -> None:
+            calls[name].append(_Call(x, y))
+
+        with probing(self._model), evaluating(self._model), watching(self._sites, see):
+            forward()
         found = [call for seen in calls.values() for call in seen]
         self._now, values = self._parameters([tensor for call in found for tensor in (call.statistics, call.sample)])
         host = dict(zip(found, zip(values[::2], values[1::2], strict=True), strict=True))
@@ -121,9 +116,9 @@ class SiteMonitor:
         return rows
 
     def save_expansions(self, path: Path, step: int) -> None:
-        """Writes the expansions of the last measurement, which `step` has to be that of; before any, of the start.
+        """Writes the expansions as of the last measurement, which must be of `step`; without one, those of the start.
 
-        `load_expansions` reads the file. One process alone can call it, of sharded parameters too.
+        `load_expansions` reads the file. A single process can call it, even with sharded parameters.
 
         Raises:
             OrthoFxError: a disk that cannot be written, or no safetensors.
@@ -134,7 +129,7 @@ class SiteMonitor:
         write_expansions(path, step, self._sites, self._now, inputs)
 
     def _parameters(self, others: Sequence[Tensor]) -> tuple[Held, list[Tensor]]:
-        """Copies on the CPU of what the expansions hold, whole, and of other tensors; in one transfer."""
+        """CPU copies of the expansions' parameters and buffers, unsharded, and of `others`, in one transfer."""
         with torch.no_grad():
             held = {
                 name: {key: whole(value) for key, value in (*site.named_parameters(), *site.named_buffers())}
@@ -158,7 +153,7 @@ class _Call:
         self.count = inputs.numel()
         flat = inputs.detach().reshape(-1)
         self.sample = flat[:: _stride(self.count)].float()
-        # Reductions of half precision round their results to it.
+        # Reductions of half precision tensors would round their results to half precision.
         wide = flat if flat.dtype == torch.float64 else flat.float()
         low, high = torch.aminmax(wide)
         mean = wide.mean()
@@ -171,13 +166,13 @@ class _Call:
 
 
 def expansions(model: nn.Module) -> dict[str, ExpansionActivation]:
-    """The expansions of a model by their names, which are the same whatever wraps the model."""
+    """The expansions of a model by the names that they have in the bare model, without wrappers."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
     return {plain_name(model, name): module for name, module in found.items()}
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name that a module has in a bare model."""
+    """The name that a module has in the bare model, without wrappers."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         name = name.removeprefix("module.")
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
@@ -199,7 +194,7 @@ def reach(low: float, high: float, mean: float, std: float) -> float:
 
 
 def ratio(value: float, unit: float) -> float:
-    """value / unit, and infinite where there is no unit to measure with."""
+    """value / unit; if the unit is 0, 0 for a value of 0 and infinity for others."""
     if unit:
         return value / unit
     return value if value == 0 or math.isnan(value) else math.inf
@@ -207,9 +202,10 @@ def ratio(value: float, unit: float) -> float:
 
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """The model can be run without a trace: no gradients, the same random numbers afterwards, and nothing compiled."""
+    """Runs of the model in the block leave no trace: no gradients, no change of generators, nothing compiled."""
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    # Compiled code does not call hooks that came after it. To import the compiler for nothing would take a second.
+    # Compiled code does not call hooks that were added after compilation. Importing the compiler takes a second, so
+    # this is skipped if nothing has imported it.
     compiled = "torch._dynamo" in sys.modules
     eager: Any = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with torch.no_grad(), torch.random.fork_rng(list(cuda)), eager:
@@ -224,13 +220,13 @@ def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         flat = torch.cat([torch.empty(0, device=device), *(tensors[place].flatten() for place in places)]).cpu()
         parts = flat.split([tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
-            # A clone, for a small part not to keep the whole.
+            # A clone, so that a small part does not keep the whole transfer in memory.
             copies[place] = part.reshape(tensors[place].shape).clone()
     return copies
 
 
 def _stride(count: int) -> int:
-    """A step that takes about `_SAMPLES` of so many numbers, from every channel: it shares no factor with the count."""
+    """A stride that takes about `_SAMPLES` of `count` numbers; coprime to the count, so that it takes every channel."""
     stride = max(count // _SAMPLES, 1)
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -238,7 +234,7 @@ def _stride(count: int) -> int:
 
 
 def _merged(calls: Sequence[tuple[_Call, Tensor]]) -> tuple[float, float, float, float, float]:
-    """Mean, standard deviation, low, high and output's root mean square over the calls of one expansion."""
+    """Mean, standard deviation, low and high of the inputs, and root mean square of the outputs, over all calls."""
     count = np.array([call.count for call, _ in calls], dtype=np.float64)
     mean, variance, low, high, square = np.stack([values.double().numpy() for _, values in calls], axis=1)
     weight = count / count.sum()

@@ -1,4 +1,4 @@
-"""One optimizer step of a run: losses of the micro-batches, gradients over all processes, clipping, AdamW."""
+"""The optimizer step of a run: losses of the micro-batches, gradients over all processes, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ortho_fx.rewriting.optimizer import param_groups
 
 @dataclass(frozen=True)
 class Step:
-    """What a step did: its loss over the global batch, the gradient's norm before clipping, the learning rate.
+    """The result of a step: loss over the global batch, norm of the gradient before clipping, and learning rate.
 
-    `finite` is False for a step that was left out, since its loss or gradient is not finite.
+    `finite` is False if the step was skipped because its loss or gradient is not finite.
     """
 
     loss: float
@@ -34,11 +34,11 @@ class Step:
 class Optimization:
     """Takes the steps of a run.
 
-    Weights and expansions are clipped apart: the gradient of He_8 / 8! is in the hundreds at an outlier, and clipped
-    together with the weights' it would scale those down.
+    Gradients of weights and of expansions are clipped separately. The coefficient of He_8 / 8! has a gradient in the
+    hundreds at an outlier; clipped together, it would scale down the gradients of the weights.
 
     Args:
-        model: the model on its device; what `processes.share` makes of it is trained.
+        model: the model on its device; the result of `processes.share` is trained.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
@@ -50,7 +50,7 @@ class Optimization:
         block = TASKS[config.model].block
         sharded = processes.count > 1 and config.parallel == "fsdp"
         if config.compile and sharded:
-            # Parameters are gathered block by block, so blocks are what can be compiled.
+            # FSDP2 gathers parameters block by block, so only single blocks can be compiled.
             for module in model.modules():
                 if isinstance(module, block):
                     module.compile(backend=backend)
@@ -65,12 +65,12 @@ class Optimization:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
 
     def step(self, step: int, parts: Sequence[Batch]) -> Step:
-        """Takes the step number `step`, the first being 0, on this process' micro-batches of it."""
+        """Takes step number `step` (the first is 0) on this process' micro-batches."""
         config = self.config
         scale = learning_rate_scale(step, self.steps, config.warmup, config.min_lr)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
-        # Dropout depends on where a run is, not on how it came there: nothing of it has to be saved.
+        # Dropout depends on seed, step and rank alone, so a checkpoint needs no state of generators.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, step, self.processes.rank)).generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.processes.device)
@@ -91,12 +91,12 @@ class Optimization:
         return Step(loss_value, norm, self.lr * scale, finite)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses in nats, number of right answers, and number of targets, of a batch in eval mode."""
+        """For a batch in eval mode: sum of the losses in nats, number of right answers, number of targets."""
         with torch.no_grad():
             return self.losses(inputs, targets)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """What the model computes, uncompiled, in the run's precision."""
+        """The output of the uncompiled model in the run's precision."""
         device, dtype = self.processes.device.type, self.config.dtype
         with torch.autocast(device, DTYPES[dtype], enabled=dtype != "float32"):
             return self.shared(inputs)
@@ -107,7 +107,7 @@ class Optimization:
             targets = targets if targets.is_floating_point() else targets.flatten()
             return F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         targets = targets.flatten()
-        # Filler of the last batch has the target -100, which cross_entropy passes over and no answer equals.
+        # Filler in the last batch has the target -100: cross_entropy ignores it, and no answer equals it.
         return torch.stack(
             [
                 F.cross_entropy(logits.float(), targets, reduction="sum"),

@@ -1,7 +1,7 @@
-"""The processes of a training run: one alone, or those that torchrun started, on PyTorch's own process groups.
+"""The processes of a training run: a single one, or a process group of torchrun.
 
-A step is defined on the global batch. Processes and their micro-batches cut its rows into equal parts, and gradients
-are averaged over the parts, so that any number of processes takes the same step up to rounding.
+A step is defined on the global batch. Processes and micro-batches split its rows into equal parts, and gradients are
+averaged over the parts. So any number of processes takes the same step, up to rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ortho_fx.errors import OrthoFxError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`; `rank` 0 is the one that writes and speaks."""
+    """This process among `count`; the process of `rank` 0 writes files and prints."""
 
     rank: int
     count: int
@@ -32,7 +32,7 @@ class Processes:
         """The rows of a global batch of `size` that are this process' micro-batches.
 
         Raises:
-            OrthoFxError: a batch that does not divide into the parts.
+            OrthoFxError: `size` is not a multiple of the number of parts.
         """
         parts = self.count * accumulate
         if size % parts:
@@ -45,7 +45,7 @@ class Processes:
         return [slice(start, start + part) for start in starts]
 
     def share(self, model: nn.Module, block: type[nn.Module], parallel: str) -> nn.Module:
-        """The model as the processes train it: itself, wrapped by DDP, or sharded block by block in place by FSDP2."""
+        """The model that the processes train: itself, wrapped by DDP, or sharded in place by FSDP2, block by block."""
         if self.count == 1:
             return model
         if parallel == "ddp":
@@ -64,17 +64,17 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Returns once every process is here."""
+        """Waits until every process has called it."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, or is the one process that there is; leaves them at the end.
+    """Joins the processes that torchrun started, and leaves them at the end; without torchrun, a single process.
 
     Args:
-        device: "cpu" or "cuda"; of several processes each takes the GPU of its local rank.
+        device: "cpu" or "cuda"; under torchrun each process takes the GPU of its local rank.
     """
     if not dist.is_torchelastic_launched() and not dist.is_initialized():
         yield Processes(0, 1, torch.device(device))
@@ -94,7 +94,7 @@ def join(device: str) -> Iterator[Processes]:
 
 
 def synchronise(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass averages gradients over the processes: only a step's last micro-batch needs to."""
+    """Sets whether the next backward pass averages gradients over the processes; only the last micro-batch needs it."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
     elif isinstance(model, FSDPModule):

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with loss, rate and time left on a terminal, lines of text anywhere else."""
+"""Shows a run's progress: a bar with loss, rate and time left on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Progress:
     """Shows the steps of one run; a context manager around its loop.
 
     Args:
-        title: what is trained.
+        title: the text before the bar.
         steps: the step at which the run ends.
-        unit: what `amount` counts ("tokens", "images").
-        shown: False shows nothing, for the processes beside the one that speaks.
+        unit: the unit of `amount` ("tokens", "images").
+        shown: whether this process prints; only one of a distributed run does.
     """
 
     def __init__(self, title: str, steps: int, unit: str, *, shown: bool = True) -> None:
@@ -49,7 +49,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, step: int, loss: float, amount: int) -> float:
-        """Notes a step that processed `amount`; the rate since the first step, whose time is that of compiling."""
+        """Shows a step that processed `amount` and returns the rate. The first step, which compiles, does not count."""
         now = time.perf_counter()
         if self._clock is None:
             self._clock = now
@@ -61,12 +61,12 @@ class Progress:
         return rate
 
     def pause(self, since: float) -> None:
-        """Leaves the time since that moment, spent on validation or saving, out of the rate."""
+        """Leaves the time from `since` until now, as of a validation, out of the rate."""
         if self._clock is not None:
             self._clock += time.perf_counter() - since
 
     def line(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif self.shown:

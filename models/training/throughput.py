@@ -1,8 +1,8 @@
-"""How much a training step computes, and how much of it a GPU could: model FLOPs utilisation.
+"""FLOPs of a training step and peak FLOPs of a GPU, for the model FLOPs utilisation:
 
     MFU = samples a second x FLOPs of a sample / peak FLOPs of the GPUs
 
-as in Chowdhery et al., "PaLM", 2022, appendix B: FLOPs that the model needs, and not those of recomputing.
+as in Chowdhery et al., "PaLM", 2022, appendix B: only FLOPs that the model needs count, recomputation does not.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.func import functional_call
 
 from ortho_fx import trees
 
-# Dense FLOPs a second by the vendors' data sheets, for half precision that accumulates in float32, for float32 on
-# tensor cores (TF32) and for float32 without; the first pattern that a device's name has is taken.
+# Dense FLOPs a second by the vendors' data sheets: half precision accumulated in float32, float32 on tensor cores
+# (TF32), and float32 without them. The first pattern that matches a device's name counts.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     (r"GB200", 2500e12, 1250e12, 80e12),
     (r"B200", 2250e12, 1125e12, 75e12),
@@ -41,18 +41,18 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     (r"V100", 125e12, 15.7e12, 15.7e12),
     (r"T4", 65e12, 8.1e12, 8.1e12),
 )
-# Without bfloat16 in their tensor cores.
+# GPUs whose tensor cores have no bfloat16.
 _NO_BFLOAT16 = r"V100|T4"
 
 
 def training_flops(model: nn.Module, inputs: Tensor) -> float:
     """FLOPs of forward and backward pass for one sample: of matrix products, convolutions and attention.
 
-    Counted on the meta device, which holds no numbers: the model is left alone, and nothing of its size is allocated.
-    A causal attention counts in full, as is usual. What works element by element counts nothing, as the expansions do.
+    They are counted on the meta device: the model is untouched, and no memory of its size is allocated. Causal
+    attention counts in full, as is usual. Elementwise operations, and so the expansions, count nothing.
 
     Args:
-        model: the model before it is sharded, called with one tensor; its parameters that need gradients get them.
+        model: the model before it is sharded, called with one tensor. `requires_grad` decides which gradients count.
         inputs: a batch, for its shape and dtype.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,10 +63,10 @@ def training_flops(model: nn.Module, inputs: Tensor) -> float:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     batch = torch.empty_like(inputs, device="meta")
-    # The other kernels of attention compute its scores a second time in the backward pass.
     formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
     with (
         FlopCounterMode(display=False, custom_mapping=formulas) as counter,
+        # Other kernels of attention compute its scores again in the backward pass, which is recomputation.
         sdpa_kernel(SDPBackend.MATH),
         torch.enable_grad(),
     ):
@@ -79,10 +79,10 @@ def training_flops(model: nn.Module, inputs: Tensor) -> float:
 def _convolution_backward(
     gradient: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
 ) -> int:
-    """FLOPs of a convolution's gradients from the shapes of what it gets: each takes as many as the convolution.
+    """FLOPs of a convolution's gradients, from the shapes of the arguments; each takes as many as the convolution.
 
-    PyTorch's own formula takes no notice of groups in the weight's gradient: for a depthwise convolution it counts as
-    often too many as there are channels.
+    PyTorch's own formula ignores groups in the weight's gradient. For a depthwise convolution its count is too high by
+    a factor of the number of channels.
     """
     transposed, wanted = others[4], others[-1]
     places = inputs[2:] if transposed else gradient[2:]
@@ -90,9 +90,9 @@ def _convolution_backward(
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
-    """Dense FLOPs a second that a device's maker states for matrix products of a dtype; None where we know none.
+    """Dense FLOPs a second for matrix products of a dtype, as the vendor states them; None for an unknown device.
 
-    float32 is that of TF32 where `torch.set_float32_matmul_precision` allows it.
+    For float32 they are those of TF32 if `torch.set_float32_matmul_precision` allows it.
     """
     device = torch.device(device)
     if device.type != "cuda":

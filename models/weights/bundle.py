@@ -1,9 +1,10 @@
-"""Weights as safetensors files that say which model they are of: saved from a model, and made into one again.
+"""Saves weights as safetensors files that describe their model, and makes the model again from such a file.
 
-The metadata of a file has "format": "pt", by which other programs know it, and under "ortho_fx" a JSON object: version,
-model, size (the preset of that shape, if one has it), config (the fields of the model's config), expansions (config by
-site), channels (number and dimension of the channels, by site, where an expansion is one a channel or group),
-parameters, and a description by whoever saved it. Tensors have the names of `state_dict`; a tied one is stored once.
+The metadata of a file has "format": "pt", which other programs expect, and under "ortho_fx" a JSON object: version,
+model, size (the preset of that shape, if there is one), config (the fields of the model's config), expansions (config
+by site), channels (number and dimension of the channels, by site, if an expansion differs by channel or group),
+parameters (their number), and a description that the caller gave. Tensors have the names of `state_dict`; a tied one is
+stored once.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from ortho_fx.passes.vocabulary.targets import choose_targets
 
 VERSION = 1
 ModelConfig = GPT2Config | ConvNeXtConfig
-# Fields of a model's config that say how it trains or starts, not what it computes.
+# Fields of a model's config for its training or its initialisation; they do not change what it computes.
 _TRAINING = ("dropout", "drop_path", "layer_scale")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model; `tied` maps the names of parameters that are the same as another to that one."""
+    """A kind of model; `tied` maps the name of a tied parameter to the name under which it is stored."""
 
     model: type[nn.Module]
     config: Callable[..., ModelConfig]
@@ -56,7 +57,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class SiteExpansion:
-    """The expansion of one site, with the number and the dimension of its channels where it has one for each."""
+    """The expansion of one site; with the number and the dimension of channels if it differs by channel or group."""
 
     config: ExpansionConfig
     channels: int | None = None
@@ -74,14 +75,14 @@ class Weights:
     description: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The model with these tensors, of whatever dtype they have, on the CPU and in train mode.
+        """The model with these tensors, in their own dtypes, on the CPU and in train mode.
 
         Raises:
-            OrthoFxError: expansions where the model has no activation, or tensors that are missing, surplus or of
+            OrthoFxError: an expansion at a name that is no activation, or tensors that are missing, surplus or of
                 another shape.
         """
         kind = KINDS[self.kind]
-        # On the meta device there is nothing to allocate or to initialise before the tensors take their places.
+        # The meta device allocates and initialises nothing; the tensors then become the parameters.
         with torch.device("meta"):
             model = kind.model(self.config)
         _place_expansions(model, self.expansions)
@@ -99,14 +100,14 @@ def save_weights(
 
     Args:
         model: the model itself, outside of any wrapper.
-        path: the file; what it held before is replaced in one step, or stays.
-        description: what to keep beside the weights: anything that JSON can hold.
-        state: the tensors by name, where they are not the model's own: a sharded model's full state dict, or an
-            average over steps. A tied parameter may be in it twice or once.
+        path: the file; an earlier one is replaced as a whole or stays.
+        description: values to store with the weights: anything that JSON can hold.
+        state: the tensors by name, if they are not the model's own: a sharded model's full state dict, or an average
+            over steps. A tied parameter may be in it once or twice.
 
     Raises:
-        OrthoFxError: another model, one with frozen expansions or with sharded parameters, a state that does not fit,
-            a description that is not JSON, or a disk that cannot be written.
+        OrthoFxError: a model of another kind, frozen expansions, sharded parameters, a state that does not fit, a
+            description that is not JSON, or a disk that cannot be written.
     """
     name = kind_of(model)
     kind, state = KINDS[name], dict(model.state_dict() if state is None else state)
@@ -132,7 +133,7 @@ def load_model(path: str | Path) -> nn.Module:
     """The model that `save_weights` wrote, with its expansions, on the CPU and in train mode.
 
     Raises:
-        OrthoFxError: a file that is no such model, or of another version, or damaged.
+        OrthoFxError: a file without such a model, of another version, or damaged.
     """
     weights = read_weights(Path(path))
     with errors_naming(Path(path)):
@@ -143,7 +144,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copies the weights that `save_weights` wrote into a model of the same shape with the same expansions.
 
     Raises:
-        OrthoFxError: a file that is no such model, or another model's; the model is then as it was.
+        OrthoFxError: a file without such a model, or with another model; `model` is then unchanged.
     """
     weights, name = read_weights(Path(path)), kind_of(model)
     kind, theirs = KINDS[name], {"model": weights.kind, **asdict(weights.config)}
@@ -162,21 +163,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: Path) -> Weights:
-    """What a file of `save_weights` holds.
+    """The content of a file that `save_weights` wrote.
 
     Raises:
-        OrthoFxError: no safetensors file, one without our description, or of another version, or damaged.
+        OrthoFxError: no safetensors file, or one without our description, of another version, or damaged.
     """
-    tensors, metadata = read_safetensors(path)
+    file = read_safetensors(path)
     with errors_naming(path):
-        return described(tensors, metadata)
+        return described(file.tensors, file.metadata)
 
 
 def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Weights:
-    """Tensors with the model that the metadata of their file tell.
+    """The tensors together with the model that the metadata of their file describe.
 
     Raises:
-        OrthoFxError: metadata that describe no model, or one of another version, or are damaged.
+        OrthoFxError: metadata that describe no model, are of another version, or are damaged.
     """
     if "ortho_fx" not in metadata:
         raise OrthoFxError(
@@ -205,7 +206,7 @@ def kind_of(model: nn.Module) -> str:
     """The name of the model's kind.
 
     Raises:
-        OrthoFxError: a model that is none of ours.
+        OrthoFxError: the model is not one of ours.
     """
     for name, kind in KINDS.items():
         if isinstance(model, kind.model):
@@ -214,7 +215,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 def fitting(model: nn.Module, kind: Kind, state: Mapping[str, Tensor]) -> None:
-    """Raises an `OrthoFxError` unless these are the names and shapes of the model; tied copies may be left out."""
+    """Raises an `OrthoFxError` unless names and shapes are those of the model; tied copies may be missing."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = {
@@ -232,7 +233,7 @@ def fitting(model: nn.Module, kind: Kind, state: Mapping[str, Tensor]) -> None:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """The first three of them, and dots for the others."""
+    """The first three names, and dots for the others."""
     names = list(names)
     return ", ".join((*names[:3], *(["..."] if len(names) > 3 else [])))
 
@@ -242,7 +243,7 @@ def _copies(kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _place_expansions(model: nn.Module, expansions: Mapping[str, SiteExpansion]) -> None:
-    """Puts expansions without values at these sites, as `rewrite_` would, which has to run the model for channels."""
+    """Places expansions without values at these sites. Unlike `rewrite_`, it need not run the model."""
     sites = {occurrence.site.name: occurrence for occurrence in find_occurrences(model, choose_targets(None))}
     for name, expansion in expansions.items():
         if name not in sites:
@@ -285,7 +286,7 @@ def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> st
 
 
 def _size_of(name: str, config: Mapping[str, Any]) -> str | None:
-    """The preset that has the same fields, but for those of training."""
+    """The preset with the same fields, except those in `_TRAINING`."""
     for size, preset in KINDS[name].presets.items():
         if all(config[key] == value for key, value in asdict(preset).items() if key not in _TRAINING):
             return size
@@ -293,7 +294,7 @@ def _size_of(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _system_error(error: Exception) -> OSError:
-    """The system's error that safetensors met, which it tells only in words."""
+    """The OSError behind an error of safetensors, whose text alone holds its number."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     if number is None:
         return OSError(errno.EIO, str(error))

@@ -1,6 +1,6 @@
-"""A file with the expansions of a model and what came into them, small enough to keep for every run.
+"""A file with the expansions of a model and statistics of their inputs, small enough to keep for every run.
 
-A safetensors file: the tensors are the parameters and buffers by their qualified names, and the metadata holds the
+It is a safetensors file. The tensors are the parameters and buffers by their qualified names. The metadata holds the
 step and, as JSON for each site, its `ExpansionConfig`, the function that it replaced and its inputs' statistics.
 """
 
@@ -29,13 +29,13 @@ _FORMAT, _VERSION = "ortho_fx expansions", "1"
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """What came into one expansion at a measurement.
+    """Statistics of one expansion's inputs at a measurement.
 
     Attributes:
         mean, std, low, high: mean, standard deviation (of the population), smallest and largest of all inputs.
-        counts: how many of a sample of the inputs fell into each of the equal bins of `interval`.
-        interval: where nearly all of the sample lies; its outliers are in no bin.
-        samples: the size of the sample.
+        counts: histogram of a sample of the inputs, in equal bins of `interval`.
+        interval: an interval with nearly all of the sample; outliers are in no bin.
+        samples: size of the sample, with the outliers.
     """
 
     mean: float
@@ -48,19 +48,19 @@ class SiteInputs:
 
     @property
     def edges(self) -> Array:
-        """The edges of the bins: one more than `counts` has numbers."""
+        """The edges of the bins: one more than there are bins."""
         return np.linspace(*self.interval, len(self.counts) + 1)
 
     @property
     def density(self) -> Array:
-        """The share of the inputs in each bin, by the bin's width."""
+        """The share of the sample in each bin, divided by the bin's width."""
         low, high = self.interval
         return np.array(self.counts) * len(self.counts) / (high - low) / self.samples
 
 
 @dataclass(frozen=True)
 class SavedExpansion:
-    """One expansion of a file, on the CPU, and its inputs; these are None where no measurement reached it."""
+    """One expansion of a file, on the CPU, and statistics of its inputs; these are None if it was never measured."""
 
     activation: ExpansionActivation
     inputs: SiteInputs | None
@@ -81,14 +81,14 @@ def write_expansions(
     tensors: Mapping[str, Mapping[str, Tensor]],
     inputs: Mapping[str, SiteInputs],
 ) -> None:
-    """Writes a file, which is replaced as a whole or not at all.
+    """Writes a file; an earlier one is replaced as a whole or stays.
 
     Args:
-        path: where to.
-        step: the step that the tensors are of.
-        activations: the expansions by name, for what does not change in training.
-        tensors: parameters and buffers of each, whole and on the CPU.
-        inputs: what came into those that were measured.
+        path: the file.
+        step: the step to which the tensors belong.
+        activations: the expansions by name, for their configs, channels and references.
+        tensors: parameters and buffers of each, unsharded and on the CPU.
+        inputs: statistics of the inputs of the expansions that were measured.
 
     Raises:
         OrthoFxError: a disk that is full or cannot be written, or no safetensors.
@@ -102,13 +102,14 @@ def write_expansions(
 
 
 def load_expansions(path: str | Path) -> SavedExpansions:
-    """The expansions of a file that a run wrote, as modules on the CPU that compute what they did then.
+    """The expansions of a file that a run wrote, as modules on the CPU.
 
     Raises:
-        OrthoFxError: no such file, one that is damaged or of something else, or no safetensors.
+        OrthoFxError: no such file, a damaged one, one of another format or version, or no safetensors.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
+    file = read_safetensors(path)
+    metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise OrthoFxError(f"{path} is not a file of expansions: its format is {metadata.get('format')!r}")
     if metadata.get("version") != _VERSION:
@@ -116,7 +117,7 @@ def load_expansions(path: str | Path) -> SavedExpansions:
     try:
         with errors_naming(path):
             sites = json.loads(metadata["sites"])
-            rebuilt = {name: _rebuilt(name, described, tensors) for name, described in sites.items()}
+            rebuilt = {name: _rebuilt(name, described, file.tensors) for name, described in sites.items()}
             return SavedExpansions(int(metadata["step"]), rebuilt)
     except OrthoFxError:
         raise
@@ -140,7 +141,7 @@ def _rebuilt(name: str, described: Mapping[str, Any], tensors: Mapping[str, Tens
     settings = {key: described[key] for key in ("channels", "channel_dim")}
     own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     dtype = next(iter(own.values())).dtype
-    # The values are in the file: none is to be fitted for the function that stood there before.
+    # "stable" avoids a needless fit, since the values come from the file.
     activation = make_activation(replace(config, init="stable"), dtype=dtype, **settings)
     activation.load_state_dict({key: own[key] for key in activation.state_dict()})
     activation.config = config
@@ -154,12 +155,12 @@ def _rebuilt(name: str, described: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def _reference(described: list[Any] | None) -> Reference | None:
-    # "self_gated" evaluates a formula, and a file may come from anyone.
+    # "self_gated" evaluates a formula, and a file may come from anyone, so it is not restored.
     if described is None or described[0] not in BY_NAME or described[0] == "self_gated":
         return None
     return Reference(described[0], tuple(described[1].items()))
 
 
-def _writable(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def _writable(value: object) -> object:
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

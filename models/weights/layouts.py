@@ -1,9 +1,9 @@
-"""Loads what others save: GPT-2 in the layout of transformers, ConvNeXt in those of timm and of its authors, and ours.
+"""Loads weights of other libraries, and ours: GPT-2 of transformers, and ConvNeXt of timm and of its authors.
 
-A layout is known by its names. Each has a table from its names to ours, in which N and M stand for numbers; the config
-of the model follows from the shapes. What the tables do not name is an error, so that no weight is lost in silence.
-Both models compute what those do: GPT-2 with tanh-GELU and an epsilon of 1e-5 in its norms, ConvNeXt with exact GELU,
-1e-6, and a head that pools, normalises and classifies.
+A layout is recognised by its names. Each has a table from its names to ours, in which N and M stand for numbers; the
+config of the model follows from the shapes. A name that is not in the table is an error, so that no weight is lost
+silently. Our models compute the same as the originals: GPT-2 with tanh-GELU and an epsilon of 1e-5 in its norms,
+ConvNeXt with exact GELU, an epsilon of 1e-6, and a head that pools, normalises and classifies.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import gpt2
 from ortho_fx.models.convnext import ConvNeXtConfig
-from ortho_fx.models.files import errors_naming, files_of, read_json, read_tensors
+from ortho_fx.models.files import TensorFile, errors_naming, files_of, read_json, read_tensors
 from ortho_fx.models.gpt2 import GPT2Config
 from ortho_fx.models.weights.bundle import ModelConfig, SiteExpansion, Weights, described, shortened
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that was loaded: its kind ("gpt2" or "convnext"), and what about it is not as the file has it."""
+    """A loaded model and its kind ("gpt2" or "convnext"); `notes` say how it differs from the file."""
 
     kind: str
     model: nn.Module
@@ -39,7 +39,11 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Names of a library: one by which it is known, all of them with ours (None: ours already), those to leave out."""
+    """The names of one library.
+
+    `known_by` is a name that only this layout has. `names` maps its names to ours; None means that they are ours.
+    `left_out` are names of tensors to ignore.
+    """
 
     title: str
     kind: str
@@ -106,10 +110,10 @@ _LAYOUTS = (
         },
     ),
 )
-# In our stages the blocks stand behind two layers of entry.
+# Each of our stages begins with two entry layers; its blocks follow them.
 _ENTRY = 2
 _HALF = (torch.float16, torch.bfloat16)
-# What a config.json may say of a GPT-2 that ours computes; where it says nothing, it means the first.
+# Values in config.json with which our GPT-2 computes the same as transformers'. A missing key means the first value.
 _GPT2_FACTS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -129,24 +133,24 @@ def load_pretrained(
     dropout: float | None = None,
     drop_path: float | None = None,
 ) -> Pretrained:
-    """The model that a file or folder holds, on the CPU, in train mode and in float32 unless it has float64 weights.
+    """The model in a file or folder, on the CPU, in train mode and in float32, or in float64 if its weights are.
 
-    Models of other libraries have their GELU; those that `save_weights` wrote come with their expansions.
+    Models of other libraries have their GELU; those that `save_weights` wrote have their expansions.
 
     Args:
-        path: a run's directory, a file of `save_weights`, a folder of transformers (config.json beside
-            model.safetensors, pytorch_model.bin, or either in parts with an index), or a state dict of ours, of
-            transformers' GPT-2 or of a ConvNeXt, in a .safetensors, .bin, .pth or .pt file, as it is or under "model"
-            or "state_dict".
-        kind: "gpt2" or "convnext", what it has to be; None for either.
-        classes: classes that a ConvNeXt has to tell apart; where it has another number, its head is initialised anew.
-        channels: channels that a ConvNeXt has to take; another number is an error.
-        context: tokens that a GPT-2 has to take at once; it keeps as many of its positions, and fewer are an error.
-        dropout, drop_path: what the model trains with, where it has such a thing (None: as the file says, or 0).
+        path: a run's directory; a file of `save_weights`; a folder of transformers (config.json beside
+            model.safetensors or pytorch_model.bin, either of them whole or in parts with an index); or a .safetensors,
+            .bin, .pth or .pt file with a state dict of our models, of transformers' GPT-2 or of a ConvNeXt, at the top
+            or under "model" or "state_dict".
+        kind: "gpt2" or "convnext", the kind that the model must have; None for either.
+        classes: number of classes that a ConvNeXt must have; if it has another number, its head is initialised anew.
+        channels: number of channels that a ConvNeXt must take; another number is an error.
+        context: number of tokens that a GPT-2 must take at once; further positions are dropped, fewer are an error.
+        dropout, drop_path: for training, if the model has it (None: as in the file, or 0).
 
     Raises:
         OrthoFxError: a file that cannot be read, names of no known layout, tensors that fit none of our models, a
-            config.json of a model that ours does not compute, or settings that the model cannot meet.
+            config.json of a model that ours cannot compute, or settings that the model cannot meet.
     """
     path = Path(path)
     read = [read_tensors(file) for file in files_of(path)]
@@ -159,36 +163,34 @@ def load_pretrained(
         return Pretrained(weights.kind, weights.build(), (*notes, *adapted))
 
 
-def convert(
-    state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
-) -> tuple[str, ModelConfig, dict[str, Tensor]]:
-    """A state dict of any known layout as one of ours: the kind of model, its config, and the tensors by our names.
+def convert(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> Weights:
+    """Converts a state dict of any known layout to ours.
 
     Args:
-        state: the tensors by name. Those of a rewritten model keep their expansions, which `expansions_of` reads.
-        settings: the config.json of a GPT-2 of transformers, which alone knows the number of its heads. Without, it is
-            that of the preset with as many layers of that width, or a head for each 64 of the width.
+        state: the tensors by name, those of a rewritten model with the parameters of its expansions.
+        settings: the config.json of transformers' GPT-2, which alone states the number of heads. Without it, the number
+            is that of the preset with this number of layers and width, else width / 64.
 
     Raises:
-        OrthoFxError: names of no layout, or beside those of a layout, a head that is not tied, shapes that no config
-            has, or settings of a model that ours does not compute.
+        OrthoFxError: names of no known layout, names that the layout does not have, a head that is not tied, shapes
+            that no config has, or settings of a model that ours cannot compute.
     """
     layout, state = _recognised(state)
     if layout.names is not None:
         state = _renamed(layout, state)
     tensors = dict(state)
     if layout.kind == "convnext":
-        return "convnext", _convnext_config(tensors), tensors
+        return Weights("convnext", _convnext_config(tensors), expansions_of(tensors), tensors)
     head = tensors.pop("head.weight", None)
     if head is not None and not torch.equal(head, _of_rank(tensors, "tokens.weight", 2)):
         raise OrthoFxError("the head is not tied: it differs from the embedding of the tokens, which GPT-2 has for it")
-    return "gpt2", _gpt2_config(tensors, settings), tensors
+    return Weights("gpt2", _gpt2_config(tensors, settings), expansions_of(tensors), tensors)
 
 
 def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
-    """The expansions whose parameters a state dict of ours holds, by site, as far as names and shapes tell.
+    """The expansions in a state dict of ours, by site, inferred from names and shapes.
 
-    What they do not tell is how an expansion started: init is "stable", and a clamp half the width between its bounds.
+    Their initialisation cannot be inferred: init is "stable", and clamp is half the distance between the bounds.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -197,7 +199,7 @@ def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
     expansions = {}
     for site, parameters in found.items():
         config = _expansion_config(parameters)
-        # The layer before an activation is its neighbour in both models.
+        # In both models the layer before an activation is its sibling `expand`, whose width is the number of channels.
         before = state.get(f"{site.rpartition('.')[0]}.expand.weight")
         if config is not None and before is not None:
             expansions[site] = _one_a_group(config, parameters, before.shape[0])
@@ -205,7 +207,7 @@ def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
 
 
 def _expansion_config(parameters: Mapping[str, Tensor]) -> ExpansionConfig | None:
-    """The config of a layer's expansion with parameters of these names and lengths; None where there is none."""
+    """The config of an expansion with parameters of these names and lengths, for granularity "layer"; None if none."""
     lengths = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in parameters.items()}
     bounded = lengths.pop("bounds", None)
     clamp = float(parameters["bounds"].diff()) / 2 if bounded == 2 else None
@@ -232,7 +234,7 @@ def _one_a_group(config: ExpansionConfig, parameters: Mapping[str, Tensor], chan
 
 
 def _recognised(state: Mapping[str, Tensor]) -> tuple[_Layout, Mapping[str, Tensor]]:
-    """The layout of these names, and the tensors without its prefix."""
+    """The layout to which these names belong, and the tensors without its prefix."""
     for layout in _LAYOUTS:
         plain = {name.removeprefix(layout.prefix): tensor for name, tensor in state.items()}
         if any(_pattern(layout.known_by).fullmatch(name) for name in plain):
@@ -297,7 +299,7 @@ def _stated_heads(settings: Mapping[str, Any], width: int) -> int:
     for name, allowed in _GPT2_FACTS.items():
         if settings.get(name, allowed[0]) not in allowed:
             raise OrthoFxError(f"config.json has {name} {settings[name]!r}, and ortho-fx' GPT-2 has {allowed[0]!r}")
-    heads = settings.get("n_head", 12)  # what transformers takes where it is not said
+    heads = settings.get("n_head", 12)  # the default of transformers
     if settings.get("n_embd", width) != width or not isinstance(heads, int) or heads < 1 or width % heads:
         raise OrthoFxError(
             f"config.json has n_embd {settings.get('n_embd')!r} and n_head {heads!r}, which do not fit the tensors' "
@@ -307,7 +309,7 @@ def _stated_heads(settings: Mapping[str, Any], width: int) -> int:
 
 
 def _heads(layers: int, width: int) -> tuple[int, str]:
-    """The number of heads of a GPT-2 that does not tell it, and where that is from."""
+    """A guess of the number of heads of a GPT-2 whose file does not state it, and the reason for the guess."""
     for size, preset in gpt2.PRESETS.items():
         if (preset.layers, preset.width) == (layers, width):
             return preset.heads, f"as in {size}"
@@ -320,7 +322,7 @@ def _heads(layers: int, width: int) -> tuple[int, str]:
 
 
 def _of_rank(state: Mapping[str, Tensor], name: str, rank: int) -> Tensor:
-    """The tensor of that name; an error where there is none with so many dimensions."""
+    """The tensor of that name; an error unless it exists and has `rank` dimensions."""
     if name not in state or state[name].dim() != rank:
         came = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
         raise OrthoFxError(f"what becomes {name}, of {rank} dimensions, is {came}")
@@ -330,7 +332,7 @@ def _of_rank(state: Mapping[str, Tensor], name: str, rank: int) -> Tensor:
 def _adapted(
     weights: Weights, classes: int | None, channels: int | None, context: int | None
 ) -> tuple[Weights, tuple[str, ...]]:
-    """The weights for other data than they were trained on, and what that changed."""
+    """The weights adapted to other data, and notes on the changes."""
     config, state = weights.config, dict(weights.state)
     asked = {"convnext": {"classes": classes, "channels": channels}, "gpt2": {"context": context}}
     for kind, settings in asked.items():
@@ -363,19 +365,17 @@ def _regularised(config: ModelConfig, dropout: float | None, drop_path: float | 
     return config if drop_path is None else replace(config, drop_path=drop_path)
 
 
-def _weights(
-    path: Path, read: Sequence[tuple[Mapping[str, Tensor], Mapping[str, str]]]
-) -> tuple[Weights, tuple[str, ...]]:
-    """What the files of a path hold, in float32 or float64, and what had to be decided for that."""
+def _weights(path: Path, read: Sequence[TensorFile]) -> tuple[Weights, tuple[str, ...]]:
+    """The weights in the files of a path, in float32 or float64, and notes on guesses and conversions."""
     notes = []
-    tensors = {name: tensor for state, _ in read for name, tensor in state.items()}
-    own = next((metadata for _, metadata in read if "ortho_fx" in metadata), None)
+    tensors = {name: tensor for file in read for name, tensor in file.tensors.items()}
+    own = next((file.metadata for file in read if "ortho_fx" in file.metadata), None)
     if own is not None:
         weights = described(tensors, own)
     else:
         settings = _settings(path)
-        kind, config, tensors = convert(tensors, settings)
-        weights = Weights(kind, config, expansions_of(tensors), tensors)
+        weights = convert(tensors, settings)
+        config = weights.config
         if isinstance(config, GPT2Config) and settings is None:
             source = _heads(config.layers, config.width)[1]
             notes.append(f"the file does not tell its number of heads, which is taken to be {config.heads}, {source}")
@@ -388,7 +388,7 @@ def _weights(
 
 
 def _settings(path: Path) -> dict[str, Any] | None:
-    """The config.json of a GPT-2 in a folder, or beside a file; None where there is none, or it is of another model."""
+    """The config.json of a GPT-2 in a folder or beside a file; None if it is missing or of another model."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     settings = read_json(file) if file.is_file() else {}
     return settings if settings.get("model_type") == "gpt2" else None

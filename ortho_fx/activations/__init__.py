@@ -1,4 +1,4 @@
-"""Activation modules: learnable, frozen; their gains, their fits, and the files of torchortho."""
+"""Activation modules, learnable and frozen, with their gains, fits, and conversion from torchortho's files."""
 
 from ortho_fx.activations.expansion import (
     CLASSES,

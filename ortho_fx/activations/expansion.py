@@ -1,52 +1,61 @@
-"""Activation modules: drop-in replacements for nn.GELU and its like, with learnable coefficients."""
+"""Activation modules with learnable coefficients: drop-in replacements for nn.GELU and similar modules."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import Any, ClassVar, NoReturn, Protocol
+from dataclasses import replace
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ortho_fx.activations import torchortho
+from ortho_fx import torch_private
+from ortho_fx.activations import nested, originals, shards, torchortho
+from ortho_fx.activations.channels import channel_dim_of
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
 from ortho_fx.config import ExpansionConfig
-from ortho_fx.errors import OrthoFxError
+from ortho_fx.errors import OperandError, OrthoFxError
 from ortho_fx.numerics.fit import FittedExpansion, fit_expansion
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.numerics.initialisation import initial_parameters
 from ortho_fx.numerics.moments import Values
+from ortho_fx.operands import check_operands
 from ortho_fx.operators import expand
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
-from ortho_fx.sharded import whole
+from ortho_fx.sharded import clamped, is_distributed, whole
 
 
 class ExpansionActivation(LearnableExpansion):
-    """An elementwise activation y(x) that is learned as an expansion in a basis; the common part of all of them.
+    """The base class of learnable activations: an elementwise function y(x), learned as an expansion in a basis.
 
-    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters have the basis' names and
-    the shape (size,), or (size, groups) where `granularity` asks for one expansion a channel or group.
+    The subclasses state the formula of y, one for each basis.
+
+    Shape: input `(*)` of any floating dtype, output `(*)` of the same dtype. The parameters are those of the basis, of
+    shape (size,), or (size, groups) if `granularity` asks for one expansion per channel or group.
 
     Rounding: half-precision inputs are computed in float32 and the result is rounded once, by at most 4e-3 of it in
-    bfloat16 and 5e-4 in float16; there a result beyond +-65504 becomes +-65504, while a gradient that large is inf,
-    which gradient scalers look for. Nothing else saturates unless `clamp=` says so. The classes state the errors of
-    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as benchmarks/accuracy.py measures
-    them.
+    bfloat16 and 5e-4 in float16. In float16 a result beyond +-65504 becomes +-65504. A gradient that large becomes inf,
+    which gradient scalers look for. Nothing else saturates unless `clamp=` is set. The subclasses state the errors of
+    float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as measured by benchmarks/accuracy.py.
 
     Args:
         degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
         channels: number of channels, for a granularity other than "layer".
-        channel_dim: their dimension. When omitted, that of dimensions 1 and -1 which has this size; where both have,
-            dimension 1 of inputs of four and more dimensions, and -1 of others.
-        reference: the function that init="fit" fits: any elementwise one that autograd differentiates.
+        channel_dim: the dimension of the channels. When omitted, it is dimension 1 or -1, whichever has `channels`
+            elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
+        reference: the function that init="fit" fits: any elementwise function that autograd differentiates.
+        device, dtype: of the parameters, as in `torch.nn` modules.
 
     Raises:
         OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
             another number of channels.
+        OperandError: at the call, parameters on another device than the input, of a storage dtype such as float8, or
+            sharded while the input is not; under tensor parallelism, a plan without `ExpansionParallel`.
+
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
     basis: ClassVar[Basis]
@@ -70,7 +79,7 @@ class ExpansionActivation(LearnableExpansion):
         self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
         if init == "fit" and reference is None:
             raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
-        # In a tuple, for a module to be no submodule: its parameters, if it had any, are not the expansion's.
+        # In a tuple, so that a module does not become a submodule: its parameters are not the expansion's.
         self._reference = (reference,)
         groups = self.config.groups(channels)
         self.channels = None if groups is None else channels
@@ -88,19 +97,19 @@ class ExpansionActivation(LearnableExpansion):
 
     @property
     def reference(self) -> Callable[[Tensor], Tensor] | None:
-        """The function that it took the place of, as far as it is known."""
+        """The function that the expansion replaces or fits; None if it is unknown."""
         return self._reference[0]
 
     def reset_parameters(self, inputs: Histogram | None = None) -> None:
-        """Sets every parameter to its initial value, as `config.init` says.
+        """Sets every parameter to its initial value, chosen by `config.init`.
 
         Args:
-            inputs: the distribution of the inputs to start for; N(0, 1) when omitted.
+            inputs: the distribution of inputs for which the expansion is initialised; N(0, 1) when omitted.
         """
         self.set_parameters(self.initial_values(inputs)[0])
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
-        """What `reset_parameters` sets, by name, and the fit that it comes from where `config.init` asks for one."""
+        """The values that `reset_parameters` sets, by name, and the fit that gave them; None unless init is "fit"."""
         mean, std = (0.0, 1.0) if inputs is None else (inputs.mean, inputs.std)
         fitted = None
         if self.config.init == "fit":
@@ -114,21 +123,18 @@ class ExpansionActivation(LearnableExpansion):
         return values, fitted
 
     def set_parameters(self, values: Values) -> None:
-        """Copies these values, arrays by name, into the parameters and buffers of every group."""
-        with torch.no_grad():
-            for name, value in values.items():
-                parameter = getattr(self, name)
-                start = torch.from_numpy(np.asarray(value)).to(parameter.device, parameter.dtype)
-                if parameter.dim() > start.dim():
-                    start = start.unsqueeze(1).expand(parameter.shape)
-                if hasattr(parameter, "device_mesh"):  # a DTensor: FSDP has sharded it
-                    from torch.distributed.tensor import distribute_tensor
+        """Copies these values (arrays by name) into the parameters and buffers, the same for every group.
 
-                    start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.copy_(start)
+        Raises:
+            OrthoFxError: a parametrization that cannot be inverted, or a parameter that is computed from others.
+        """
+        try:
+            originals.write(self, values)
+        except OrthoFxError as error:
+            raise OrthoFxError(f"{self.called}: {error}") from None
 
     def distinct_values(self) -> tuple[list[Values], list[int]]:
-        """The parameters in float64, once for each set of them that some group has, and how many groups have it."""
+        """The distinct parameter sets of the groups, in float64, and how many groups have each set."""
         tensors = {parameter.name: whole(getattr(self, parameter.name)) for parameter in self.basis.parameters}
         stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
         columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
@@ -137,16 +143,37 @@ class ExpansionActivation(LearnableExpansion):
         sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
         return sets, [int(count) for count in counts]
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """y(x). `inplace` is taken from callers of the functions that it stands for, and never done."""
-        # torch.fx.symbolic_trace passes a Proxy, which knows neither dtype nor shape.
-        if not isinstance(x, fx.Proxy) and not x.is_floating_point():
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
+        """y(x). Callers of the replaced function may pass the input under any name.
+
+        They may also pass `inplace`; it has no effect.
+        """
+        operands = {parameter.name: getattr(self, parameter.name) for parameter in self.basis.parameters}
+        # torch.fx.symbolic_trace passes Proxies, which know neither dtype nor shape.
+        if isinstance(x, fx.Proxy) or any(isinstance(operand, fx.Proxy) for operand in operands.values()):
+            assert x is not None
+            return self.expand(x, operands, 1 if self.channels is None else channel_dim_of(self, x))
+        x = one_input(self, x, named)
+        if not x.is_floating_point():
             raise OrthoFxError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
-        dim = 1 if self.channels is None else channel_dim_of(self, x)
-        if self.bounds is not None:
-            x = x.clamp(self.bounds[0], self.bounds[1])
-        parameters = (getattr(self, parameter.name) for parameter in self.basis.parameters)
-        return expand(self.basis, x, *parameters, channel_dim=dim)
+        if self.input_layouts is not None or is_distributed(x):
+            return shards.expand_shards(self, x, operands)
+        check_operands(self.called, x, operands if self.bounds is None else {**operands, "bounds": self.bounds})
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
+            neighbour = self._parallel_neighbour()
+            if neighbour:
+                raise OperandError(shards.undeclared(self.called, neighbour))
+        if x.is_nested:
+            return nested.expand_parts(self, x, operands)
+        return self.expand(x, operands, 1 if self.channels is None else channel_dim_of(self, x))
+
+    def expand(self, x: Tensor, operands: Mapping[str, Tensor], dim: int) -> Tensor:
+        """y(x) with these parameters, by name, and the channels in this dimension."""
+        return expand(self.basis, clamped(x, self.bounds), *operands.values(), channel_dim=dim)
+
+    @torch_private.constant_in_a_trace
+    def _parallel_neighbour(self) -> str:
+        return shards.parallel_neighbour(self)
 
     def _load_from_state_dict(
         self,
@@ -181,37 +208,32 @@ class ExpansionActivation(LearnableExpansion):
         return shown
 
 
+def one_input(module: nn.Module, x: Tensor | None, named: Mapping[str, Tensor]) -> Tensor:
+    """The input of a call that may have passed it under any name.
+
+    Raises:
+        OrthoFxError: no input, or more than one.
+    """
+    if x is None and len(named) == 1:
+        (x,), named = named.values(), {}
+    if x is not None and not named:
+        if not isinstance(x, Tensor):
+            raise OrthoFxError(f"{type(module).__name__} takes a tensor; got {type(x).__name__}")
+        if x.layout not in (torch.strided, torch.jagged):
+            raise OrthoFxError(f"{type(module).__name__} takes a dense tensor; got one of layout {x.layout}")
+        return x
+    given = ", ".join([*(["one tensor"] if x is not None else []), *(f"{name}=" for name in named)]) or "none"
+    raise OrthoFxError(f"{type(module).__name__} takes one tensor; got {given}")
+
+
 def refuse_scripting(module: nn.Module) -> NoReturn:
-    # TorchScript would read the source of the model around it, which still calls the old activations.
+    # TorchScript would compile the source of the surrounding model, which still calls the old activations.
     raise OrthoFxError(
         f"TorchScript cannot compile {type(module).__name__}: use torch.export.export(model, ...) or torch.jit.trace"
     )
 
 
-class _HasChannels(Protocol):
-    channels: int | None
-    channel_dim: int | None
-
-
-def channel_dim_of(module: _HasChannels, x: Tensor) -> int:
-    """The dimension of an input that holds the module's channels.
-
-    Raises:
-        OrthoFxError: no dimension has that size, or not the one that the module names.
-    """
-    if isinstance(x, fx.Proxy):
-        if module.channel_dim is None:
-            raise OrthoFxError(f"{type(module).__name__} needs channel_dim= for torch.fx to trace it")
-        return module.channel_dim
-    likely = (1, -1) if x.dim() >= 4 else (-1, 1)
-    for dim in likely if module.channel_dim is None else (module.channel_dim,):
-        if -x.dim() <= dim < x.dim() and x.shape[dim] == module.channels:
-            return dim
-    where = "" if module.channel_dim is None else f" in dimension {module.channel_dim}"
-    raise OrthoFxError(f"{type(module).__name__} has {module.channels} channels{where}; got shape {tuple(x.shape)}")
-
-
-# A histogram with fewer filled bins, as after a global pooling, says less than its mean and deviation do.
+# A histogram with fewer filled bins per coefficient, as after a global pooling, is worse than its mean and deviation.
 _NODES_A_COEFFICIENT = 4
 
 
@@ -223,13 +245,21 @@ def _fit(reference: Callable[[Tensor], Tensor], config: ExpansionConfig, inputs:
         return fit_expansion(reference, config, weight="measured", samples=inputs)
     try:
         return _standard_fit(reference, config)
-    except TypeError:  # a function that cannot be hashed
+    except TypeError:  # the function cannot be hashed for the cache
         return fit_expansion(reference, config)
 
 
-def activation_at(result: FittedExpansion, **settings: Any) -> ExpansionActivation:
-    """The module that starts at a fit, whatever weight and interval that was made with."""
-    activation = make_activation(replace(result.config, init="stable"), **settings)
+def activation_at(
+    result: FittedExpansion,
+    *,
+    channels: int | None = None,
+    channel_dim: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ExpansionActivation:
+    """A module whose parameters start at a fit, for any weight and interval of the fit."""
+    start = replace(result.config, init="stable")
+    activation = make_activation(start, channels=channels, channel_dim=channel_dim, device=device, dtype=dtype)
     activation.config = result.config
     activation._reference = (result.function,)
     bounds = {} if result.bounds is None else {"bounds": np.array(result.bounds)}
@@ -237,19 +267,20 @@ def activation_at(result: FittedExpansion, **settings: Any) -> ExpansionActivati
     return activation
 
 
-# A model has few activation functions and many sites; the fit is a pure function of both.
+# A model has many sites, but few activation functions and configs, and the fit depends on these alone.
 _standard_fit = functools.lru_cache(maxsize=64)(fit_expansion)
 
 
 class HermiteActivation(ExpansionActivation):
     r"""y(x) = \sum_{k=0}^n a_k He_k(x) / k!, with learnable `coefficients` a_0 .. a_n.
 
-    He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default.
+    He_k are the probabilists' Hermite polynomials. Degrees 1 to 32; 3 by default. `coefficients` has the shape
+    (n + 1,), or (n + 1, groups). Inputs, dtypes and errors are those of `ExpansionActivation`.
 
     Rounding in float32, started for N(0, 1): at most 5e-6 at degree 3, 7e-6 at degree 8, and 5e-5 at degrees 16 and 32;
-    the three-term recurrence is stable where a sum of powers of x is not. Inputs far outside of the range that the
-    coefficients are made for cancel: started for N(0, 0.2^2), where 10 is 50 deviations off, 5e-5 at degree 8, 7e-4 at
-    degree 16, and 0.2 at degree 32 in the gradient. A clamp keeps them from that.
+    the three-term recurrence is stable where a sum of powers of x is not. Far outside of the range for which the
+    coefficients are made, terms cancel. Started for N(0, 0.2^2), where x = 10 is 50 deviations from the mean, the error
+    is 5e-5 at degree 8, 7e-4 at degree 16, and 0.2 in the gradient at degree 32. A clamp prevents this.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
@@ -267,10 +298,12 @@ class FourierActivation(ExpansionActivation):
 
     Parameters: `constant` a_0 of shape (1,); `coefficients` a_k, `frequencies` w_k (radians per unit of x, starting
     from 0.35 k) and `phases` p_k (radians, starting from pi / 2), each of shape (n,). Degrees 1 to 64; 5 by default.
+    Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
 
-    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), is w alone.
+    With `tied=True` the frequencies are w_k = k w, and `frequencies`, of shape (1,), holds only w.
 
-    Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. Bounded everywhere.
+    Rounding in float32: at most 5e-7 in value and, started for N(0, 0.2^2), 2e-6 in the gradient. The function is
+    bounded.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -281,14 +314,15 @@ class FourierActivation(ExpansionActivation):
 class TropicalActivation(ExpansionActivation):
     r"""y(x) = \max_{k=0}^n (s_k x + b_k), convex and piecewise linear, with learnable `offsets` b_0 .. b_n.
 
-    The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Degrees 1 to 64; 5 by default.
+    The `slopes` s_0 .. s_n are a buffer: fixed, saved with the model. Slopes and offsets have the shape (n + 1,).
+    Degrees 1 to 64; 5 by default. Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
 
-    Rounding in float32: at most 3e-7 in value at degree 5, and 2e-6 at degree 64. At an input within rounding of a knot
-    the gradient can be that of the piece beside: it is off by a difference of two slopes there, and exact everywhere
-    else. It grows linearly.
+    Rounding in float32: at most 3e-7 in value at degree 5, and 2e-6 at degree 64. At an input within rounding of a
+    knot, the gradient can be that of the neighbouring piece. Its error is then the difference of two slopes; elsewhere
+    it is exact. The function grows linearly.
 
-    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247, whose scale * max_k (k x + b_k) this is with
-    s_k = scale * k and the scale multiplied into the offsets.
+    Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247. Their scale * max_k (k x + b_k) is the case
+    s_k = scale * k, with the scale multiplied into the offsets.
     """
 
     basis = TROPICAL
@@ -298,9 +332,10 @@ class TropicalRationalActivation(ExpansionActivation):
     r"""y(x) = \max_k (s_k x + b_k) - \max_k (t_k x + c_k), k = 0 .. n, piecewise linear, with everything learnable.
 
     Parameters: `slopes` s, `offsets` b, `denominator_slopes` t and `denominator_offsets` c, each of shape (n + 1,); in
-    tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default.
+    tropical arithmetic a difference is a quotient. Degrees 1 to 64; 6 by default. Inputs, dtypes, groups and errors are
+    those of `ExpansionActivation`.
 
-    Rounding in float32: at most 2e-6 in value at degree 6, and 3e-6 at degree 64; in the gradient as that of
+    Rounding in float32: at most 2e-6 in value at degree 6, and 3e-6 at degree 64; the gradient is as exact as that of
     `TropicalActivation`.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
@@ -317,28 +352,28 @@ assert CLASSES.keys() == BASES.keys()
 
 
 class RegisteredActivation(ExpansionActivation):
-    """What the activations of bases from outside have in common: they are pickled by the name of their basis."""
+    """The base class of activations for registered bases; it pickles them by the name of their basis."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        if type(self) is not CLASSES.get(self.basis.name):  # a class made of this one, which pickle finds by its name
+        if type(self) is not CLASSES.get(self.basis.name):  # a subclass, which pickle finds by name
             return reduced
         assert isinstance(reduced, tuple)
         return _of_registered_basis, (self.basis.name,), *reduced[2:]
 
 
 def _of_registered_basis(name: str) -> ExpansionActivation:
-    """An activation without its state, for pickle.
+    """An activation without state, for pickle to fill.
 
     Raises:
-        OrthoFxError: a basis that this process has not registered.
+        OrthoFxError: this process has not registered the basis.
     """
     basis_named(name)
     return CLASSES[name].__new__(CLASSES[name])
 
 
 def add_class(basis: Basis) -> type[ExpansionActivation]:
-    """Makes the module class of a basis from outside, `<title>Activation` in this module."""
+    """Makes the module class of a registered basis, `<title>Activation` in this module."""
     text = f"{inspect.cleandoc(type(basis).__doc__ or basis.title)}\n\nThe activation of basis {basis.name!r}."
     members = {"basis": basis, "__doc__": text, "__module__": __name__}
     cls = type(class_name(basis), (RegisteredActivation,), members)
@@ -351,8 +386,26 @@ def class_name(basis: Basis) -> str:
     return f"{basis.title}Activation"
 
 
-def make_activation(config: ExpansionConfig, **settings: Any) -> ExpansionActivation:
-    """The activation module that a config describes; settings are the other arguments of `ExpansionActivation`."""
-    values = {name: value for name, value in asdict(config).items() if name != "basis"}
+def make_activation(
+    config: ExpansionConfig,
+    *,
+    channels: int | None = None,
+    channel_dim: int | None = None,
+    reference: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ExpansionActivation:
+    """The activation module for a config; the other arguments are those of `ExpansionActivation`."""
     basis_named(config.basis)
-    return CLASSES[config.basis](**values, **settings)
+    return CLASSES[config.basis](
+        config.degree,
+        config.init,
+        granularity=config.granularity,
+        clamp=config.clamp,
+        tied=config.tied,
+        channels=channels,
+        channel_dim=channel_dim,
+        reference=reference,
+        device=device,
+        dtype=dtype,
+    )

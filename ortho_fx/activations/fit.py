@@ -1,11 +1,11 @@
-"""`fit`, and what a user does with its result: a module, or a picture."""
+"""`fit`, and its result `Fit`, which makes a module or a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from ortho_fx.activations.expansion import ExpansionActivation, activation_at
@@ -18,12 +18,23 @@ from ortho_fx.plots import plot_fit
 class Fit(FittedExpansion):
     __doc__ = FittedExpansion.__doc__
 
-    def activation(self, **settings: Any) -> ExpansionActivation:
-        """A module that starts at this fit; settings (device, channels ...) are those of `ExpansionActivation`."""
-        return activation_at(self, **settings)
+    def activation(
+        self,
+        *,
+        channels: int | None = None,
+        channel_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ExpansionActivation:
+        """A module that starts at this fit; the arguments are those of `ExpansionActivation`."""
+        return activation_at(self, channels=channels, channel_dim=channel_dim, device=device, dtype=dtype)
 
     def plot(self, path: str | Path) -> None:
-        """Draws value and derivative beside those of the function, over the interval; needs matplotlib."""
+        """Plots value and derivative of fit and function over the interval, and the errors.
+
+        Raises:
+            OrthoFxError: the file cannot be written, or matplotlib is missing.
+        """
         plot_fit(self, path)
 
 
@@ -42,18 +53,26 @@ def fit(
 
     Args:
         function: any elementwise function that autograd differentiates; it is called with float64 tensors.
-        config: the expansion (`ExpansionConfig()` when omitted); its init is not looked at.
+        config: the expansion (`ExpansionConfig()` when omitted); its init is ignored.
         weight: w is "gaussian" (the density of N(mean, std^2), on the whole line or on the interval), "uniform" on the
             interval, or "measured" (the histogram of the samples).
         interval: lower and upper end, in units of x. Errors are stated on it; without one, on mean +- 5 std or on the
             range of the samples.
         derivative_weight: zero or more; in units of x^2.
-        mean, std: of the Gaussian weight, and of the inputs that `config.clamp` is in units of.
-        samples: what "measured" weighs by; their mean and deviation replace `mean` and `std`.
+        mean, std: of the Gaussian weight; `config.clamp` counts standard deviations from this mean.
+        samples: the inputs that weight "measured" counts, in any shape and floating dtype; their mean and standard
+            deviation replace `mean` and `std`.
+
+    Returns:
+        The fit, with its parameters in float64 and its errors.
 
     Raises:
-        OrthoFxError: a function that returns NaN, infinity or another shape, an interval turned around, samples that
-            are empty or constant, fewer nodes than coefficients, or an unknown weight.
+        OrthoFxError: a function that returns NaN, infinity or another shape, an interval with its ends exchanged,
+            samples that are empty or constant, fewer nodes than coefficients, an unknown weight, a weight without the
+            interval or samples that it needs, or a number out of range.
+
+    Source: weighted least squares; the frequencies and knots take Gauss-Newton steps (Golub and Pereyra, 1973;
+    Kaufman, 1975), and knots start with the density of de Boor, A Practical Guide to Splines.
 
     Example:
         >>> result = fit(F.gelu, ExpansionConfig("hermite", 8))

@@ -1,7 +1,7 @@
-"""`gains`: what an activation does to the size of signals and of gradients, and whether depth keeps it so.
+"""`gains`: how an activation scales signals and gradients, and whether a signal's variance is stable over many layers.
 
-For inputs N(mean, std^2) the activation is looked at in units of the input, h(z) = f(mean + std z) / std with
-z ~ N(0, 1): closed form for the bases, quadrature for any other function.
+For inputs N(mean, std^2) the activation is normalised to h(z) = f(mean + std z) / std with z ~ N(0, 1). Our bases have
+closed forms; any other function is integrated by quadrature.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.arguments import checked_function, is_number
 from ortho_fx.bases import Basis
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.config import ExpansionConfig
@@ -22,7 +23,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, adaptive_nodes, integrands
 from ortho_fx.numerics.sampling import differentiated
 
-# Second moments of the input between which the layer map is followed, and how closely its fixed point has to be met.
+# The layer map is iterated for second moments in this range, and has to come this close to its fixed point 1.
 _SMALLEST, _LARGEST, _PER_DECADE = 1e-4, 1e8, 50
 _LAYERS, _NEAR = 2000, 0.05
 
@@ -38,10 +39,12 @@ class Gains:
         backward: alpha' = E[f'(x)^2].
         slope: chi = d/dq of the layer map q -> E[h(sqrt(q) z)^2] at q = 1. A second moment of 1 attracts where
             |chi| < 1 and repels where |chi| > 1.
-        basin: the largest second moment q, in units of std^2, from which the layer map comes back to 1 and from below
-            which it always does, to within 5 %; inf where it comes back from any up to 1e8, 0 where 1 is no attracting
-            fixed point. A polynomial has a finite basin: signals that leave it grow without bound. The map is that of
-            wide layers; in a narrow one a sample's second moment strays from it, and can leave the basin earlier.
+        basin: the largest second moment q, in units of std^2, such that the layer map returns to 1 (within 5 %) from
+            every second moment up to q. It is inf if the map returns from all up to 1e8, and 0 if 1 is no attracting
+            fixed point. A polynomial has a finite basin: signals outside of it grow without bound. The map describes
+            wide layers. In a narrow layer the second moment of a sample fluctuates, and can leave the basin earlier.
+
+    Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
 
     forward: float
@@ -53,22 +56,27 @@ class Gains:
 def gains(
     activation: ExpansionActivation | ExpansionConfig | Callable[[Tensor], Tensor], mean: float = 0.0, std: float = 1.0
 ) -> Gains:
-    """The gains of an activation for inputs N(mean, std^2).
+    """The gains of an activation f for inputs x ~ N(mean, std^2): E[f(x)^2] / std^2, E[f'(x)^2], slope and basin.
 
     Args:
-        activation: a module of ours (its current parameters count; they are read in float64, and the moments of an
-            expansion a channel or group are the means over these), an `ExpansionConfig` (as it starts), or any
-            elementwise function or module that autograd differentiates (`F.gelu`, `nn.ReLU()`).
+        activation: an `ExpansionActivation` with its current parameters, read in float64; an `ExpansionConfig`, for its
+            initial parameters; or any elementwise function or module that autograd differentiates (`F.gelu`,
+            `nn.ReLU()`), which is called with float64 tensors. With one expansion per channel or group, moments are
+            averaged over these.
         mean: mean of the inputs.
         std: standard deviation of the inputs, above zero.
 
+    Returns:
+        The gains, as Python floats.
+
     Raises:
-        OrthoFxError: a std that is not above zero, or a function that returns NaN, another shape, or no gradient.
+        OrthoFxError: a mean that is not finite, a std that is not finite or not above zero, a config with init "fit",
+            or a function that returns NaN, another shape, or no gradient.
 
     Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
-    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
-        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
+    if not (is_number(mean) and is_number(std) and std > 0):
+        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if isinstance(activation, ExpansionConfig):
         if activation.init == "fit":
             raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
@@ -76,7 +84,7 @@ def gains(
     if isinstance(activation, ExpansionActivation):
         unit, layer_map = _of_expansion(activation, mean, std)
     else:
-        unit, layer_map = _quadrature(activation, mean, std)
+        unit, layer_map = _quadrature(checked_function(activation), mean, std)
     return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
 
 
@@ -99,7 +107,7 @@ def _of_expansion(activation: ExpansionActivation, mean: float, std: float) -> t
 def _of_formula(
     basis: Basis, groups: list[Values], counts: list[int], bounds: Bounds | None, mean: float, std: float
 ) -> tuple[Moments, LayerMap]:
-    """The same by quadrature, over all groups at once."""
+    """The moments and the map of `_of_expansion`, by quadrature over all groups at once."""
     columns = {name: np.stack([values[name] for values in groups], axis=1) for name in groups[0]}
     share = np.array(counts) / sum(counts)
 
@@ -118,7 +126,10 @@ def _of_formula(
 
 
 def _quadrature(function: Callable[[Tensor], Tensor], mean: float, std: float) -> tuple[Moments, LayerMap]:
-    """The same for any function, by adaptive Gauss-Lobatto quadrature over 12 standard deviations to either side."""
+    """The moments and the map of `_of_expansion` for any function, by adaptive Gauss-Lobatto quadrature.
+
+    The quadrature reaches 12 standard deviations to either side of the mean.
+    """
 
     def at(z: Array) -> tuple[Array, Array]:
         value, slope = differentiated(function, mean + std * torch.from_numpy(z))
@@ -153,7 +164,7 @@ def _basin(unit: Moments, layer_map: LayerMap) -> float:
 
 
 def _returns(grid: Array, image: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """From which second moments of the grid the layer map, interpolated in logarithms, comes to 1."""
+    """Whether the layer map, interpolated in logarithms, converges to 1 from each second moment of the grid."""
     log_grid, log_image = np.log(grid), np.log(np.clip(image, 1e-300, 1e300))
     q = log_grid.copy()
     for _ in range(_LAYERS):

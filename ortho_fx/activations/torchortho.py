@@ -1,8 +1,8 @@
-"""Reads what torchortho 0.1 saves: the state of one of its activations, converted to the parameters of ours.
+"""Converts the saved state of a torchortho 0.1 activation to the parameters of ours.
 
-Its formulas were worked out from its results. Each class has a key that no other has, which tells whose state it is.
-Conversions are exact: every one renames, and the tropical one multiplies by a constant. Each is in the file of the
-basis that it is for.
+Its formulas were worked out from its results. Each of its classes has a key that no other class has, which identifies
+the class of a state. Conversions are exact: they rename keys, and the tropical one also multiplies by a constant. Each
+conversion is in the file of its basis.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ortho_fx.errors import OrthoFxError
 
 
 def converted(basis: str, state_dict: Mapping[str, Tensor], prefix: str, tied: bool = False) -> Mapping[str, Tensor]:
-    """A state dict in which an activation of torchortho's under this prefix has become one of the basis.
+    """The state dict, with the state of a torchortho activation under this prefix converted to the basis.
 
-    Any other state dict is returned as it is. Keys that torchortho does not write stay, for `load_state_dict` to find
-    unexpected; those that are wanting are missing in ours as well.
+    Any other state dict is returned unchanged. Keys that torchortho does not write stay, and `load_state_dict` reports
+    them as unexpected. Keys that the state lacks are also missing in the result.
 
     Raises:
-        OrthoFxError: the state of another basis, or one that cannot be converted, as frequencies that are no multiples
-            of one number cannot for an activation that ties them; the message opens with the key.
+        OrthoFxError: the state belongs to another basis, or cannot be converted, for example because the activation
+            ties its frequencies and those of the state are no multiples of one number. The message starts with the key.
     """
     known = ((each.name, each.torchortho) for each in BASES.values() if each.torchortho is not None)
     its_basis, source = next(((name, one) for name, one in known if prefix + one.key in state_dict), (None, None))

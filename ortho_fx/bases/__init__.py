@@ -1,8 +1,7 @@
-"""The bases: each is a family of functions, with everything that depends on it.
+"""The bases: each is a family of functions, with all code that depends on the family.
 
-A basis knows its parameters (names and shapes), how to evaluate itself, its exact first derivatives, its moments, its
-starts, its fit, and what it becomes when it is frozen. It holds no state. `BASES` are those that are known, by name;
-`ortho_fx.register_basis` adds to them.
+A basis has its parameters (names and shapes), formula, exact first derivatives, moments, initial values, fit, and
+frozen form. It has no state. `BASES` holds the known bases by name; `ortho_fx.register_basis` adds to it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def basis_named(name: str) -> Basis:
     """The basis of that name.
 
     Raises:
-        OrthoFxError: one that is not known; the message lists those that are.
+        OrthoFxError: an unknown basis; the message lists the known ones.
     """
     if not isinstance(name, str) or name not in BASES:
         raise OrthoFxError(f"basis must be one of {', '.join(BASES)}; got {name!r}")

@@ -1,14 +1,14 @@
-"""`Basis`: everything that depends on a basis, so that nothing outside of it asks for its name.
+"""`Basis`: all code that depends on a basis, so that no other code has to check which basis it has.
 
-A basis has to give its formula: `evaluate`, the exact first derivatives, and how their sums become the gradients of its
-parameters. All else has a numeric default that works for any formula, by quadrature and least squares, and is there to
-be overridden where a closed form is known: moments, the starts, the change of variable that calibration needs, the fit,
-the form that `freeze_` folds it into, and its polynomial.
+A basis must define its formula: `evaluate`, the exact first derivatives, and how their sums become the gradients of its
+parameters. All other methods have a numeric default for any formula, by quadrature and least squares. A basis overrides
+them if it has a closed form: moments, initial values, the change of variable for calibration, the fit, the frozen form,
+and the polynomial.
 
-Formulas are written as `ortho_fx.bases.formula` says. Parameters are indexed, `coefficients[k]`, and have a length;
-whatever they hold broadcasts against the input, so the formula is the same for one expansion a layer and one a channel.
-Arithmetic runs in one dtype, float32 or float64: whoever calls casts. Numbers outside of formulas (`Values`) are
-float64 arrays by the names of the parameters.
+`ortho_fx.bases.formula` describes how formulas are written. Parameters are indexed, `coefficients[k]`, and have a
+length. Their elements broadcast against the input, so one formula serves one expansion per layer and one per channel.
+Arithmetic runs in one dtype, float32 or float64; the caller casts. Numbers outside of formulas (`Values`) are float64
+arrays by parameter name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,20 @@ __all__ = ["Basis", "Parameter", "Term", "Value", "after", "masked", "multiply_a
 class Basis(ABC):
     """A family of functions y(x; parameters) of one real variable.
 
+    A subclass defines `evaluate` for y, `derivatives` for its derivatives, and may override the other methods. Formulas
+    get x and parameters that broadcast against it, all float32 or all float64.
+
     Attributes:
-        name: what an `ExpansionConfig` and the command line call it: an identifier in lower case.
-        title: the same in the names of classes and in messages; `<title>Activation` is its module.
-        parameters: its parameters, in the order in which formulas take them.
-        degrees: the degrees that it has.
-        default_degree: the degree of an expansion that names none.
+        name: the name in an `ExpansionConfig` and on the command line: an identifier in lower case.
+        title: the name in class names and messages; the module class is `<title>Activation`.
+        parameters: the parameters, in the order in which formulas take them.
+        degrees: the possible degrees, a range with step 1.
+        default_degree: the degree of an expansion without a given degree.
+
+    Raises:
+        OrthoFxError: `start` and `paper_start` without a result; `ortho_fx.register_basis` checks all else.
+
+    Source: the four bases of ortho_fx are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
     name: str
@@ -49,15 +57,15 @@ class Basis(ABC):
     degrees: range
     default_degree: int
 
-    # Whether `moments` and `rescale` are exact and take microseconds. Where they do not, `gains` integrates.
+    # Whether `moments` and `rescale` are exact and fast (microseconds). If not, `gains` integrates numerically.
     closed_form: ClassVar[bool] = False
-    # How many standard deviations of a Gaussian weight the nodes of a fit cover, and whether they are twice as dense
-    # at high degrees, and errors stated on finer ones, because the function has kinks.
+    # How many standard deviations of a Gaussian weight the nodes of a fit cover.
     reach: ClassVar[float] = 16.0
+    # Whether the function has kinks. Fits then use denser nodes at high degrees, and finer nodes for their errors.
     piecewise: ClassVar[bool] = False
-    # Whether it is fitted in units of the weight's mean and deviation, and rescaled, which has to be exact then.
+    # Whether fits use units of the weight's mean and deviation, and then rescale; `rescale` must be exact for this.
     fits_in_units: ClassVar[bool] = False
-    # The class of torchortho 0.1 whose saved state it reads.
+    # The class of torchortho 0.1 whose saved state the basis reads.
     torchortho: ClassVar[TorchorthoState | None] = None
 
     @property
@@ -66,36 +74,36 @@ class Basis(ABC):
 
     @property
     def tieable(self) -> bool:
-        """Whether `tied` means something for it."""
+        """Whether the basis has a parameter that `tied` applies to."""
         return any(parameter.tieable for parameter in self.parameters)
 
     # The formula.
 
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """What `evaluate` and `derivatives` take in the place of the parameters: what is computed once for all x.
+        """The tensors that `evaluate` and `derivatives` get instead of the parameters, computed once for all x.
 
-        As many tensors as there are parameters, with as many numbers in all, computed in this dtype; the parameters
-        themselves, unless a basis says otherwise. What follows them is for `collect_prepared` alone.
+        There are as many tensors as parameters, with as many numbers in total, computed in this dtype. Further tensors
+        may follow; only `collect_prepared` reads them. The default returns the parameters themselves.
         """
         return parameters
 
     @abstractmethod
     def evaluate(self, x: Value, *parameters: Value) -> Value:
-        """y(x)."""
+        """y(x), elementwise; parameters are those of `prepare`."""
 
     @abstractmethod
     def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
-        """The vector-Jacobian product before it is summed up: the gradient of x, and the terms of `collect`.
+        """The vector-Jacobian product before its sums: the gradient of x, and the terms for `collect`.
 
-        Each is computed when it is called for, and shares what it can with those called before. There are as many terms
-        as learnable numbers.
+        Each result is a function that computes it, and shares intermediate results with those called before. There are
+        as many terms as learnable numbers.
         """
 
     def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
-        """The gradient of each learnable parameter, in order, from the terms summed over all that share an expansion.
+        """The gradient of each learnable parameter, in order, from the terms summed over each expansion's elements.
 
-        `sums` holds a term a row; its other dimensions are those of the parameters, which are in its dtype. Unless a
-        basis says otherwise, the terms are the gradients themselves, parameter after parameter.
+        `sums` has one term per row. Its other dimensions and its dtype are those of the parameters. By default the
+        terms are the gradients themselves, parameter after parameter.
         """
         sizes = [len(p) for p, described in zip(parameters, self.parameters, strict=True) if described.learnable]
         return sums.split(sizes)
@@ -103,25 +111,29 @@ class Basis(ABC):
     def collect_prepared(
         self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """The same for a basis whose `prepare` computes what this needs: `prepared` is what it returned."""
+        """As `collect`, for a basis that also needs the result of `prepare`, `prepared`."""
         return self.collect(sums, *parameters)
 
     # The start.
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
-        """The moments of y(X) for X ~ N(0, 1), its input clamped to `bounds` if there are any."""
+        """The moments of y(X) for X ~ N(0, 1), with X clamped to `bounds` if given."""
         return numeric.moments(self, values, bounds)
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
-        """The "stable" start: forward and backward gain 1 for X ~ N(0, 1), clamped to `bounds` if there are any.
+        """The initial values of init "stable": forward and backward gain 1 for X ~ N(0, 1), clamped to `bounds`.
 
         Raises:
-            OrthoFxError: the default finds none.
+            OrthoFxError: the numeric default finds none.
         """
         return numeric.start(self, degree, bounds, tied)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
-        """The "paper" start, for bases that the paper has."""
+        """The initial values of init "paper".
+
+        Raises:
+            OrthoFxError: the basis is not in the paper.
+        """
         raise OrthoFxError(f"{self.name} has no start of init 'paper'")
 
     @property
@@ -129,36 +141,36 @@ class Basis(ABC):
         return type(self).paper_start is not Basis.paper_start
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
-        """The parameters of std * y((x - mean) / std), for those of y.
+        """The parameters of std * y((x - mean) / std), from the parameters of y.
 
-        The default refits by least squares, and keeps the gains: exact for a basis that is closed under this.
+        The default refits by least squares and keeps the gains. It is exact if the basis can express that function.
         """
         return numeric.rescaled(self, values, mean, std)
 
     # The fit.
 
     def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
-        """The parameters that are closest to a function at weighted nodes, deterministic.
+        """The parameters with the smallest weighted error to a function at nodes; deterministic.
 
-        The default is linear least squares where the formula is linear in all parameters, and else Levenberg's and
-        Marquardt's steps from several starts.
+        The default is linear least squares if the formula is linear in all parameters, and otherwise
+        Levenberg-Marquardt steps from several starts.
         """
         return numeric.fitted(self, problem, degree, tied)
 
-    # What it becomes.
+    # Other forms of the same function.
 
     def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded | None:
-        """The cheapest form that equals it, for `freeze_`; None keeps the formula, with constant parameters.
+        """The cheapest form of the same function, for `freeze_`; None keeps the formula, with constant parameters.
 
         Args:
             values: the parameters, each of shape (size, groups).
-            interval: where inputs are clamped to.
-            dtype: what the constants will be stored in.
+            interval: the interval to which inputs are clamped; None without a clamp.
+            dtype: the dtype of the stored constants.
         """
         return None
 
     def series(self, values: Values) -> Any | None:
-        """The polynomial that it is, as a series of `numpy.polynomial` on its default domain; None where it is none."""
+        """The function as a series of `numpy.polynomial` on its default domain; None if it is no polynomial."""
         return None
 
     @property
@@ -168,5 +180,5 @@ class Basis(ABC):
     # Training.
 
     def remedies(self, clamp: float | None) -> tuple[str, ...]:
-        """Settings to try first where a run with this clamp diverges."""
+        """Settings to try first if training with this clamp diverges."""
         return ()

@@ -1,11 +1,11 @@
-"""The forms that expansions are frozen in: fixed functions of constants, by name.
+"""The forms of frozen expansions: functions of x and constants, by name.
 
 - "polynomial": sum of c_k x^k.
 - "recurrence": sum of a_k He_k(x) / k!, by Clenshaw's recurrence.
 - "waves": a_0 + sum of A_k cos(w_k x - p_k).
 - "harmonics": a_0 + sum of A_k cos(k w x) + B_k sin(k w x), by Horner's rule.
 - "maximum": max over k of (s_k x + b_k).
-- "difference": such a maximum less another.
+- "difference": one maximum minus another.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from ortho_fx.bases.formula import Value, multiply_add
 from ortho_fx.numerics.moments import Array
 
-# A form by name and its constants by name, each of shape (terms, groups).
+# The name of a form, and its constants by name, each of shape (terms, groups).
 Folded = tuple[str, dict[str, Array]]
 
-# Clenshaw's recurrence runs in x / 8: the folded coefficients of all degrees then keep within 1e4 of one another.
+# Clenshaw's recurrence runs in x / 8, so that the folded coefficients of all degrees are within 1e4 of one another.
 STEP = 0.125
 
 
@@ -37,7 +37,7 @@ def _polynomial(x: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _recurrence(x: Tensor, coefficients: Tensor) -> Tensor:
-    """Clenshaw's: y is d_0 of d_k = c_k + (x h) d_{k+1} - (k + 1) h^2 d_{k+2}, with c_k = a_k / (k! h^k)."""
+    """Clenshaw's recurrence: y = d_0, d_k = c_k + (x h) d_{k+1} - (k + 1) h^2 d_{k+2}, with c_k = a_k / (k! h^k)."""
     scaled = x * STEP
     *lower, after = coefficients.unbind()
     y = lower[-1] + scaled * after
@@ -94,7 +94,10 @@ def constant_polynomial(constant: Array) -> Folded:
 
 
 def packed(needed: Any, *arrays: Array) -> list[Any]:
-    """The needed rows of each column, in order and filled up with the first of them, behind the mask of the needed."""
+    """The mask of the needed rows, and each array with only the needed rows of each column, in order.
+
+    A column with fewer needed rows is filled up with its first one; the mask is False there.
+    """
     order = np.argsort(~needed, axis=0, kind="stable")[: needed.sum(axis=0).max()]
     present = np.take_along_axis(needed, order, axis=0)
     taken = [np.take_along_axis(array, order, axis=0) for array in arrays]

@@ -1,8 +1,8 @@
-"""What formulas of bases are written in: their parameters, and the operations that need a function.
+"""The language of formulas: the parameters of a basis, and the operations that need a function.
 
-The formulas are elementwise and written in + - *, the functions below, and the methods `relu`, `cos` and `sin`, with
-the meaning that they have for tensors. An operand may be a tensor, a block of one, or a value of a kernel that is being
-generated: one formula serves them all.
+Formulas are elementwise. They use + - *, the functions below, and the methods `relu`, `cos` and `sin` with their
+meaning for tensors. An operand may be a tensor, a block of one, or a value of a kernel that is being generated: one
+formula serves them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Term = Callable[[], Value]
 
 def after(x: Value, place: Value) -> Value:
     """A mask of where x > place."""
-    # A mask of numbers: tensor operations are several times slower with one of truth values.
+    # A mask of numbers, because tensor operations are several times slower with a boolean mask.
     return (x - place).sign().relu() if isinstance(x, Tensor) else x > place
 
 
@@ -30,7 +30,7 @@ def masked(mask: Value, value: Value) -> Value:
 
 
 def multiply_add(factor: Value, other: Value, summand: Value) -> Value:
-    """factor * other + summand, in one operation where there is one."""
+    """factor * other + summand, as one operation if possible."""
     if isinstance(summand, Tensor) and isinstance(other, Tensor):
         return torch.addcmul(summand, factor, other)
     return factor * other + summand
@@ -40,8 +40,8 @@ def multiply_add(factor: Value, other: Value, summand: Value) -> Value:
 class Parameter:
     """One parameter of a basis: `size(degree)` numbers, in a tensor of that length.
 
-    Parameters of one number have the shape (1,), not (): FSDP2 cannot shard a tensor without a dimension. Those that
-    can be tied are one number where an expansion asks for it, of which the formulas take multiples.
+    A parameter of one number has the shape (1,), not (): FSDP2 cannot shard a tensor without dimensions. A tieable
+    parameter is one number in a tied expansion, and formulas use its multiples.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class TorchorthoState:
-    """What a class of torchortho 0.1 saves: how it is told from others, and what it is in the parameters of a basis.
+    """The saved state of a torchortho 0.1 class: how to identify it, and how to convert it to a basis' parameters.
 
     Attributes:
-        title: the class.
+        title: the name of the class.
         key: a key that no other class has.
         parameters: converts a state; its second argument says whether the expansion ties its frequencies.
-        read: the keys that are read or constant. Those under `act_init` are the parameters of the function that a
-            fit started from.
+        read: the keys that are read or constant. Keys under `act_init` are parameters of the function from which a fit
+            started.
     """
 
     title: str
@@ -73,5 +73,5 @@ class TorchorthoState:
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a state by our names, for those of its own names that it has."""
+    """The tensors of a state under our names; names that the state lacks are left out."""
     return {ours: state[theirs] for theirs, ours in names.items() if theirs in state}

@@ -1,12 +1,12 @@
-"""Fourier expansions, y(x) = a_0 + sum_{k=1..n} a_k cos(w_k x - p_k) / k!, whose frequencies and phases learn too.
+"""Fourier expansions, y(x) = a_0 + sum_{k=1..n} a_k cos(w_k x - p_k) / k!, with learnable frequencies and phases.
 
 Tied frequencies, w_k = k w, are stored as the one number w. All waves then follow from cos(w x) and sin(w x) by angle
 addition: a_k cos(k w x - p_k) / k! is A_k cos(k w x) + B_k sin(k w x) with A_k = a_k cos(p_k) / k! and
-B_k = a_k sin(p_k) / k!, which are computed once for all x.
+B_k = a_k sin(p_k) / k!. A_k and B_k are computed once for all x.
 
-Frozen, waves of equal frequency become one, those of frequency zero join the constant, and those below rounding are
-dropped: of 64 equal ones in float32 14 remain. With tied frequencies it is the sum of A_k cos(k w x) + B_k sin(k w x),
-which takes one cosine and one sine.
+In the frozen form, waves of equal frequency are merged, waves of frequency zero are added to the constant, and waves
+below rounding are dropped: of 64 waves with equal coefficients, 14 remain in float32. With tied frequencies the frozen
+form is the sum of A_k cos(k w x) + B_k sin(k w x), which computes only one cosine and one sine.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def _inverse_factorial(k: int) -> float:
 
 
 def _inverse_factorials(like: Tensor) -> Tensor:
-    """1 / k! for k = 1, 2, ..., along the first dimension of a tensor, and computed where it is."""
+    """1 / k! for k = 1, 2, ..., along the first dimension of a tensor, on its device."""
     orders = torch.arange(1, like.shape[0] + 1, dtype=torch.float64, device=like.device)
     return torch.exp(-torch.lgamma(orders + 1)).to(like.dtype).reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
-    """FourierActivation: y(x) = fundamental + sum of coefficients_k cos(grid_k x - phases_k) / k!, from k = 1.
+    """Converts FourierActivation: y(x) = fundamental + sum of coefficients_k cos(grid_k x - phases_k) / k!, from k = 1.
 
     `normalization_term` is k!.
 
     Raises:
-        OrthoFxError: frequencies that are no multiples of one number, for an expansion that ties them.
+        OrthoFxError: the expansion ties its frequencies, and the state's are no multiples of one number.
     """
     names = ("coefficients", "phases")
     parameters = renamed(state, {"fundamental": "constant", "grid": "frequencies", **{name: name for name in names}})
@@ -76,13 +76,13 @@ class Fourier(Basis):
     fits_in_units = True
 
     def prepare(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """For tied frequencies the constant, A, B and w."""
+        """For tied frequencies: the constant, A, B and w."""
         constant, coefficients, frequencies, phases = parameters
         if len(frequencies) == len(coefficients):
             return parameters
         coefficients, phases = coefficients.to(dtype), phases.to(dtype)
         weights = coefficients * _inverse_factorials(coefficients)
-        # As one tensor: what ends in a concatenation is kept for the backward pass by AOTAutograd, not computed again.
+        # As one tensor: AOTAutograd saves the result of a concatenation for the backward pass, and never recomputes it.
         cosines, sines = torch.stack([weights * phases.cos(), weights * phases.sin()]).unbind()
         return constant, cosines, sines, frequencies
 
@@ -134,8 +134,8 @@ class Fourier(Basis):
             c, s = factors * phases.cos(), factors * phases.sin()
             return constant, c * cosines + s * sines, frequency, coefficients * (c * sines - s * cosines)
         constant, others = sums.split([1, 3 * degree])
-        # One product for all of them, with factors that are computed where the sums are: 1 / k!, and the coefficients
-        # for frequencies and phases, those with a minus for frequencies.
+        # One product for all gradients. The factors are computed on the device of the sums: 1 / k! for coefficients,
+        # a_k / k! for phases, and -a_k / k! for frequencies.
         others = others.unflatten(0, (3, degree))
         row = torch.arange(3, device=sums.device).reshape(3, *(1 for _ in sums.shape))
         factors = torch.where(row == 0, factors, torch.where(row == 1, factors * coefficients, -factors * coefficients))
@@ -148,7 +148,7 @@ class Fourier(Basis):
         return clamped(lambda x: sampled(self, values, x), bounds, float(np.abs(wave_frequencies(values)).max()))
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
-        """Sines (phases pi / 2) of frequencies 0.35 k, scaled and shifted to gains of 1."""
+        """Sines (phases pi / 2) with frequencies 0.35 k, scaled and shifted to gains of 1."""
         return stable(self, _waves(degree, 0.35, math.pi / 2, tied), _affine, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
@@ -160,7 +160,7 @@ class Fourier(Basis):
         }
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
-        """Exact: frequencies and phases move."""
+        """Exact: it changes frequencies and phases."""
         return {
             "constant": std * values["constant"],
             "coefficients": std * values["coefficients"],
@@ -193,9 +193,9 @@ def _harmonic_derivatives(
 
     @functools.cache
     def slope() -> Value:
-        """grad times the derivative by the angle w x: sum of k (B_k cos(k w x) - A_k sin(k w x))."""
+        """grad times the derivative with respect to the angle w x: sum of k (B_k cos(k w x) - A_k sin(k w x))."""
         pairs = waves()
-        # Each wave is added k times: once to every partial sum from the k-th on.
+        # The total of all partial sums contains wave k k times: it is in k of them.
         partial = total = sines[degree - 1] * pairs[-1][0] - cosines[degree - 1] * pairs[-1][1]
         for k in range(degree - 2, -1, -1):
             partial = multiply_add(sines[k], pairs[k][0], partial) - cosines[k] * pairs[k][1]
@@ -254,7 +254,7 @@ def _moments(values: Values) -> Moments:
 
 
 def wave_frequencies(values: Values) -> Array:
-    """The frequency of each wave of a Fourier expansion, also where one number is stored for all of them."""
+    """The frequency of each wave of a Fourier expansion, tied or not."""
     frequencies, degree = np.asarray(values["frequencies"]), len(values["coefficients"])
     return frequencies if len(frequencies) == degree else np.multiply.outer(np.arange(1.0, degree + 1), frequencies[0])
 
@@ -264,7 +264,7 @@ def _fold(values: Values, dtype: torch.dtype) -> Folded:
     a = values["coefficients"] / np.array([float(math.factorial(k + 1)) for k in range(len(w))])[:, None]
     if len(values["frequencies"]) < len(w):
         return _fold_tied(constant, a, w, values["phases"], dtype)
-    # cos(w x - p) is even: of frequencies w and -w, the one with the sign changed is the same wave.
+    # cos(w x - p) = cos(-w x + p): a wave of frequency -w is one of frequency w with the opposite phase.
     w, p = np.abs(w), np.where(w < 0, -values["phases"], values["phases"])
     constant += np.where(w == 0, a * np.cos(p), 0.0).sum(axis=0)
     a = np.where(w == 0, 0.0, a)
@@ -298,7 +298,7 @@ def _fold_tied(constant: Array, a: Array, w: Array, p: Array, dtype: torch.dtype
 
 
 def _above_rounding(constant: Array, a: Array, w: Array, dtype: torch.dtype) -> NDArray[np.bool_]:
-    """Which waves count beside the others in value, slope or second derivative."""
+    """Which waves are above the rounding of the others in value, slope or second derivative."""
     needed = np.zeros(w.shape, dtype=bool)
     for order in range(3):
         sizes = np.abs(a) * w**order

@@ -1,7 +1,7 @@
 """The fit of a Fourier expansion.
 
-It is linear at fixed frequencies (cosine and sine pairs). The frequencies start as multiples of the best of some
-fundamentals and follow Gauss-Newton steps. Where they are tied, the fundamental alone follows them.
+At fixed frequencies the problem is linear (cosine and sine pairs). The frequencies start as multiples of the best of
+several fundamentals, and are improved by Gauss-Newton steps. With tied frequencies only the fundamental is improved.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from ortho_fx.numerics.least_squares import ROUNDING, Problem, Separable, cost_of
 from ortho_fx.numerics.moments import Array
 
-# 1/k! is zero in float32 from here on, and so is the wave that it multiplies.
+# Beyond this degree 1/k! is almost zero in float32, and so is the wave.
 _MOST_WAVES = 32
 
 
 def fit_waves(problem: Problem, degree: int, tied: bool) -> dict[str, Array]:
-    """The parameters of a Fourier expansion that are closest to a function at weighted nodes."""
+    """The parameters of the Fourier expansion that is closest to a function at weighted nodes."""
     z, waves = problem.z, min(degree, _MOST_WAVES)
     multiples = np.arange(1.0, waves + 1)
 
@@ -57,12 +57,12 @@ def fit_waves(problem: Problem, degree: int, tied: bool) -> dict[str, Array]:
         )
         starts = [np.array([fundamental]) for fundamental in fundamentals]
     scanned = sorted((separable.at(start) for start in starts), key=cost_of)
-    # Work of about a tenth of a second, whatever the degree.
+    # So many steps take about a tenth of a second at any degree.
     steps = int(np.clip(2.5e7 / (len(problem.target) * (3 * waves + 1) ** 2), 2, 60))
     best = min((solution.improved(steps) for solution in scanned[:2]), key=cost_of)
     c, s = best.linear[1 : waves + 1], best.linear[waves + 1 :]
     amplitudes = np.hypot(c, s)
-    # The largest waves go where 1/k! is largest, which keeps the coefficients within the range of float32.
+    # The largest waves get the largest 1/k!, so that the coefficients stay within the range of float32.
     order = np.arange(waves) if tied else np.argsort(-amplitudes, kind="stable")
     factorials = np.array([math.factorial(k + 1) for k in range(degree)], dtype=float)
     coefficients, phases = np.zeros(degree), np.zeros(degree)

@@ -1,17 +1,17 @@
 """Hermite expansions, y(x) = sum_{k=0..n} a_k P_k(x) with P_k = He_k / k! (probabilists' Hermite polynomials).
 
-P_k = (x P_{k-1} - P_{k-2}) / k and P_k' = P_{k-1}: the value, the derivative and the gradient of every coefficient
-come out of one recurrence.
+P_k = (x P_{k-1} - P_{k-2}) / k and P_k' = P_{k-1}, so one recurrence gives the value, the derivative and the gradient
+of every coefficient.
 
-Frozen, it is the same polynomial in powers of x by Horner's rule, one multiply-add a degree, where that rounds about as
-little as the recurrence does; else Clenshaw's recurrence, with the factorials in its coefficients: two a degree.
-Leading coefficients that are zero are dropped.
+The frozen form is the same polynomial in powers of x by Horner's rule, with one multiply-add per degree, if that rounds
+about as little as the recurrence. Otherwise it is Clenshaw's recurrence, with two multiply-adds per degree and the
+factorials in its coefficients. Leading coefficients that are zero are dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,20 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.least_squares import ROUNDING, Problem, damped
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
-# Horner's rule replaces the recurrence where its rounding error is at most so many times that of the recurrence.
+# Horner's rule replaces the recurrence if its rounding error is at most this multiple of the recurrence's error.
 _HORNER_ERROR = 4.0
 
 
+# The coefficients of the monomials of a sum of a_k He_k / k!, from the a_k, by their number. At these degrees Horner's
+# rule rounds less than the recurrence.
+_MONOMIALS: dict[int, Callable[..., tuple[Any, ...]]] = {
+    3: lambda a0, a1, a2: (a0 - a2 * 0.5, a1, a2 * 0.5),
+    4: lambda a0, a1, a2, a3: (a0 - a2 * 0.5, a1 - a3 * 0.5, a2 * 0.5, a3 * (1 / 6)),
+}
+
+
 class Polynomials:
-    """P_1, P_2, ... at x, each computed when it is first asked for; P_0 = 1 is left to the caller."""
+    """P_1, P_2, ... at x, each computed at its first use; the caller handles P_0 = 1."""
 
     def __init__(self, x: Value) -> None:
         self._values = [x]
@@ -47,22 +55,22 @@ class Polynomials:
 
 
 def _next(k: int, x: Value, last: Value, before: Value) -> Value:
-    """P_k from the two before it."""
+    """P_k from P_{k-1} and P_{k-2}."""
     if not isinstance(x, Tensor):
         return (x * last - before) * (1.0 / k)
-    # The same in fewer passes over memory.
+    # The same formula in fewer passes over memory.
     summand = before * (-1.0 / k) if isinstance(before, Tensor) else x.new_full((), -before / k)
     return torch.addcmul(summand, x, last, value=1.0 / k)
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
-    """HermiteActivation: y(x) = sum of coefficients_k He_k(x) / k!, which is our formula, from k = 0.
+    """Converts HermiteActivation: y(x) = sum of coefficients_k He_k(x) / k! from k = 0, which is our formula.
 
-    `coeffs` and `grid`, the coefficients and the powers of the monomials of each He_k / k!, are constants, and so is
-    `normalization_term`. Made with clamp=True, it takes z = L tanh(x / 2) in the place of x, with L = `clamp.lim_val`.
+    `coeffs` and `grid` (the coefficients and powers of the monomials of each He_k / k!) and `normalization_term` are
+    constants. An activation made with clamp=True replaces x by L tanh(x / 2), with L = `clamp.lim_val`.
 
     Raises:
-        OrthoFxError: a state with such a clamp, which no expansion of ours equals.
+        OrthoFxError: the state has such a clamp; none of our expansions equals that.
     """
     if "clamp.lim_val" in state:
         limit = state["clamp.lim_val"].item()
@@ -83,6 +91,12 @@ class Hermite(Basis):
 
     def evaluate(self, x: Value, *parameters: Value) -> Value:
         (coefficients,) = parameters
+        if len(coefficients) in _MONOMIALS:
+            # Horner's rule takes fewer steps, and is infinite with the right sign where the sum of terms would be NaN.
+            *rest, y = _MONOMIALS[len(coefficients)](*(coefficients[k] for k in range(len(coefficients))))
+            for monomial in reversed(rest):
+                y = multiply_add(y, x, monomial)
+            return y
         polynomials = Polynomials(x)
         y = multiply_add(coefficients[1], x, coefficients[0])
         for k in range(2, len(coefficients)):
@@ -111,8 +125,9 @@ class Hermite(Basis):
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Coefficients a_k = +-0.7^(k-1) (+-1 at degree 2), signs + + - -, scaled and shifted to gains of 1."""
-        # Smaller coefficients at higher orders widen the basin from which a signal comes back: `gains(...).basin` is
-        # 3.6 where equal ones have 2.5 at degree 3, with a slope still below 1/2. A parabola gains nothing.
+        # Smaller coefficients at higher orders widen the basin from which a signal returns: at degree 3
+        # `gains(...).basin` is 3.6, and 2.5 with equal coefficients. The slope is still below 1/2. At degree 2 there is
+        # no difference.
         ratio = 0.7 if degree > 2 else 1.0
         order = np.arange(degree + 1)
         coefficients = np.array([1.0, 1.0, -1.0, -1.0])[order % 4] * ratio ** np.maximum(order - 1, 0)
@@ -124,7 +139,7 @@ class Hermite(Basis):
         return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
-        """Exact: polynomials change variable by their generating function exp(x t - t^2 / 2).
+        """Exact: the change of variable follows from the generating function exp(x t - t^2 / 2).
 
         P_n(u x + v) = sum_k u^k h_{n-k} P_k(x), where m h_m = v h_{m-1} + (u^2 - 1) h_{m-2} and h_0 = 1.
         """
@@ -137,9 +152,9 @@ class Hermite(Basis):
         return {"coefficients": np.array([std * u**k * (a[k:] @ h[: len(a) - k]) for k in range(len(a))])}
 
     def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
-        """Linear in the coefficients; under the density of N(0, 1) the projection a_k = E[g(X) He_k(X)].
+        """Linear least squares; under the density of N(0, 1) it is the projection a_k = E[g(X) He_k(X)].
 
-        Polynomials are fitted in x itself: what rounding does to them is known only there.
+        Polynomials are fitted in x itself, without rescaling: their rounding errors are known only there.
         """
         return _fit(problem, degree)
 
@@ -151,7 +166,7 @@ class Hermite(Basis):
         return HermiteE(a / np.array([float(math.factorial(k)) for k in range(len(a))]))
 
     def remedies(self, clamp: float | None) -> tuple[str, ...]:
-        # Polynomials alone grow faster than their input.
+        # Only polynomials grow faster than their input.
         return ("clamp=4",) if clamp is None else ()
 
 
@@ -168,8 +183,8 @@ def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
 
 
 def _moments(a: Array) -> Moments:
-    # In the orthonormal basis He_k / sqrt(k!) the coefficients are c_k = a_k / sqrt(k!); (X^2 - 1) acts on products of
-    # neighbours: E[(X^2 - 1) g^2] = E[(g^2)''] = 2 E[g'^2] + 2 E[g g''].
+    # In the orthonormal basis He_k / sqrt(k!) the coefficients are c_k = a_k / sqrt(k!). By partial integration
+    # E[(X^2 - 1) g^2] = E[(g^2)''] = 2 E[g'^2] + 2 E[g g''].
     root = np.exp([-0.5 * math.lgamma(k + 1) for k in range(len(a))])
     c = a * root
     first = c[1:] * np.sqrt(np.arange(1, len(a)))
@@ -209,7 +224,7 @@ def _fold(a: Array, interval: Bounds | None, dtype: torch.dtype) -> Folded:
         x = np.concatenate([-sizes, [0.0], sizes])
     else:
         x = np.linspace(*interval, 401)
-    # c is off by its summation in float64, and by being stored, where what is too small for the dtype is lost.
+    # c has errors from its summation in float64 and from storage in the dtype, which loses numbers that are too small.
     limits = torch.finfo(dtype)
     stored = np.where(np.abs(c) < limits.tiny, 0.0, torch.from_numpy(c).to(dtype).double().numpy())
     off = (np.abs(monomials) @ np.abs(a) * np.finfo(np.float64).eps + np.abs(c - stored)) / (limits.eps / 2)
@@ -234,19 +249,19 @@ def _sum_of_powers(sizes: Array, x: Array) -> Array:
 
 
 def _horner_error(c: Array, x: Array) -> Array:
-    """What Horner's rule is off by at most, to first order and in units of half an eps, of shape (points, groups)."""
+    """The first-order bound on the error of Horner's rule, in units of eps / 2, of shape (points, groups)."""
     error = np.zeros((len(x), c.shape[1]))
     partial = np.broadcast_to(c[-1], error.shape)
     for j in range(len(c) - 2, -1, -1):
         product = x[:, None] * partial
         partial = product + c[j]
-        # To add zero is exact.
+        # Adding zero is exact.
         error += (np.abs(product) + np.where(c[j] == 0, 0.0, np.abs(partial))) * np.abs(x)[:, None] ** j
     return error
 
 
 def recurrence_error(a: Array, x: Array) -> Array:
-    """The same of the three-term recurrence, for P_k = He_k / k!."""
+    """The same bound for the three-term recurrence with P_k = He_k / k!."""
     x = x[:, None]
     p = [np.ones_like(x), x]
     for k in range(2, len(a)):

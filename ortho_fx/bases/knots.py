@@ -1,8 +1,8 @@
 """The fit of a piecewise linear function, for the tropical bases.
 
-It is linear in its changes of slope at fixed knots. Knots that turn up belong to a maximum of lines, those that turn
-down to the maximum that is subtracted. They start at the function's own kinks and, where it is smooth, with the density
-|w f''^2|^(1/5) that is asymptotically best, and follow Gauss-Newton steps.
+At fixed knots the problem is linear in the changes of slope. A knot with a positive change belongs to a maximum of
+lines, one with a negative change to the maximum that is subtracted. Knots start at the kinks of the function and, where
+the function is smooth, with the asymptotically best density |w f''^2|^(1/5). Gauss-Newton steps improve them.
 
 Source: the density of knots is that of de Boor, A Practical Guide to Splines.
 """
@@ -14,15 +14,15 @@ import numpy as np
 from ortho_fx.numerics.least_squares import Problem, Separable, Solution, cost_of
 from ortho_fx.numerics.moments import Array
 
-# Rounds of the search that places knots for the slope as well.
+# Rounds of the direct search, which also improves the error of the slope.
 _ROUNDS = 8
 
 
 def maximum_of(line: Array, knots: Array, turns: Array, degree: int) -> tuple[Array, Array]:
-    """Slopes and offsets of the convex function that leaves (offset, slope) `line` by `turns` at `knots`.
+    """Slopes and offsets of the lines whose maximum starts as `line` (offset, slope) and bends by `turns` at `knots`.
 
-    Lines that are left over pass through a knot with a slope between those beside it: they change nothing, and take
-    part as soon as their neighbours move. A function without knots has copies of its line.
+    Spare lines pass through a knot, with a slope between those of its two lines. They do not change the maximum, and
+    become part of it as soon as their neighbours move. A function without knots gets copies of its line.
     """
     spare = degree - len(knots)
     if len(knots):
@@ -61,30 +61,30 @@ def fit_knots(problem: Problem, up: int, down: int) -> tuple[Array, Array, Array
         solution = Separable(columns, jacobian, problem.target, ridge, admissible).at(knots)
         turns = solution.linear[2:] * signs
         if len(knots) and turns.min() <= 0:
-            # A change of slope against its sign helps nowhere: the one furthest off goes, and the rest settle.
+            # A knot whose change of slope has the wrong sign is useless. The worst one goes; the rest is solved again.
             kept = np.arange(len(knots)) != np.argmin(turns)
             return solved(knots[kept], signs[kept])
         steps = int(np.clip(2e7 / (len(problem.target) * (2 + 2 * len(knots)) ** 2), 2, 40))
         solution = solution.improved(steps) if len(knots) else solution
-        # The steps see what knots do to the value; a slope jumps at a knot and has no derivative there.
+        # The steps use only the value's derivative in the knots: a slope jumps at a knot and has no derivative there.
         return solution.searched(_ROUNDS) if problem.derivative_weight else solution
 
-    # The steps end in the optimum next to where they start, so they start twice.
+    # The steps end in a nearby local optimum, so there are two starts.
     best = min((solved(*_first_knots(problem, up, down, power)) for power in (0.2, 0.4)), key=cost_of)
     return best.linear[:2], best.nonlinear, best.linear[2:]
 
 
 def _first_knots(problem: Problem, up: int, down: int, power: float) -> tuple[Array, Array]:
-    """Where knots start, in order, with their signs: at kinks, and with the density w^power |f''|^(2/5) between."""
+    """The initial knots, in order, with their signs: at kinks, and between them with density w^power |f''|^(2/5)."""
     z, slope = problem.z, problem.slope
     width, turn = np.diff(z), np.diff(slope)
-    apart = width > 0  # nodes beyond a clamp fall together
+    apart = width > 0  # nodes beyond a clamp coincide
     width = np.where(apart, width, np.inf)
     rate = np.abs(turn) / width
     span = max(float(np.ptp(slope)), 1e-300)
     beside = np.maximum(np.concatenate([rate[2:], [0, 0]]), np.concatenate([[0, 0], rate[:-2]]))
     kink = apart & (np.abs(turn) > 0.02 * span) & (rate > 8 * beside)
-    # Tangents from either side meet in the kink.
+    # The tangents from the left and the right meet at the kink.
     with np.errstate(divide="ignore", invalid="ignore"):
         meet = np.diff(problem.value - slope * z) / -turn
     middle = (z[:-1] + z[1:]) / 2

@@ -1,7 +1,7 @@
-"""Numeric defaults for any basis: what follows from its formula alone, by quadrature and least squares.
+"""Numeric defaults for any basis, computed from its formula by quadrature and least squares.
 
-Nothing here knows a basis. Derivatives in x are autograd's. Those in the parameters are differences: exact where the
-formula is linear in its parameters, which is found out by trying.
+Nothing here depends on a particular basis. Derivatives in x come from autograd. Derivatives in the parameters are
+finite differences, which are exact if the formula is linear in its parameters; a numeric test finds that out.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.least_squares import ROUNDING, Problem, damped
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Sampled, Values, adaptive_nodes, density, integrated
 
-# Starts of the steps where a formula is not linear, and how many steps the best two of them take after that.
+# For a formula that is not linear: the number of starts, the steps of each, and the steps of the best two after that.
 _STARTS, _SCANNED_STEPS, _STEPS = 8, 15, 80
-# Newton's method for the gains: rounds of new nodes, steps in each, how close it tries to come, and what is enough.
+# Newton's method for the gains: rounds of new nodes, steps in each, the error that it aims for, and the allowed error.
 _ROUNDS, _NEWTON_STEPS, _CLOSE, _ACCEPTED = 4, 60, 1e-12, 1e-10
-# Every so many nodes count while starts are compared.
+# Only every fourth node is used while starts are compared.
 _COARSE = 4
 
 
 class Formula(Protocol):
-    """What a basis is to the functions here."""
+    """The part of a basis that the functions here use."""
 
     @property
     def name(self) -> str: ...
@@ -43,8 +43,11 @@ class Formula(Protocol):
 
 
 def sampled(formula: Formula, values: Values, x: Array, bounds: Bounds | None = None) -> tuple[Array, Array]:
-    """y and y' at points, the input clamped to the bounds; with parameters of shape (size, groups) a column a group."""
-    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the model is built in
+    """y and y' at points, with the input clamped to the bounds.
+
+    With parameters of shape (size, groups), the results have one column per group.
+    """
+    with torch.inference_mode(False), torch.enable_grad():  # the model may be built in any mode
         parameters = [torch.from_numpy(np.array(values[p.name], dtype=np.float64)) for p in formula.parameters]
         prepared = formula.prepare(torch.float64, *parameters)[: len(parameters)]
         points = torch.tensor(x, dtype=torch.float64)
@@ -63,12 +66,12 @@ def moments(formula: Formula, values: Values, bounds: Bounds | None = None) -> M
 
 
 def start(formula: Formula, degree: int, bounds: Bounds | None, tied: bool) -> dict[str, Array]:
-    """The parameters next to those of a function that bends little, with forward and backward gain 1.
+    """Parameters with forward and backward gain 1, close to the fit of a slightly nonlinear function.
 
-    That function is the Hermite expansion of degree 3 with gains 1 that `ortho_fx` starts from.
+    That function is the "stable" Hermite expansion of degree 3.
 
     Raises:
-        OrthoFxError: none were found.
+        OrthoFxError: no such parameters were found.
     """
     z, weight = _gaussian_nodes(8.0)
     a1, a2, a3 = 1.0, -0.7, -0.49
@@ -89,7 +92,7 @@ def start(formula: Formula, degree: int, bounds: Bounds | None, tied: bool) -> d
 
 
 def rescaled(formula: Formula, values: Values, mean: float, std: float) -> dict[str, Array]:
-    """The parameters of std * y((x - mean) / std) by least squares for x ~ N(mean, std^2), with the gains of y."""
+    """The parameters of std * y((x - mean) / std), by least squares under x ~ N(mean, std^2), with the gains of y."""
     if (mean, std) == (0.0, 1.0):
         return {parameter.name: np.array(values[parameter.name], dtype=np.float64) for parameter in formula.parameters}
     z, weight = _gaussian_nodes(8.0)
@@ -107,7 +110,7 @@ def rescaled(formula: Formula, values: Values, mean: float, std: float) -> dict[
 
 
 def fitted(formula: Formula, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
-    """The parameters of least squares: linear where the formula is, else the best after steps from several starts."""
+    """The least-squares parameters: exact for a linear formula, else the best result of steps from several starts."""
     unknowns = _Unknowns(formula, [parameter.size(degree, tied) for parameter in formula.parameters])
     if unknowns.linear:
         return unknowns.unpack(unknowns.solved(problem, ROUNDING))
@@ -145,7 +148,7 @@ class _Unknowns:
 
     @functools.cached_property
     def linear(self) -> bool:
-        """Whether the formula is linear in all of its parameters, but for what does not depend on them."""
+        """Whether the formula is linear in all of its parameters, apart from a constant term."""
         random = np.random.default_rng(0)
         x = random.normal(size=16)
         one, other = random.normal(size=(2, self.size))
@@ -153,7 +156,7 @@ class _Unknowns:
         return bool(np.allclose(both, 2.0 * first - second, rtol=1e-9, atol=1e-9 * np.abs(first).max()))
 
     def columns(self, vector: Array, x: Array, bounds: Bounds | None = None) -> tuple[Array, Array]:
-        """The derivatives of y and of y' in each unknown, a column each."""
+        """The derivatives of y and of y' with respect to each unknown, one column each."""
         values, slopes = [], []
         for k in range(self.size):
             step = 1.0 if self.linear else 1e-6 * max(1.0, abs(vector[k]))
@@ -167,7 +170,7 @@ class _Unknowns:
         return np.stack(values, axis=1), np.stack(slopes, axis=1)
 
     def solved(self, problem: Problem, ridge: float) -> Array:
-        """The least squares of a linear formula, in columns of length one."""
+        """The least-squares solution of a linear formula, computed with columns scaled to length 1."""
         origin = np.zeros(self.size)
         fixed, slope = self.at(origin, problem.z)
         values, slopes = self.columns(origin, problem.z)
@@ -177,7 +180,7 @@ class _Unknowns:
         return damped(matrix / length, target, np.full(self.size, ridge)) / length
 
     def stepped(self, problem: Problem, vector: Array, steps: int) -> tuple[Array, float]:
-        """After so many Levenberg-Marquardt steps, of which those count that lower the cost, and the cost."""
+        """The vector after at most so many Levenberg-Marquardt steps, each of which lowers the cost; and the cost."""
 
         def residual_at(vector: Array) -> Array:
             value, slope = self.at(vector, problem.z)
@@ -214,10 +217,10 @@ def _with_gains(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> dict[str, Array] | None:
-    """The parameters next to these with E[y^2] = gains[0] std^2 and E[y'^2] = gains[1] for x ~ N(mean, std^2).
+    """Parameters near these with E[y^2] = gains[0] std^2 and E[y'^2] = gains[1] for x ~ N(mean, std^2).
 
-    By Newton's method with steps of least length, in units of how much each parameter changes the function; None where
-    it does not converge.
+    Newton's method takes the shortest possible steps. A parameter's unit of length is its effect on the function. The
+    result is None if the method does not converge.
     """
     unknowns = _Unknowns(formula, [len(values[parameter.name]) for parameter in formula.parameters])
     wanted = np.array(gains)
@@ -234,7 +237,7 @@ def _with_gains(
         return np.array([weight @ value**2, weight @ slope**2])
 
     def newton(vector: Array, found: Callable[[Array], Array], gradient: Callable[[Array], Array]) -> Array:
-        """After steps, as long as they come closer."""
+        """The vector after steps, which continue as long as the error falls."""
         off = found(vector) - wanted
         for _ in range(_NEWTON_STEPS):
             if np.abs(off).max() < _CLOSE:
@@ -277,7 +280,7 @@ def _with_gains(
         columns = unknowns.columns(vector, mean + std * z, bounds)
         length = np.hypot(*(_lengths(np.sqrt(weight)[:, None] * each) for each in columns))
         vector = newton(vector, found, gradient)
-    # Kinks that move: between nodes that stand still, E[y'^2] jumps.
+    # Moving kinks need new nodes at every step: with fixed nodes, E[y'^2] jumps when a kink crosses a node.
     vector = newton(start, integrals, differences)
     return unknowns.unpack(vector) if np.abs(integrals(vector) - wanted).max() < _ACCEPTED else None
 
@@ -288,7 +291,7 @@ def _lengths(matrix: Array) -> Array:
 
 
 def _gaussian_nodes(reach: float) -> tuple[Array, Array]:
-    """Nodes for N(0, 1) on panels of 1/4, and their weights with sum 1."""
+    """Quadrature nodes for N(0, 1), on panels of width 1/4, and their weights, with sum 1."""
     nodes, weights = np.polynomial.legendre.leggauss(8)
     left = np.arange(-reach, reach, 0.25)
     z = (left[:, None] + (nodes + 1) / 8).ravel()

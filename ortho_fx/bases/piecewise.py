@@ -1,4 +1,4 @@
-"""Maxima of lines as piecewise linear functions: their knots, moments and needed lines, for the tropical bases."""
+"""Maxima of lines as piecewise linear functions: their knots, moments and necessary lines, for the tropical bases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def moments_of(pieces: Pieces, bounds: Bounds | None) -> Moments:
 
 
 def _cut(knots: Array, slopes: Array, offsets: Array, bounds: Bounds) -> Pieces:
-    """A piecewise linear function made constant beyond the bounds."""
+    """Makes a piecewise linear function constant beyond the bounds."""
     inside = (knots > bounds[0]) & (knots < bounds[1])
     edges = np.array(bounds)
     piece = np.array([np.searchsorted(knots, bounds[0], side="right"), np.searchsorted(knots, bounds[1])])
@@ -42,7 +42,7 @@ def _cut(knots: Array, slopes: Array, offsets: Array, bounds: Bounds) -> Pieces:
 
 
 def maximum_pieces(slopes: Array, offsets: Array) -> Pieces:
-    """max_k (slopes[k] x + offsets[k]) as the piecewise linear function that it is."""
+    """max_k (slopes[k] x + offsets[k]) as knots and pieces."""
     knots, pieces = upper_envelope(slopes, offsets)
     return knots, np.asarray(slopes)[pieces], np.asarray(offsets)[pieces]
 
@@ -63,7 +63,7 @@ def upper_envelope(slopes: Array, offsets: Array) -> tuple[Array, NDArray[np.int
     knots: list[float] = []
     for line in order:
         if hull and slopes[hull[-1]] == slopes[line]:
-            hull.pop()  # parallel and, by the order, below
+            hull.pop()  # parallel, and below because of the sort order
             if knots:
                 knots.pop()
         while hull:
@@ -99,12 +99,12 @@ def _moments(knots: Array, slopes: Array, offsets: Array) -> Moments:
 
 
 def needed_lines(slopes: Array, offsets: Array, interval: Bounds | None) -> tuple[Array, Array]:
-    """The slopes and offsets of the pieces that alone are the maximum on some stretch of the interval."""
+    """The slopes and offsets of the lines that are the maximum on some part of the interval."""
     lowest, highest = (-math.inf, math.inf) if interval is None else interval
     needed = np.zeros(slopes.shape, dtype=bool)
     for k in range(len(slopes)):
         steeper = slopes - slopes[k]
-        # Line j passes line k at this x: from there on it is above where it is steeper, and until there where flatter.
+        # Line j crosses line k at this x. It is above line k to the right if it is steeper, and to the left if flatter.
         with np.errstate(divide="ignore", invalid="ignore"):
             crossing = (offsets[k] - offsets) / steeper
         start = np.where(steeper < 0, crossing, -math.inf).max(axis=0)
@@ -112,7 +112,7 @@ def needed_lines(slopes: Array, offsets: Array, interval: Bounds | None) -> tupl
         higher = offsets > offsets[k]
         higher[:k] |= offsets[:k] == offsets[k]
         needed[k] = (np.maximum(start, lowest) < np.minimum(end, highest)) & ~(higher & (steeper == 0)).any(axis=0)
-    if interval is not None:  # one that is a point has no stretches
+    if interval is not None:  # an interval of one point needs one line
         top = (slopes * highest + offsets).argmax(axis=0)
         needed[top, np.arange(len(top))] |= ~needed.any(axis=0)
     _, slopes, offsets = packed(needed, slopes, offsets)
@@ -120,7 +120,7 @@ def needed_lines(slopes: Array, offsets: Array, interval: Bounds | None) -> tupl
 
 
 def maximum_or_line(slopes: Array, offsets: Array) -> Folded:
-    """A maximum of needed lines; of one line it is a polynomial."""
+    """The form of a maximum of needed lines; a single line is a polynomial."""
     if len(slopes) == 1:
         return "polynomial", {"monomial_coefficients": np.concatenate([offsets, slopes])}
     return "maximum", {"slopes": slopes, "offsets": offsets}

@@ -1,11 +1,11 @@
 """The "stable" start of bases whose functions can be scaled and shifted exactly.
 
-The rule is one for all of them. For any g with D = E[g'^2], m = E[g], v = Var g under X ~ N(0, 1), the Gaussian
-Poincare inequality v <= D makes
+All these bases use one rule. For any g with D = E[g'^2], m = E[g], v = Var g under X ~ N(0, 1), the Gaussian Poincare
+inequality v <= D ensures that
     f = gamma (g + beta),  gamma = 1 / sqrt(D),  beta = -m +- sqrt(D - v)
-exist, and f has the forward gain E[f^2] = 1 and the backward gain E[f'^2] = 1. It rescales the coefficients and moves
-the constant term only. Of the two signs that one is taken whose slope chi = d/dq E[f(sqrt(q) X)^2] at q = 1 is smaller
-in magnitude: the variance 1 attracts, layer after layer, where |chi| < 1.
+exists. f has the forward gain E[f^2] = 1 and the backward gain E[f'^2] = 1. The rule only scales the coefficients and
+shifts the constant term. Of the two signs, the one with the smaller |chi| is taken, where chi is the slope
+d/dq E[f(sqrt(q) X)^2] at q = 1. If |chi| < 1, the variance converges to 1 layer after layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
-# The parameters of scale * g + shift, for those of g.
+# A function from the parameters of g, a scale and a shift to the parameters of scale * g + shift.
 Affine = Callable[[Values, float, float], dict[str, Array]]
 
 
@@ -25,7 +25,7 @@ class HasMoments(Protocol):
 
 
 def stable(basis: HasMoments, values: Values, affine: Affine, bounds: Bounds | None) -> dict[str, Array]:
-    """The parameters of gamma (g + beta), for those of g, its input clamped to `bounds` if there are any."""
+    """The parameters of gamma (g + beta), from those of g, with the input clamped to `bounds` if given."""
     g = basis.moments(values, bounds)
     gamma = 1.0 / math.sqrt(g.derivative_square)
     shift = math.sqrt(max(g.derivative_square - g.variance, 0.0))

@@ -1,8 +1,9 @@
-"""Tropical rationals, y(x) = max_k (s_k x + b_k) - max_k (t_k x + c_k), k = 0..n, whose slopes and offsets all learn.
+"""Tropical rationals, y(x) = max_k (s_k x + b_k) - max_k (t_k x + c_k), k = 0..n, with learnable slopes and offsets.
 
-A difference of two convex functions: every continuous piecewise linear function with enough pieces is one.
+Every continuous piecewise linear function is such a difference of two convex functions, at a sufficient degree.
 
-Frozen, each maximum keeps the lines that it needs, and a denominator of one line is subtracted from the numerator's.
+In the frozen form each maximum keeps the lines that it needs. A denominator of one line is subtracted from the lines of
+the numerator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
-    """TropicalRationalActivation: max_k (powers_num_k x + coefficients_num_k) less the same of `_denom`, from k = 0."""
+    """Converts TropicalRationalActivation.
+
+    y(x) = max_k (powers_num_k x + coefficients_num_k) - max_k (powers_denom_k x + coefficients_denom_k), from k = 0.
+    """
     return renamed(
         state,
         {
@@ -67,7 +71,7 @@ class TropicalRational(PiecewiseLinear):
     def collect_prepared(
         self, sums: Tensor, parameters: Sequence[Tensor], prepared: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        # [k, above or below, of slopes or offsets, ...], and what is below counts negative.
+        # Dimensions [k, numerator or denominator, slopes or offsets, ...]; the denominator has a negative sign.
         after_knots = sums.unflatten(0, (2, 2, -1)).movedim(2, 0)
         sign = (1 - 2 * torch.arange(2, device=sums.device)).reshape(2, *(1 for _ in sums.shape))
         gradients = shares(after_knots, prepared[4].unsqueeze(2)) * sign
@@ -79,8 +83,8 @@ class TropicalRational(PiecewiseLinear):
         return moments_of(less(up, down), bounds)
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
-        """As the tropical start with slopes from a quarter of the largest, over a denominator half as steep."""
-        # With knots between the numerator's: no piece of the one mirrors the gradient of the other.
+        """The tropical start with slopes from 0.25 times the largest, over a denominator that is half as steep."""
+        # The denominator's knots are between the numerator's, so that no two pieces have the same gradient.
         slopes, offsets = lines_between_quantiles(degree, 0.25, 1.0, 0.0)
         denominator_slopes, denominator_offsets = lines_between_quantiles(degree, 0.125, 0.5, -0.5)
         values = {
@@ -92,12 +96,12 @@ class TropicalRational(PiecewiseLinear):
         return stable(self, values, affine, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
-        """The tropical start over a denominator of zeros: the paper starts its rational from fits only."""
+        """The paper's tropical values, over a denominator of zeros: the paper starts its rationals only from fits."""
         zeros = np.zeros(degree + 1)
         return {**paper_lines(degree), "denominator_slopes": zeros, "denominator_offsets": zeros.copy()}
 
     def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
-        """Knots that turn up belong to the numerator, those that turn down to the denominator."""
+        """Knots with a positive change of slope belong to the numerator, the others to the denominator."""
         line, knots, turns = fit_knots(problem, degree, degree)
         up = turns > 0
         slopes, offsets = maximum_of(line, knots[up], turns[up], degree)
@@ -119,7 +123,7 @@ class TropicalRational(PiecewiseLinear):
 
 
 def _pairs(dtype: torch.dtype, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Slopes and offsets, each with those above beside those below."""
+    """Slopes and offsets, each of numerator and denominator stacked in dimension 1."""
     slopes, offsets, denominator_slopes, denominator_offsets = (parameter.to(dtype) for parameter in parameters)
     return torch.stack([slopes, denominator_slopes], 1), torch.stack([offsets, denominator_offsets], 1)
 

@@ -1,4 +1,4 @@
-"""Times, memory and kernels of activations and training steps, beside GELU's."""
+"""Benchmarks: time, memory and kernels of activations and training steps, compared with GELU."""
 
 from ortho_fx.bench.config import BenchConfig
 from ortho_fx.bench.measure import bench

@@ -1,4 +1,4 @@
-"""How the C library gives memory to a measurement."""
+"""Controls how the C library allocates memory during a measurement."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 
 class Reuse:
-    """Tells glibc to keep freed memory, for the rest of the process: blocks that were freed lie there already."""
+    """Makes glibc keep freed memory for the rest of the process, so that new blocks cause no page faults."""
 
     active = False
-    # Of mallopt(3), from malloc.h.
+    # Constants of mallopt(3), from malloc.h.
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
     @classmethod
     def start(cls, headroom: int) -> bool:
-        """Whether malloc now reuses what is freed, with so many bytes in one piece at hand."""
+        """Starts to reuse freed memory, with `headroom` bytes in one piece; returns whether malloc supports it."""
         if platform.libc_ver()[0] != "glibc":
             return False
-        # No mmap of its own for a large block, and no trimming of the heap when one is freed.
+        # Large blocks get no separate mmap, and freeing one does not trim the heap.
         mallopt = ctypes.CDLL(None).mallopt
         cls.active = bool(mallopt(cls.M_MMAP_MAX, 0) and mallopt(cls.M_TRIM_THRESHOLD, -1))
         torch.empty(headroom, dtype=torch.uint8).fill_(0)
@@ -28,12 +28,12 @@ class Reuse:
 
 
 def buffers_are_reused() -> bool:
-    """Whether this process keeps freed memory by now, as measurements without `fresh` make it do."""
+    """Whether this process keeps freed memory; measurements without `fresh` turn this on."""
     return Reuse.active
 
 
 def page_faults() -> int | None:
-    """Minor page faults of this process so far; None where the system does not count them."""
+    """The minor page faults of this process so far; None if the system does not count them."""
     try:
         import resource
     except ImportError:

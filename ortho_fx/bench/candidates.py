@@ -1,4 +1,4 @@
-"""What `ortho_fx.bench` measures: GELU, the floor, our expansions and peers, as calls that are ready to be timed."""
+"""The candidates that `ortho_fx.bench` measures: GELU, the floor, our expansions and peers, as calls to be timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ortho_fx.rewriting.optimizer import param_groups
 from ortho_fx.rewriting.rewrite import rewrite_
 
 WIDTH = ROW // 4
-# Called by its signature alone; 0.1.2 has no other granularity than one expansion a module.
+# Only its signature is used. Version 0.1.2 has no granularity other than one expansion per module.
 TORCHORTHO = (("HermiteActivation", 3), ("FourierActivation", 5), ("TropicalActivation", 5))
 _numbers = itertools.count()
 
@@ -34,8 +34,8 @@ class Candidate:
 
     Args:
         name, kind: as in `Measurement`.
-        phases: what is timed apart, by name and in order; each is called with the result of the one before.
-        device: where it runs.
+        phases: the parts that are timed separately, by name and in order; each gets the result of the one before.
+        device: the device that it runs on.
         compiled: whether torch.compile made it.
     """
 
@@ -53,8 +53,8 @@ class Candidate:
 class Rational(nn.Module):
     r"""y(x) = P(x) / (1 + |b_1 x + ... + b_4 x^4|) with P of degree 5, in plain tensor operations.
 
-    The "safe" Padé activation unit that rational networks and KAT use: of the same cost class as an expansion of degree
-    5, and what a user could write down instead. All coefficients are learnable.
+    It is the "safe" Padé activation unit of rational networks and KAT. Its cost is similar to that of an expansion of
+    degree 5, and a user could write it instead. All coefficients are learnable.
     """
 
     def __init__(self) -> None:
@@ -84,9 +84,9 @@ class _CopyFunction(torch.autograd.Function):
 
 
 class Copy(nn.Module):
-    """The floor of an activation that saves its input: a copy of it, and backward the sum of input and gradient.
+    """The lower bound for an activation that saves its input: forward copies it, backward adds input and gradient.
 
-    Those are five passes over memory: read x, write y; read x, read the gradient of y, write that of x.
+    It makes five passes over memory: read x, write y; read x, read the gradient of y, write that of x.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Copy(nn.Module):
 
 
 def make_candidates(config: BenchConfig) -> Iterator[Candidate]:
-    """Every candidate of a config, the reference first and then the floor."""
+    """Every candidate of a config: first the reference, then the floor, then the others."""
     if config.trains:
         yield from _training_steps(config)
         return
@@ -137,7 +137,7 @@ def make_candidates(config: BenchConfig) -> Iterator[Candidate]:
 
 
 def _torchortho() -> Iterator[tuple[str, int, Callable[[int], nn.Module]]]:
-    """Title, degree and class of its activations, where it is installed."""
+    """Title, degree and constructor of torchortho's activations, if it is installed."""
     with contextlib.suppress(ImportError):
         package = importlib.import_module("torchortho")
         for name, degree in TORCHORTHO:
@@ -145,7 +145,7 @@ def _torchortho() -> Iterator[tuple[str, int, Callable[[int], nn.Module]]]:
 
 
 def _training_steps(config: BenchConfig) -> Iterator[Candidate]:
-    """A training step of the model as it is, and with each expansion in the place of its GELU."""
+    """A training step of the model with GELU, and one with each expansion instead."""
     torch.manual_seed(0)
     model, inputs, targets = _gpt2(config) if config.what == "gpt2" else _convnext(config)
     model = model.to(config.device)
@@ -193,7 +193,7 @@ def _training_step(
 
 
 def compilation_subject(expansion: ExpansionConfig | None, config: BenchConfig, blocks: int) -> Callable[[], None]:
-    """Forward and backward of a compiled stack of MLP blocks that has not run yet."""
+    """A function that runs forward and backward of a compiled stack of MLP blocks, which has not run yet."""
     width, dtype = 64, getattr(torch, config.dtype)
 
     class Block(nn.Module):
@@ -221,12 +221,12 @@ def compilation_subject(expansion: ExpansionConfig | None, config: BenchConfig, 
 
 
 def compile_alone(call: Callable[..., Tensor], config: BenchConfig) -> Callable[..., Tensor]:
-    """`call` by torch.compile in the mode of the config, apart from whatever else this process compiles."""
+    """`call` compiled by torch.compile in the mode of the config, separate from other compiled code of this process."""
 
     def run(*arguments: Tensor) -> Tensor:
         return call(*arguments)
 
-    # Dynamo keeps what it compiled by code object, up to a limit: each candidate gets one of its own.
+    # Dynamo caches compiled code by code object, up to a limit. So each candidate gets its own code object.
     code = run.__code__.replace(co_name=f"candidate_{next(_numbers)}")
     alone = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     return torch.compile(alone, dynamic=False, mode=None if config.mode == "default" else config.mode)

@@ -1,4 +1,4 @@
-"""`BenchConfig`: what is measured, and how."""
+"""`BenchConfig`: the settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ DEFAULT_EXPANSIONS = (
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured, and how.
+    """The settings of a benchmark: what is measured, and how.
 
     Args:
         what: "activation" (alone), "mlp" (Linear 768 -> 3072, activation, Linear 3072 -> 768), "gpt2" or "convnext" (a
             training step of the model: forward, backward, AdamW).
-        expansions: the expansions that are measured beside GELU.
+        expansions: the expansions that are compared with GELU.
         device: "cpu" or "cuda", with or without an index.
         dtype: of inputs, parameters and gradients; in a training step, that of autocast.
-        elements: size of the activation's input, rounded down to rows of 3072; gpt2 and convnext have their own.
+        elements: size of the activation's input, rounded down to rows of 3072; gpt2 and convnext ignore it.
         size: preset of gpt2 or convnext.
-        batch_size: sequences or images a training step (default: by model and preset).
-        threads: of the CPU (default: all that PyTorch uses).
+        batch_size: sequences or images per training step (default: by model and preset).
+        threads: CPU threads (default: all that PyTorch uses).
         rounds: how often each candidate is measured (default: 20 times, and training steps 10 times).
         eager: measure without torch.compile.
-        fresh: allocate outputs anew at each call (see `ortho_fx.bench.measure`).
-        mode: torch.compile's, on CUDA.
-        peers: measure torchortho too, where it is installed, and a rational function.
+        fresh: allocate new memory for outputs at each call (see `ortho_fx.bench.measure`).
+        mode: the mode of torch.compile, on CUDA.
+        peers: also measure a rational function, and torchortho if it is installed.
         compile_time: measure how long a model of twelve blocks takes to compile (`compile_seconds`).
 
     Raises:

@@ -1,20 +1,20 @@
-"""How fast activations are beside F.gelu: what `ortho-fx bench` and benchmarks/speed.py measure.
+"""Measures the speed of activations relative to F.gelu, for `ortho-fx bench` and benchmarks/speed.py.
 
-All candidates are measured in one process, in turns: every round calls each of them once, in a new random order, since
-what ran before leaves its traces in caches and threads. A ratio is the median over the rounds of a candidate's time
-divided by GELU's of the same round, so whatever else the machine does in that minute meets all of them alike. Read
-ratios, not milliseconds.
+All candidates are measured in one process, in turns. Every round calls each candidate once, in a new random order,
+because the candidate before affects caches and threads. A ratio is a candidate's time divided by GELU's time of the
+same round, as the median over the rounds. So other work on the machine affects all candidates alike. Read ratios, not
+milliseconds.
 
-Two times can be meant on a CPU, where PyTorch has no caching allocator:
+On a CPU PyTorch has no caching allocator, so there are two different times:
 
-- *buffers reused* (default): what the kernels take. malloc is told to keep freed blocks, so that outputs lie in memory
-  that is already there. This is how activations run on a GPU, and in a model whose allocator caches.
-- *fresh allocations* (`fresh=True`): the default malloc, which maps a large output anew at each call, and the kernel
-  that first writes to it waits for one page fault every 4 KiB. For a large tensor this is most of the time, and it is
-  the same for every activation.
+- *buffers reused* (default): the time of the kernels. malloc keeps freed blocks, so outputs get memory that is already
+  mapped. Activations run like this on a GPU, and in a model with a caching allocator.
+- *fresh allocations* (`fresh=True`): the default malloc maps a large output again at each call, and the first kernel
+  that writes to it waits for one page fault per 4 KiB. For a large tensor this is most of the time, and it is the same
+  for every activation.
 
-Reports hold the page faults of a call, which tell which of the two was measured. On a GPU, times are those between two
-events in a queue that was filled beforehand, with the L2 cache flushed before each forward and each backward.
+Reports include the page faults of a call, which show which of the two was measured. On a GPU, a time is that between
+two events in a queue that was filled before, with the L2 cache flushed before each forward and each backward.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from ortho_fx.config import ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators.generated_code import count_kernels, generated_code
 
-# A candidate that takes more than so many times as long as GELU is not worth more than these rounds.
+# A candidate slower than this multiple of GELU's time is measured in only so many rounds.
 _SLOW_ROUNDS = ((50.0, 1), (8.0, 3))
 _WARM_UP, _LONGEST_WARM_UP = 2, 8
 _SETTLED_FAULTS = 64
-_LONG = 0.5  # seconds, of a call that is warm already
+_LONG = 0.5  # seconds; a longer call needs no further warm-up
 
 
 def bench(
@@ -56,12 +56,13 @@ def bench(
     """Measures every candidate under a config.
 
     Args:
-        config: what is measured.
-        progress: called with a line of text whenever something begins that may take seconds.
-        candidates: what is measured in place of what the config names, the reference first; made under its threads.
+        config: the settings.
+        progress: called with a line of text before every part that may take seconds.
+        candidates: candidates to measure instead of those of the config, the reference first. They are made with the
+            config's number of threads.
 
     Raises:
-        OrthoFxError: see `BenchConfig`. A peer that fails does not raise: its measurement says so.
+        OrthoFxError: see `BenchConfig`. If a peer fails, its measurement holds the error.
     """
     current = torch.cuda.device(config.device) if config.device_type == "cuda" else contextlib.nullcontext()
     with _threads(config), _no_collection(), current:
@@ -95,10 +96,10 @@ def choose_expansions(
     granularity: str = "layer",
     tied: bool = False,
 ) -> tuple[ExpansionConfig, ...]:
-    """The default expansions of these bases, or, with degrees, every basis at every degree.
+    """The default expansions of these bases; with degrees, every basis at every degree.
 
     Raises:
-        OrthoFxError: an unknown basis or granularity, a degree that a basis does not have, or tied without Fourier.
+        OrthoFxError: an unknown basis or granularity, a degree that a basis does not have, or `tied` without Fourier.
     """
     if degrees:
         chosen = [ExpansionConfig(basis, degree) for basis in bases or BASES for degree in degrees]
@@ -131,7 +132,7 @@ def _take_turns(
 
 
 class _Measured:
-    """A candidate on its way to a measurement: the seconds of each phase of each round."""
+    """A candidate during the measurement, with the seconds of each phase in each round."""
 
     def __init__(self, candidate: Candidate, result: Measurement) -> None:
         self.candidate, self.result = candidate, result
@@ -142,7 +143,7 @@ class _Measured:
         return sum(self.rounds[number].values())
 
     def prepare(self, timer: _Timer, *, settle: bool) -> None:
-        """Compiles, counts kernels and memory, and warms up, until calls find their buffers where that is asked for."""
+        """Compiles, counts kernels and memory, and warms up: until page faults settle, if `settle`."""
         try:
             with generated_code() as codes:
                 self.run(timer)
@@ -175,7 +176,7 @@ class _Measured:
         for phase in [*self.candidate.phases, "total"]:
             own, others = self._times(phase), reference._times(phase)
             self.result.seconds[phase] = statistics.median(own)
-            # Rounds that a slow candidate sat out are the last ones.
+            # A slow candidate skips the last rounds, so the shorter list has the first ones.
             self.result.ratios[phase] = statistics.median(a / b for a, b in zip(own, others, strict=False))
         totals = self._times("total")
         others = reference._times("total")
@@ -195,17 +196,17 @@ _Timer = Callable[[Callable[[Any], Any], Any], tuple[Any, float]]
 
 
 def _timer(config: BenchConfig) -> _Timer:
-    """What calls a phase with the result of the one before, and returns its result and its seconds."""
+    """A function that calls a phase with the result of the phase before, and returns its result and its seconds."""
     if config.device_type == "cpu":
         return _wall_clock(lambda: None)
     if config.trains:
         return _wall_clock(lambda: torch.cuda.synchronize(config.device))
-    # More than the L2 cache of any GPU so far.
+    # Larger than the L2 cache of any GPU so far.
     scratch = torch.empty(256 * 2**20, dtype=torch.int8, device=config.device)
 
     def timed(phase: Callable[[Any], Any], value: Any) -> tuple[Any, float]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Some two milliseconds in which Python queues the whole phase: what is timed is the GPU alone.
+        # This takes about two milliseconds, in which Python queues the whole phase. So only the GPU is timed.
         for _ in range(32):
             scratch.zero_()
         start.record()
@@ -231,7 +232,7 @@ def _wall_clock(synchronize: Callable[[], None]) -> _Timer:
 @contextlib.contextmanager
 def _threads(config: BenchConfig) -> Iterator[None]:
     before = torch.get_num_threads()
-    # Generated C++ has the number of threads in it, from when it was compiled.
+    # Generated C++ contains the number of threads at compile time.
     torch.set_num_threads(config.threads or before)
     try:
         yield
@@ -252,9 +253,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def memory(candidate: Candidate) -> tuple[int, int | None]:
-    """Peak bytes of one call of all phases, and the bytes that the second phase finds beyond the first one's result.
+    """Peak bytes of one call of all phases, and the bytes saved between the phases, without the first phase's result.
 
-    On a CPU, from every allocation and release that the profiler records; on CUDA, from the allocator's statistics.
+    On a CPU they come from the profiler's record of every allocation and release, on CUDA from the allocator.
     """
     live = peak = 0
     saved: int | None = None
@@ -279,8 +280,8 @@ def memory(candidate: Candidate) -> tuple[int, int | None]:
 
 
 def _allocations(phase: Callable[[Any], Any], value: Any) -> tuple[Any, list[int]]:
-    """The phase's result, and the bytes of each allocation on the CPU, in order; those of a release are negative."""
-    # Or it writes lines of its own to stderr whenever it starts and stops. It reads this when it is first used.
+    """The result of a phase, and the bytes of each allocation on the CPU, in order; a release has negative bytes."""
+    # Without this the profiler writes to stderr when it starts and stops. It reads the variable at its first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -293,11 +294,11 @@ def _allocations(phase: Callable[[Any], Any], value: Any) -> tuple[Any, list[int
 
 
 def compile_seconds(expansion: ExpansionConfig | None, config: BenchConfig, blocks: int = 12) -> float:
-    """How long the first forward and backward of a compiled model take, with cold caches; None is GELU.
+    """The seconds of the first forward and backward of a compiled model, with cold caches; None means GELU.
 
-    The model is a stack of residual blocks, each a normalisation and an MLP of width 64, small enough for its running
-    time not to count. All caches start empty but for what any compile needs: the compiler's modules are imported and
-    its C++ headers precompiled, by compiling another function first.
+    The model is a stack of residual blocks, each a normalisation and an MLP of width 64, so small that its running time
+    is negligible. All caches start empty, except for what any compile needs: another function is compiled first, which
+    imports the compiler's modules and precompiles its C++ headers.
     """
     with _threads(config), torch_private.load(torch_private.TOOLS).fresh_cache():
         torch.compiler.reset()

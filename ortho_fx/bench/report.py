@@ -1,4 +1,4 @@
-"""What `ortho_fx.bench` reports: a measurement a candidate, and a table of them."""
+"""The report of `ortho_fx.bench`: one measurement per candidate, and a table of them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ortho_fx.version import __version__
 
 @dataclass
 class Measurement:
-    """What was measured of one candidate.
+    """The measurements of one candidate.
 
     Args:
         name, kind: of the candidate; kind is "reference" (GELU), "floor", "expansion" or "peer".
-        seconds: median of each phase ("forward" and "backward", or "step") and of their sum, "total".
-        ratios: of the same, the median over the rounds of the time divided by the reference's in that round.
-        ratio_of_medians, ratio_of_fastest: of the totals: of their medians, and of the shortest ones.
-        floor_share: median over the rounds of the floor's total divided by this one: 1 is the speed of a plain copy.
-        rounds: how many there were.
-        peak_bytes: the most that one forward and backward, or one step, had allocated at a time, beyond what was there
-            before: input, parameters and the gradient of the output. The output is held all along. Exact.
-        saved_bytes: what was still allocated between forward and backward, beyond the output.
-        kernels: generated kernels of forward and backward: launches on a GPU, loop nests of C++ on a CPU. Matrix
-            products and convolutions from libraries do not count.
-        page_faults: median number of minor page faults.
-        compile_seconds, compile_ratio: as `compile_seconds` measures; divided by the reference's.
+        seconds: the median time of each phase ("forward" and "backward", or "step") and of their sum, "total".
+        ratios: for the same keys, the median over the rounds of the time divided by the reference's in that round.
+        ratio_of_medians, ratio_of_fastest: the ratio of the median totals, and of the shortest totals.
+        floor_share: the median over the rounds of the floor's total divided by this one; 1 is as fast as a plain copy.
+        rounds: the number of rounds.
+        peak_bytes: the exact peak of memory in one forward and backward, or one step. It does not count memory from
+            before the call: input, parameters and the gradient of the output. The output is kept until the end.
+        saved_bytes: the memory still allocated between forward and backward, without the output.
+        kernels: the number of generated kernels in forward and backward: launches on a GPU, C++ loop nests on a CPU.
+            Matrix products and convolutions from libraries do not count.
+        page_faults: the median number of minor page faults.
+        compile_seconds, compile_ratio: the time that `compile_seconds` measures, and its ratio to the reference's.
         error: why a peer could not be measured.
     """
 
@@ -60,9 +60,9 @@ class Measurement:
 class Report:
     """Measurements under one config, the reference first.
 
-    Prints as a table of medians and of median ratios. "fastest" is the ratio of the shortest totals, which a machine
-    that others use disturbs least; where it is far from the median ratio, measure again, or with fewer threads than
-    cores.
+    `print(report)` shows a table of medians and of median ratios. "fastest" is the ratio of the shortest totals, which
+    other work on the machine disturbs least. If it is far from the median ratio, measure again, or use fewer threads
+    than cores.
     """
 
     config: BenchConfig
@@ -73,7 +73,7 @@ class Report:
         return next(m for m in self.measurements if m.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: date, hardware, versions, the config and the measurements."""
+        """Plain values for JSON: date, hardware, versions, the config and the measurements."""
         config = asdict(self.config) | {"expansions": [str(expansion) for expansion in self.config.expansions]}
         return self.environment | {"config": config, "rows": [asdict(m) for m in self.measurements]}
 
@@ -90,7 +90,7 @@ class Report:
 
     def _rows(self) -> list[list[str]]:
         phases = list(self.measurements[0].seconds)
-        if len(phases) == 2:  # one phase and the total, which is the same
+        if len(phases) == 2:  # one phase equals the total
             phases.pop()
         header = ["", *(f"{phase} ms" for phase in phases), *(f"{phase} / gelu" for phase in phases)]
         header += ["fastest / gelu", "of the floor", "peak MiB", "saved MiB", "kernels", "compile s", "compile / gelu"]
@@ -116,7 +116,7 @@ def _number(value: float) -> str:
 
 
 def environment_of(config: BenchConfig, buffers: str | None = None) -> dict[str, Any]:
-    """Date, hardware and versions, as every report has them."""
+    """The date, hardware and versions of a report."""
     versions = {"ortho_fx": __version__, "torch": torch.__version__}
     for package in ("torchortho", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line, `ortho-fx`: one subcommand a file, exit code 2 and one line for whatever the user got wrong."""
+"""The command line, `ortho-fx`: one subcommand per file. A mistake of the user gives exit code 2 and one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OrthoFxError as error:
         print(f"ortho-fx: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -36,16 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load_plugins() -> None:
-    """Imports the modules that installed packages name in the entry points `ortho_fx.bases`: they register bases."""
-    for entry in importlib.metadata.entry_points(group="ortho_fx.bases"):
-        try:
-            entry.load()
-        except Exception as error:
-            raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of ortho_fx.bases: {error}") from error
+    """Imports the modules that installed packages name in our entry points: they register bases and activations."""
+    for group in ("ortho_fx.bases", "ortho_fx.activations"):
+        for entry in importlib.metadata.entry_points(group=group):
+            try:
+                entry.load()
+            except Exception as error:
+                raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of {group}: {error}") from error
 
 
 def _complete(parser: Parser) -> None:
-    """Answers a shell that asks what could come next, where argcomplete is installed; it exits after that."""
+    """Answers a shell's request for completions and exits, if argcomplete is installed."""
     if "_ARGCOMPLETE" in os.environ:
         try:
             import argcomplete
@@ -55,7 +56,7 @@ def _complete(parser: Parser) -> None:
 
 
 def make_parser() -> Parser:
-    """The parser of all commands; what it parses holds the command's function as `run`."""
+    """The parser of all commands. Its result holds the command's function as `run`."""
     parser = Parser(
         prog="ortho-fx",
         description="Learnable activations for PyTorch models.",

@@ -1,4 +1,4 @@
-"""`python -m ortho_fx.cli` is `ortho-fx`, as torchrun starts it."""
+"""`python -m ortho_fx.cli` runs `ortho-fx`; torchrun needs this form."""
 
 import sys
 

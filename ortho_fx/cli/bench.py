@@ -1,4 +1,4 @@
-"""`ortho-fx bench`: the speed of activations beside GELU's."""
+"""`ortho-fx bench`: compares the speed of activations with GELU's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add(commands: Commands[Parser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    # Only this command needs it, and with it the models.
+    # Imported here, because only this command needs these modules, which import the models.
     from ortho_fx.bench.config import BenchConfig
     from ortho_fx.bench.measure import bench, choose_expansions
 
@@ -60,7 +60,7 @@ def run(parsed: argparse.Namespace) -> int:
     expansions = choose_expansions(parsed.bases, parsed.degrees, parsed.granularity, parsed.tied)
     config = BenchConfig(expansions=expansions, **values)
     try:
-        # Before minutes of measuring, not after them.
+        # A file that cannot be opened should fail before minutes of measuring.
         file = Path(parsed.json).open("a") if parsed.json else None
     except OSError as error:
         raise OrthoFxError(f"cannot write {parsed.json}: {error.strerror}") from None
@@ -77,5 +77,5 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _status(line: str) -> None:
-    """Shows a line in the place of the one before."""
+    """Shows a line that overwrites the one before."""
     print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

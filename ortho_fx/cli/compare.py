@@ -1,4 +1,4 @@
-"""`ortho-fx compare`: one model with several activations, over several seeds."""
+"""`ortho-fx compare`: trains one model with several activations, over several seeds."""
 
 from __future__ import annotations
 

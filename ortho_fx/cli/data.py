@@ -1,4 +1,4 @@
-"""`ortho-fx data`: text made into files of tokens, once, for runs to read from the disk."""
+"""`ortho-fx data`: converts text once to files of tokens, which runs read from the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ortho-fx doctor`: what torch.compile makes of expansions on this machine."""
+"""`ortho-fx doctor`: shows how torch.compile compiles expansions on this machine."""
 
 from __future__ import annotations
 

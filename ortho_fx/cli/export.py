@@ -1,4 +1,4 @@
-"""`ortho-fx export`: weights of ours as an ONNX file, or as a program of `torch.export`."""
+"""`ortho-fx export`: exports weights of our models to an ONNX file, or to a program of `torch.export`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(parsed: argparse.Namespace) -> int:
         value = getattr(parsed, option)
         if value is not None and value < 1:
             raise OrthoFxError(f"--{option.replace('_', '-')} must be 1 or more; got {value}")
-    # The models' imports take longer than parsing, and a wrong option should be answered at once.
+    # Imported here, because these imports are slow, and a wrong option should be reported at once.
     from ortho_fx.export import export_onnx, export_program
     from ortho_fx.models.weights.layouts import load_pretrained
 
@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace) -> int:
     batch_size = 2 if parsed.dynamic_batch else parsed.batch_size
     inputs = _example_inputs(pretrained.model, batch_size, parsed.image_size, Path(parsed.weights))
     if parsed.freeze:
-        print(f"{len(freeze_(pretrained.model))} expansions frozen")
+        print(f"{len(freeze_(pretrained.model).names)} expansions frozen")
     export = export_onnx if out.suffix == ".onnx" else export_program
     print(export(pretrained.model, inputs, out, dynamic_batch=parsed.dynamic_batch))
     return 0
@@ -83,7 +83,7 @@ def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, w
 
 
 def _image_size(settings: Mapping[str, Any], channels: int) -> int:
-    """The side of a run's images: what it was told, or what its data has."""
+    """The side of a run's images: from its settings, or else from its data."""
     if settings.get("image_size"):
         return int(settings["image_size"])
     if settings.get("data") == "digits":
@@ -92,7 +92,7 @@ def _image_size(settings: Mapping[str, Any], channels: int) -> int:
 
 
 def _settings(weights: Path) -> Mapping[str, Any]:
-    """The settings of the run that made these weights; none where they do not tell."""
+    """The settings of the run that made these weights; empty if they are unknown."""
     from ortho_fx.models.files import files_of, safetensors_library
 
     file = files_of(weights)[0]

@@ -1,4 +1,4 @@
-"""`ortho-fx fit`: an expansion fitted to a known activation."""
+"""`ortho-fx fit`: fits an expansion to a known activation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def add(commands: Commands[Parser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    (target,) = choose_targets([parsed.function]).targets
+    choose_targets([parsed.function])  # raises for a name that is not known
+    target = BY_NAME[parsed.function]
     result = fit(
         target.reference() or target.functions[0],
         ExpansionConfig(parsed.basis, parsed.degree, clamp=parsed.clamp, tied=parsed.tied),

@@ -1,6 +1,6 @@
-"""MODEL on the command line: which models it can name, and how each is built.
+"""The argument MODEL of the command line: the models that it can name, and how each is built.
 
-Models are built on the meta device, where parameters have shapes and no numbers, so that the largest are there at once.
+Models are built on the meta device, where parameters have shapes but no numbers, so that even the largest are fast.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ FORMS = "gpt2[:SIZE], convnext[:SIZE], timm:NAME, hf:TYPE, hf:FOLDER or FILE.py:
 
 
 def build_model(text: str) -> nn.Module:
-    """The model that an argument names, with parameters on the meta device where it can be built there.
+    """The model that an argument names, with parameters on the meta device if it can be built there.
 
-    - `gpt2`, `convnext`, `gpt2:124m`: ours, of the preset "tiny" or another
+    - `gpt2`, `convnext`, `gpt2:124m`: our models, with the preset "tiny" or the named one
     - `timm:resnet50`: a model of timm
-    - `hf:llama`: the base model of a type of transformers with the default config of that type
-    - `hf:FOLDER`: the same with the config.json in a folder
-    - `FILE.py:FACTORY`: what a function or class in a Python file returns when it is called without arguments
+    - `hf:llama`: the base model of a model type of transformers, with the default config of that type
+    - `hf:FOLDER`: the base model for the config.json in a folder
+    - `FILE.py:FACTORY`: the result of a function or class in a Python file, called without arguments
 
-    What libraries and factories print goes to stderr.
+    Output of libraries and factories goes to stderr.
 
     Raises:
-        OrthoFxError: another form, a name that is not known, a library that is missing, or a model that cannot be
-            built.
+        OrthoFxError: another form, an unknown name, a missing library, or a model that cannot be built.
     """
     kind, _, name = text.partition(":")
     file, _, factory = text.rpartition(":")
@@ -77,7 +76,7 @@ def _transformers(text: str, name: str) -> nn.Module:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise OrthoFxError(f"{name} has no config.json")
-        # Never code that a folder brings along, and nothing from the network.
+        # Never run code from the folder, and never use the network.
         config = _called(
             text, lambda: transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         )
@@ -86,7 +85,7 @@ def _transformers(text: str, name: str) -> nn.Module:
     else:
         similar = _similar(name, transformers.CONFIG_MAPPING.keys())
         raise OrthoFxError(f"{name!r} is no model type of transformers, and no folder{similar}")
-    # On the meta device or not at all: a default config can have more parameters than the machine has memory.
+    # Only on the meta device: the parameters of a default config may not fit into memory.
     with torch.device("meta"):
         return _called(text, lambda: transformers.AutoModel.from_config(config))
 
@@ -98,7 +97,7 @@ def _from_file(text: str, file: Path, name: str) -> nn.Module:
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    # As Python does for a script: what is beside it can be imported, and dataclasses look for their module.
+    # As Python does for a script: it can import files next to it, and dataclasses look up their module.
     sys.path.insert(0, str(file.parent.resolve()))
     sys.modules[spec.name] = module
     _called(str(file), lambda: loader.exec_module(module))
@@ -110,7 +109,7 @@ def _from_file(text: str, file: Path, name: str) -> nn.Module:
 
 
 def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
-    """What a factory returns, on the meta device unless it needs numbers."""
+    """The result of a factory, on the meta device unless the factory needs numbers."""
     try:
         with torch.device("meta"):
             model = factory()
@@ -125,14 +124,14 @@ def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
 
 
 def _keeps_tensors(model: nn.Module) -> bool:
-    """Whether a module keeps tensors as plain attributes: what it computes is then known by their values alone."""
+    """Whether a module keeps tensors as plain attributes; then its function depends on their values."""
     return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
 
 
 def _called(text: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except (Exception, SystemExit) as error:  # whatever somebody else's code raises
+    except (Exception, SystemExit) as error:  # foreign code may raise anything
         first = next(iter(str(error).strip().splitlines()), "")
         raise OrthoFxError(f"{text} cannot be built: {type(error).__name__}{': ' * bool(first)}{first}") from error
 

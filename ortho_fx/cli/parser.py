@@ -1,4 +1,4 @@
-"""What the commands' parsers share."""
+"""The parts that the parsers of all commands share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Commands = argparse._SubParsersAction
 
 
 def tied_help() -> str:
-    """What `--help` says of --tied: which bases can."""
+    """The `--help` text of --tied, which names the bases that support it."""
     return f"make the {what_ties()} multiples of one that learns"
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints a mistake as one line, without the usage."""
+    """A parser that prints a mistake as one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise OrthoFxError(message)

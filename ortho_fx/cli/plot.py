@@ -1,4 +1,4 @@
-"""`ortho-fx plot`: pictures of training runs."""
+"""`ortho-fx plot`: plots training runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ortho-fx sites`: the activations of a model, which of them would be rewritten, and why the others would not."""
+"""`ortho-fx sites`: lists the activations of a model, and why some of them would not be rewritten."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def add(commands: Commands[Parser]) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    choose_targets(parsed.targets)  # before the model is built, which can take long
+    choose_targets(parsed.targets)  # checked before the model is built, which can be slow
     model = build_model(parsed.model)
     sites = find_sites(model, targets=parsed.targets, sharing=parsed.sharing)
     if parsed.json:
@@ -60,11 +60,11 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _owner(model: nn.Module, site: Site) -> str:
-    """The class of the module that the expansion would be placed in."""
+    """The class of the module that would hold the expansion."""
     owner = model
     for key in site.name.split(".")[:-1]:
         child = owner._modules.get(key)
-        if child is None:  # the key of a dict, which may have a dot
+        if child is None:  # a dict key, which may contain a dot
             break
         owner = child
     return type(owner).__name__

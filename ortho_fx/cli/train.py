@@ -1,4 +1,4 @@
-"""`ortho-fx train`: a training run from a recipe or a model's name, and the settings that runs share with `compare`."""
+"""`ortho-fx train`: trains from a recipe or a model's name. It also defines the settings shared with `compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ortho_fx.models.recipe import TrainConfig
     from ortho_fx.models.training.loop import Result
 
-# What describes an expansion of one basis says nothing of one of another.
+# These settings belong to one basis; they mean nothing for another.
 _OF_THE_BASIS = ("degree", "init", "granularity", "clamp", "tied")
 
 
@@ -62,7 +62,7 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
 
 
 def config_of(parsed: argparse.Namespace) -> TrainConfig:
-    """The run that the recipe and the options over it describe."""
+    """The config of the recipe, with the options of the command line in place of its values."""
     from ortho_fx.models.recipe import TASKS, TrainConfig, load_recipe
 
     values = {"model": parsed.recipe} if parsed.recipe in TASKS else load_recipe(parsed.recipe)
@@ -74,7 +74,7 @@ def config_of(parsed: argparse.Namespace) -> TrainConfig:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
-    # The trainer's imports take longer than parsing, and a wrong option should be answered at once.
+    # Imported here, because these imports are slow, and a wrong option should be reported at once.
     from ortho_fx.models.training.checkpoint import checkpoints
     from ortho_fx.models.training.loop import train
 
@@ -89,7 +89,7 @@ def run(parsed: argparse.Namespace) -> int:
             of = f"from {config.start_from}" if config.start_from else config.size
             name = config.expansion or "gelu"
             print(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}", flush=True)
-        # An interrupt may have come before the run beside it began.
+        # The earlier command may have been interrupted before this run started.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
         result = train(config, resume=resume, overwrite=parsed.overwrite)
         if leads:
@@ -101,7 +101,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _side_by_side(results: Sequence[Result]) -> str:
-    """Training loss at the first step and at each validation, and the last validation, a column a run."""
+    """A table with a column per run: training loss at the first step and each validation, and the last validation."""
     names = [str(result.config.expansion or "gelu") for result in results]
     shown = [1, *(step for step in results[0].validations if step > 1)]
     rows = [("step", *(f"{name} loss" for name in names))]

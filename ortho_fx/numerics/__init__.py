@@ -1,1 +1,1 @@
-"""Moments, samples, least squares, starts and fits: the numerics of any basis."""
+"""The numerics that all bases share: moments, samples, least squares, initial values and fits."""

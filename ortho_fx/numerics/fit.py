@@ -1,10 +1,10 @@
-"""`fit_expansion`: the expansion closest to a function, in value and derivative, deterministic and in milliseconds.
+"""`fit_expansion`: finds the expansion closest to a function, in value and derivative. It is deterministic and fast.
 
-The squared error is a weighted sum over nodes: Gauss-Legendre quadrature on panels whose edges hold the kinks that
-activations have, or the bins of a histogram of measured inputs. Fourier and tropical functions are fitted in units
-of the weight's mean and standard deviation, and rescaled exactly.
+The squared error is a weighted sum over nodes. The nodes are those of Gauss-Legendre quadrature, on panels whose edges
+include the kinks of common activations, or the bins of a histogram of measured inputs. Fourier and tropical functions
+are fitted in units of the weight's mean and standard deviation, and rescaled exactly.
 
-How a basis is fitted is its own method, in `ortho_fx.bases`.
+Each basis has its own fit method, in `ortho_fx.bases`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ortho_fx.arguments import checked_function, is_number
 from ortho_fx.bases import basis_named
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -26,28 +27,28 @@ from ortho_fx.numerics.moments import Array
 from ortho_fx.numerics.sampling import differentiated, name_of
 
 WEIGHTS = ("gaussian", "uniform", "measured")
-# A panel has 8 nodes and is 1/4 wide, or that halved until it is narrower than a third of a standard deviation; the
-# kinks of common activations, at integers, are edges of panels. Beyond 16 deviations He_32^2 times the density
-# vanishes, and beyond 8 the density: the reach of a basis.
+# A panel has 8 nodes. Its width is 1/4, halved until it is below a third of a standard deviation. So the kinks of
+# common activations, at integers, are edges of panels. The reach of a basis is 8 deviations, beyond which the density
+# vanishes, or 16 for Hermite, beyond which He_32^2 times the density vanishes.
 _NODES, _PANEL, _MOST_PANELS = 8, 0.25, 512
-# Where errors are stated under the Gaussian weight without an interval, in standard deviations, and at how many points.
+# Without an interval, Gaussian errors are stated within so many standard deviations, at so many points.
 _STATED, _POINTS = 5.0, 2000
 
 
 @dataclass(frozen=True)
 class FittedExpansion:
-    """An expansion fitted to a function, and how far they are apart.
+    """An expansion y fitted to a function g, with its errors; calling it computes y(x), for x of any shape in float64.
 
     Attributes:
-        function: what was fitted.
+        function: the fitted function g.
         config: the expansion; its init is "fit".
-        parameters: its parameters in float64, by name.
-        weight: "gaussian", "uniform" or "measured".
-        interval: where the errors are stated.
-        rmse: root of the weighted mean square of the error.
-        max_error: the largest error on the interval, at 2,000 points.
-        derivative_rmse, derivative_max_error: the same for the first derivative.
-        bounds: where the input is clamped; None without a clamp.
+        parameters: its parameters by name, float64 arrays of shape (size,).
+        weight: w, "gaussian", "uniform" or "measured".
+        interval: the interval on which the errors are stated, in units of x.
+        rmse: sqrt(sum w (y - g)^2), with weights w of sum 1.
+        max_error: max |y - g| on the interval, at 2,000 points.
+        derivative_rmse, derivative_max_error: the same for y' - g'.
+        bounds: the bounds to which inputs are clamped; None without a clamp.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -62,7 +63,7 @@ class FittedExpansion:
     bounds: tuple[float, float] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The fitted expansion at x (float64)."""
+        """y(x) in float64."""
         return _evaluate(self.config, self.parameters, self.bounds, x.double())
 
     def __str__(self) -> str:
@@ -88,7 +89,12 @@ def fit_expansion(
     std: float = 1.0,
     samples: Tensor | Histogram | None = None,
 ) -> FittedExpansion:
-    """The fit that `ortho_fx.fit` describes, without what it needs of modules and pictures."""
+    """The fit of `ortho_fx.fit`, without its methods for modules and plots."""
+    checked_function(function)
+    if config is not None and not isinstance(config, ExpansionConfig):
+        raise OrthoFxError(f"config must be an ExpansionConfig; got {config!r}")
+    if not isinstance(samples, Tensor | Histogram | None):
+        raise OrthoFxError(f"samples must be a tensor; got {type(samples).__name__}")
     config = _with_fit(config or ExpansionConfig())
     if isinstance(samples, Histogram) or weight != "measured" or samples is None:
         seen = samples
@@ -130,9 +136,9 @@ def fit_expansion(
         parameters = basis.rescale(parameters, centre, scale)
 
     finer, finer_weights = points, weights
-    if basis.piecewise:  # it can be closer at the nodes that it was fitted at than between
+    if basis.piecewise:  # the error can be larger between the nodes of the fit
         finer, finer_weights, _ = _nodes(weight, interval, mean, std, seen, basis.reach, _PANEL / 4)
-    # Chebyshev's points are dense at the ends, where errors are largest, and miss round numbers, where slopes jump.
+    # Chebyshev points are dense at the ends, where errors are largest. They avoid round numbers, where slopes jump.
     angles = (np.arange(_POINTS) + 0.5) * (math.pi / _POINTS)
     spread = (stated[0] + stated[1] - (stated[1] - stated[0]) * np.cos(angles)) / 2
     everywhere = torch.from_numpy(np.concatenate([finer, spread]))
@@ -169,14 +175,16 @@ def _check(
 ) -> None:
     if weight not in WEIGHTS:
         raise OrthoFxError(f"weight must be one of {', '.join(WEIGHTS)}; got {weight!r}")
-    if interval is not None and not (len(interval) == 2 and -math.inf < interval[0] < interval[1] < math.inf):
-        raise OrthoFxError(f"interval must be two finite numbers, the lower one first; got {interval}")
+    if interval is not None:
+        two = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
+        if not two or interval[0] >= interval[1]:
+            raise OrthoFxError(f"interval must be two finite numbers, the lower one first; got {interval!r}")
     if weight == "uniform" and interval is None:
         raise OrthoFxError("weight 'uniform' needs an interval")
-    if not 0 <= derivative_weight < math.inf:
+    if not (is_number(derivative_weight) and derivative_weight >= 0):
         raise OrthoFxError(f"derivative_weight must be zero or more; got {derivative_weight}")
-    if not (0 < std < math.inf and math.isfinite(mean)):
-        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean} and {std}")
+    if not (is_number(mean) and is_number(std) and std > 0):
+        raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if (weight == "measured") != (seen is not None):
         raise OrthoFxError("weight 'measured' needs samples, and samples need weight 'measured'")
     if isinstance(seen, Histogram):

@@ -1,8 +1,8 @@
-"""How expansions start: "stable", with gains of exactly 1 that depth keeps, and "paper".
+"""The initial values of expansions: "stable", with gains of exactly 1 that persist over many layers, and "paper".
 
-Each basis has its own starts, in `ortho_fx.bases`; `ortho_fx.bases.stable` has the rule that ours share. Fourier and
-tropical functions start close to a line because a network of equal gains trains the deeper, the less its functions bend
-(benchmarks/trainable_depth.py measures how deep).
+Each basis computes its own initial values, in `ortho_fx.bases`; ours share the rule in `ortho_fx.bases.stable`. Fourier
+and tropical functions start close to a line: at equal gains, deeper networks can be trained if their functions bend
+less (benchmarks/trainable_depth.py measures the depth).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ortho_fx.numerics.moments import Array
 
 
 def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
-    """The starting parameters of an expansion for inputs N(0, 1), by name, in float64.
+    """The initial parameters of an expansion for inputs N(0, 1), by name, in float64.
 
-    "stable" (and "calibrated", which is rescaled once the inputs are measured) is exact at every degree, clamped or
-    not: forward and backward gain 1, and for our bases |chi| < 1 but for the Hermite expansion of degree 1, which is
-    the identity (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
+    "stable" (and "calibrated", which is rescaled after the inputs are measured) is exact at every degree, clamped or
+    not: forward and backward gain are 1. Our bases also have |chi| < 1, except for the Hermite expansion of degree 1,
+    which is the identity (chi = 1). Hermite coefficients start at a_k = +-0.7^(k-1) times a common factor
     (+-1 at degree 2), in the sign pattern + + - - that makes chi small; Fourier as sines (phases pi / 2) of frequencies
     0.35 k; tropical maxima with slopes equally spaced from two fifths of the largest (a quarter in the rational), and
     knots that divide the Gaussian into pieces of equal mass.
@@ -29,7 +29,7 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     scale sqrt(2) / n and equal offsets for tropical. The paper starts its tropical rational from fits only: here it
     is the tropical start over a denominator of zeros.
 
-    "fit" depends on the function that is replaced, and starts in `ortho_fx.numerics.fit`.
+    "fit" depends on the replaced function; `ortho_fx.numerics.fit` computes it.
     """
     assert config.degree is not None
     basis = basis_named(config.basis)
@@ -37,7 +37,7 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     return {name: value.copy() for name, value in start.items()}
 
 
-# A model has many sites and few configs.
+# Cached, because a model has many sites and few configs.
 @functools.lru_cache(maxsize=256)
 def _start(basis: Basis, degree: int, paper: bool, clamp: float | None, tied: bool) -> dict[str, Array]:
     if paper:

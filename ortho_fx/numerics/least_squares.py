@@ -1,6 +1,6 @@
-"""Least squares for the fits of bases: the problem at weighted nodes, and solvers, linear and separable.
+"""Least squares for the fits of bases: the problem at weighted nodes, and solvers for linear and separable problems.
 
-Source: the Gauss-Newton steps are those of separable problems (Golub and Pereyra, 1973; Kaufman, 1975).
+Source: Gauss-Newton steps for separable problems (Golub and Pereyra, 1973; Kaufman, 1975).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 
 from ortho_fx.numerics.moments import Array
 
-# Rounding in float32 adds an error of this size for each unit of a term. It is counted as part of the error, which
-# keeps terms small where large ones would cancel: high degrees on a narrow range.
+# Rounding in float32 adds an error of this size for each unit of a term. Fits count it as part of their error. This
+# keeps terms small where large terms would cancel, as at high degrees on a narrow range.
 ROUNDING = 6e-8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A function at nodes, and how they are weighted.
+    """A function (value and slope) at nodes z, with their weights.
 
-    `inside` is 1 within the clamp and 0 beyond; `standard` says that the weight is the density of N(0, 1) everywhere.
+    `inside` is 1 within the clamp and 0 beyond. `standard` says that the weight is the density of N(0, 1), unclamped.
     """
 
     z: Array
@@ -34,7 +34,10 @@ class Problem:
     standard: bool
 
     def weighted(self, value_columns: Array, slope_columns: Array) -> Array:
-        """Columns of values, and below them of derivatives if these count, as they enter the sum of squares."""
+        """Columns of values, scaled by their weights for the sum of squares, above those of weighted derivatives.
+
+        There are no rows of derivatives if their weight is 0.
+        """
         root = np.sqrt(self.weight)
         rows = root[:, None] * value_columns
         if not self.derivative_weight:
@@ -49,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Separable:
-    """A least-squares problem that is linear but for a few parameters: columns(nonlinear) @ linear ~ target."""
+    """A least-squares problem that is linear in most parameters: columns(nonlinear) @ linear ~ target."""
 
     columns: Callable[[Array], Array]
     jacobian: Callable[[Array, Array], Array]
@@ -58,7 +61,7 @@ class Separable:
     admissible: Callable[[Array, Array], bool] = lambda nonlinear, linear: True
 
     def at(self, nonlinear: Array) -> Solution:
-        """The best linear parameters for these nonlinear ones."""
+        """The solution with the best linear parameters for these nonlinear ones."""
         matrix = self.columns(nonlinear)
         linear = damped(matrix, self.target, self.ridge)
         residual = self.target - matrix @ linear
@@ -76,7 +79,7 @@ class Solution:
     cost: float
 
     def improved(self, steps: int) -> Solution:
-        """After so many Levenberg-Marquardt steps, of which those count that lower the cost."""
+        """The solution after at most so many Levenberg-Marquardt steps, each of which lowers the cost."""
         best, damping = self, 1e-3
         for _ in range(steps):
             jacobian = best.problem.jacobian(best.nonlinear, best.linear)
@@ -98,7 +101,7 @@ class Solution:
         return best
 
     def searched(self, rounds: int) -> Solution:
-        """After moving one nonlinear parameter at a time, by steps that get shorter where none lowers the cost."""
+        """The solution after a search that moves one nonlinear parameter at a time, and shortens steps that fail."""
         best, step = self, np.full(len(self.nonlinear), 0.1)
         for _ in range(rounds):
             for index in range(len(step)):

@@ -1,8 +1,9 @@
-"""Gaussian moments of a function: what gains and initialisation are made of.
+"""Gaussian moments of a function, from which gains and initial values are computed.
 
-For a function g of a standard normal X: E[g], E[g^2], E[g'^2], E[(X^2 - 1) g] and E[(X^2 - 1) g^2]. The last two are
-derivatives in the input's variance (d/dq E[h(sqrt(q) X)] at q = 1 is E[(X^2 - 1) h(X)] / 2), which exist at kinks too.
-Bases have them in closed form; here is what integrates any function. All arithmetic is float64.
+For a function g of a standard normal X they are E[g], E[g^2], E[g'^2], E[(X^2 - 1) g] and E[(X^2 - 1) g^2]. The last
+two give derivatives with respect to the input's variance: d/dq E[h(sqrt(q) X)] at q = 1 is E[(X^2 - 1) h(X)] / 2, which
+exists for functions with kinks too. Our bases have closed forms; this file integrates any function. All arithmetic is
+float64.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ortho_fx.errors import OrthoFxError
+
 Array = NDArray[np.float64]
 Values = Mapping[str, Array]
 Bounds = tuple[float, float]
-# The values and the slopes of a function at points.
+# A function from points to values and slopes.
 Sampled = Callable[[Array], tuple[Array, Array]]
 
-# Nodes of a panel of the adaptive quadrature; how often a panel of 0.1 is halved around a kink: its width is 1e-10
-# then.
+# The nodes of each panel of the adaptive quadrature, and how often a panel of width 0.1 may be halved around a kink, to
+# a width of 1e-10.
 _NODES, _HALVINGS = 9, 30
+# Of one width at a time; a kink or a jump makes a few.
+_MOST_PANELS = 100_000
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,14 @@ class Moments:
 
 
 def integrated(function: Sampled) -> Moments:
-    """The moments of a function by adaptive quadrature, which closes in on kinks and jumps."""
+    """The moments of a function by adaptive quadrature, which refines around kinks and jumps."""
     z, weight = adaptive_nodes(function)
     value, slope = function(z)
     return Moments(*(float(weight @ each) for each in integrands(z, value, slope)))
 
 
 def integrands(z: Array, value: Array, slope: Array) -> tuple[Array, ...]:
-    """What the moments are integrals of, at points z, in the order of the fields of `Moments`."""
+    """The integrands of the moments at points z, in the order of the fields of `Moments`."""
     growth = z**2 - 1
     return value, value * value, slope * slope, growth * value, growth * value * value
 
@@ -59,11 +64,11 @@ def clamped(function: Sampled, bounds: Bounds, fastest: float) -> Moments:
     The part between the bounds is integrated by Gauss-Legendre quadrature.
 
     Args:
-        function: gives values and slopes at points between the bounds.
-        bounds: where the input is cut off.
-        fastest: how many radians it turns through in a unit of x, or the degree of a polynomial.
+        function: returns values and slopes at points between the bounds.
+        bounds: the bounds to which the input is clamped.
+        fastest: the highest angular frequency, in radians per unit of x, or the degree of a polynomial.
     """
-    # What lies beyond 12 standard deviations weighs less than 1e-32.
+    # The probability beyond 12 standard deviations is below 1e-32.
     low, high = (min(max(bound, -12.0), 12.0) for bound in bounds)
     panels = max(1, math.ceil((high - low) * (1 + fastest) / 8))
     nodes, weights = np.polynomial.legendre.leggauss(24)
@@ -97,8 +102,8 @@ def above(x: float) -> float:
 def adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
     """Nodes and weights (times the normal density) for the squares of a function and its derivative.
 
-    Panels are halved wherever halving changes an integral, which closes in on kinks and jumps. Lobatto's rule has nodes
-    at the ends of a panel: Gauss' would miss a kink between an end and the first node.
+    A panel is halved if that changes an integral, so panels become small around kinks and jumps. Lobatto's rule has
+    nodes at the ends of a panel; Gauss' rule would miss a kink between an end and the first node.
     """
     legendre = np.polynomial.Legendre.basis(_NODES - 1)
     nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
@@ -118,6 +123,8 @@ def adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, A
         halves = np.stack([left, left + width / 2], axis=1)
         z, weight, parts = rule(halves.ravel(), width / 2)
         parts = parts.reshape(2, -1, 2).sum(2)
+        if len(left) > _MOST_PANELS:
+            raise OrthoFxError("the function is noisy or oscillates too fast for its gains to be computed")
         coarse = (np.abs(parts - whole) > 1e-13 * (1 + np.abs(parts))).any(0)
         fine = np.repeat(~coarse, 2)
         done.append((z[fine].ravel(), weight[fine].ravel()))

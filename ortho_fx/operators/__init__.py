@@ -1,11 +1,11 @@
 """The operators `torch.ops.ortho_fx.<basis>(x, *parameters, channel_dim)`: one node in a graph, with its own backward.
 
-Each basis gets two operators, `<basis>` and `<basis>_backward`, that save the input and the parameters and nothing
-else. In eager mode they run in blocks that stay in the cache (`eager`). In a graph they go one of three ways:
+Each basis gets two operators, `<basis>` and `<basis>_backward`, which save only the input and the parameters. In eager
+mode they run in blocks that stay in the cache (`eager`). In a graph there are three cases:
 
-- Inductor lowers them to kernels of our own (`lowering`), which a trace imports when it meets the first of them;
-- where that is not possible, Inductor gets plain tensor operations that it fuses well (`decomposition`);
-- whatever else traces below autograd (`torch.export`'s `run_decompositions`, other backends) gets the differentiable
+- Inductor lowers them to kernels of our own (`lowering`); the first trace with such an operator imports that module.
+- If that is not possible, Inductor gets plain tensor operations that it fuses well (`decomposition`).
+- Any other trace below autograd (`torch.export`'s `run_decompositions`, other backends) gets the differentiable
   formulas (`formulas`).
 
 `support` decides between the first two and tells the user; `registration` has autograd and `vmap`.
@@ -14,9 +14,9 @@ Parameters of shape (size,) make one expansion for the whole tensor. Those of sh
 group of neighbouring channels: the input's dimension `channel_dim` is split into groups, and gradients are summed over
 everything else.
 
-Arithmetic runs in float32 for half-precision inputs and in the input's dtype otherwise; the output has the input's
-dtype, and in float16 stays at its largest number where it would be infinite. Under autocast an operator follows its
-input, as `F.gelu` does.
+Arithmetic runs in float32 for half-precision inputs and in the input's dtype otherwise. The output has the input's
+dtype; in float16 it is clamped to the largest finite number. Under autocast an operator keeps the dtype of its input,
+as `F.gelu` does.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ __all__ = ["by_position", "expand", "operator"]
 
 
 def expand(basis: Basis, x: Tensor, *parameters: Tensor, channel_dim: int = CHANNEL_DIM) -> Tensor:
-    """y(x) by the basis' operator."""
+    """y(x), computed by the operator of the basis."""
     return operator(basis)(x, *parameters, channel_dim)

@@ -1,9 +1,9 @@
 """`python -m ortho_fx.operators.check BASIS DEVICE`: does the lowering work on this release of PyTorch?
 
-Compiles expansions of one basis, one for a whole tensor and one a channel, forward and backward, with the lowering and
-in plain tensor operations. The lowering works if values and gradients are those of eager float64, and if it takes
-hardly more kernels. `support` runs this once for an installation, on a release that the lowering was not tested on. The
-last line on the standard output is a JSON object: `wrong` is what is wrong, or null.
+Compiles expansions of one basis, one for a whole tensor and one per channel, forward and backward, with the lowering
+and in plain tensor operations. The lowering works if values and gradients agree with eager float64, and if it takes
+hardly more kernels. `support` runs this once per installation, on a release on which the lowering was not tested. The
+last line of the standard output is a JSON object: `wrong` describes the failure, or is null.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ortho_fx.operators import formulas, generated_code, support
 from ortho_fx.operators.registration import operator
 
 _SHAPE = (64, 48)
-# Both forms take as many kernels for whole tensors, give or take one for preparing a parameter; where the lowering no
-# longer fuses, each sum takes one more.
+# For whole tensors both forms take the same number of kernels, up to one that prepares a parameter. A lowering that no
+# longer fuses takes one more kernel for each sum.
 _MORE_KERNELS = 1.25
 
 
 def wrong(basis: Basis, device: str) -> str | None:
-    """What is wrong with the lowering of a basis; None where it works."""
+    """What is wrong with the lowering of a basis; None if it works."""
     cases = [_case(basis, device, groups) for groups in (None, _SHAPE[1])]
     try:
         values, kernels = _compiled(basis, cases)
@@ -49,7 +49,7 @@ def wrong(basis: Basis, device: str) -> str | None:
 
 
 def _case(basis: Basis, device: str, groups: int | None) -> list[Tensor]:
-    """An input, the gradient of its output, and parameters that no two groups share."""
+    """An input, the gradient of the output, and parameters that differ between groups."""
     start = initial_parameters(ExpansionConfig(basis.name))
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(_SHAPE, generator=generator) for _ in range(2)]
@@ -77,7 +77,7 @@ def _compiled(basis: Basis, cases: list[list[Tensor]]) -> tuple[list[Tensor], in
 
 
 def _exact(basis: Basis, cases: list[list[Tensor]]) -> list[Tensor]:
-    """The same in float64, by the formulas."""
+    """Values and gradients in float64, by the formulas."""
     results = []
     for case in cases:
         x, grad, *parameters = (tensor.double() for tensor in case)

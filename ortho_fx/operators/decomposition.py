@@ -1,13 +1,13 @@
-"""The operators in plain tensor operations, shaped so that Inductor fuses them well without anything private.
+"""The operators in plain tensor operations, in a form that Inductor fuses well without private interfaces.
 
-This is how operators compile where our own lowering is not used. The forward is one elementwise expression. The
-backward sums in two stages: chunks whose size divides the tensor exactly, then the chunks. Two details keep it one pass
-over the tensor on a CPU, where Inductor fuses an elementwise loop into a reduction only if it comes first and has the
-same loops:
+Operators compile to this form if our own lowering is not used. The forward is one elementwise expression. The backward
+sums in two stages: first within chunks whose size divides the tensor exactly, then over the chunks. On a CPU, Inductor
+fuses an elementwise loop into a reduction only if it comes first and has the same loops. Two details make the backward
+one pass over the tensor there:
 
-- the input gradient is written, in the shape of the input, before the sums;
-- `where(x[:, :1] > 0, g, g)`, which changes nothing, makes each row of the input gradient depend on that row's first
-  element, so that its loops over rows and columns stay two, as those of the sums are.
+- The input gradient is written, in the shape of the input, before the sums.
+- `where(x[:, :1] > 0, g, g)` changes no value, but makes each row of the input gradient depend on the first element of
+  the row. So its loops over rows and columns are not merged, and match those of the sums.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _OPERATIONS = SimpleNamespace(
 )
 
 
-# Each row of so few is told from the others by comparisons.
+# Up to so many rows are selected by comparisons with the row number.
 _FEW_ROWS = 16
 
 
 class _Parameter:
-    """A prepared parameter: its numbers, each in a shape that broadcasts against the input."""
+    """A prepared parameter: its numbers, each in a shape that broadcasts to the input."""
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
         self._tensor, self._dtype, self._shape = tensor.to(dtype), dtype, shape
@@ -59,7 +59,7 @@ def _value(tensor: Tensor) -> Value:
 
 
 def forward(basis: Basis, x: Tensor, *prepared: Tensor, channel_dim: int) -> Tensor:
-    """y(x), for parameters as `Basis.prepare` returns them."""
+    """y(x), with the parameters from `Basis.prepare`."""
     dtype, groups = parts.compute_dtype(x.dtype), parts.groups_of(prepared)
     if groups is None:
         y = basis.evaluate(_value(x.to(dtype)), *(_Parameter(p, dtype, ()) for p in prepared)).value
@@ -73,9 +73,9 @@ def forward(basis: Basis, x: Tensor, *prepared: Tensor, channel_dim: int) -> Ten
 def backward(
     basis: Basis, grad: Tensor, x: Tensor, *prepared: Tensor, finish: Callable[[Tensor], Tensor] = lambda grad_x: grad_x
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, handed to `finish`, and the terms summed over each group.
+    """The gradient of x, after `finish`, and the terms summed over each group.
 
-    `grad` and `x` are as `parts.split` returns them, parameters as `Basis.prepare` does.
+    `grad` and `x` are from `parts.split`, the parameters from `Basis.prepare`.
     """
     dtype, grouped = parts.compute_dtype(x.dtype), prepared[0].dim() > 1
     (before, groups, behind), terms = x.shape, parts.count_terms(basis, prepared)
@@ -102,13 +102,13 @@ def backward(
     if chunk is None:
         return grad_x, _rows(sums)
     if grouped:
-        # All of these are one kernel. Rows of the many partial sums would take longer.
+        # All these sums are one kernel. Making rows of the many partial sums first would take longer.
         return grad_x, _rows([partial.sum((0, 2)) for partial in sums])
     return grad_x, _rows(sums).sum(1, keepdim=True)
 
 
 def _rows(sums: Sequence[Tensor]) -> Tensor:
-    """The sums of each term as a row of one tensor: in the kernel that reads it, where a stack is a copy for each."""
+    """The sums of each term as rows of one tensor, made in the kernel that reads it; a stack would copy each row."""
     if len(sums) > _FEW_ROWS:
         return torch.stack(list(sums))
     number = torch.arange(len(sums), device=sums[0].device).unsqueeze(1)
@@ -121,7 +121,7 @@ def _rows(sums: Sequence[Tensor]) -> Tensor:
 def decompositions(
     basis: Basis, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both operators of a basis, from functions of prepared parameters, such as the two above of that basis."""
+    """Both operators of a basis, from a forward and a backward of prepared parameters, such as the two above."""
 
     def whole_forward(
         x: Tensor, *parameters: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None

@@ -1,4 +1,4 @@
-"""The operators outside of any graph: in blocks that stay in the cache, without intermediate results of full size."""
+"""The operators in eager mode: computed in blocks that stay in the cache, without full-size intermediate results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ortho_fx.bases import Basis
 from ortho_fx.operators import parts
 
-# Elements of a block for each thread: a few blocks of them fit into a core's second-level cache.
+# The elements of a block per thread: a few blocks of this size fit into a core's second-level cache.
 _BLOCK = 131072
 
 
 def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of shape [before, groups, behind] in pieces along the first dimension, or flat ones."""
+    """Splits tensors, of shape [before, groups, behind] or flat, into blocks along the first dimension."""
     size = _BLOCK * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
     rows = max(1, size * x.shape[0] // max(1, x.numel()))
     return zip(*(tensor.split(rows) for tensor in (x, *others)), strict=True)
@@ -26,12 +26,12 @@ def _flat(tensor: Tensor, groups: int | None) -> Tensor:
 
 
 def _numbers(prepared: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """Parameters as formulas take them, number by number: without dimensions, or of shape [groups, 1]."""
+    """The single numbers of each parameter, as formulas take them: without dimensions, or of shape [groups, 1]."""
     return [(p if p.dim() == 1 else p.unsqueeze(-1)).to(dtype).unbind() for p in prepared]
 
 
 def forward_of_prepared(basis: Basis, x: Tensor, *prepared: Tensor, channel_dim: int) -> Tensor:
-    """y(x) in blocks, for parameters as `Basis.prepare` returns them."""
+    """y(x) in blocks, with the parameters from `Basis.prepare`."""
     groups, output = parts.groups_of(prepared), torch.empty_like(x)
     dtype, order = parts.compute_dtype(x.dtype), parts.memory_order(output)
     values = _numbers(prepared, dtype)
@@ -54,7 +54,7 @@ def forward_kernel(basis: Basis) -> Callable[..., Tensor]:
 def backward_kernel(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
     """The backward operator of a basis."""
 
-    # A graph that holds forward and backward calls it in any mode; autograd differentiates the formula in its place.
+    # A graph that holds forward and backward may call this in grad mode. Autograd differentiates the formula instead.
     @torch.no_grad()
     def backward(grad: Tensor, x: Tensor, *parameters: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
         dtype, groups = parts.compute_dtype(x.dtype), parts.groups_of(parameters)

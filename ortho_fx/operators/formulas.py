@@ -30,7 +30,7 @@ def forward_formula(basis: Basis) -> Callable[..., Tensor]:
 def backward_of_parts(basis: Basis, grad: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and the terms summed over each group.
 
-    Tensors are as `parts.split` returns them, and parameters what formulas take of `Basis.prepare`.
+    `grad` and `x` are from `parts.split`. The parameters are the tensors of `Basis.prepare` that formulas take.
     """
     dtype = parts.compute_dtype(x.dtype)
     values = [p.to(dtype) if p.dim() == 1 else p.to(dtype).unsqueeze(-1) for p in parameters]

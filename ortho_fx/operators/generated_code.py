@@ -1,4 +1,4 @@
-"""The code that Inductor generates: collected while it compiles, and its kernels counted."""
+"""Collects the code that Inductor generates, and counts its kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ortho_fx import torch_private
 
 @contextlib.contextmanager
 def generated_code() -> Iterator[list[str]]:
-    """Collects the code of every graph that Inductor compiles, or finds in its caches, inside."""
+    """Collects the code of every graph that Inductor compiles, or finds in its caches, inside the block."""
     lowering = torch_private.load(torch_private.TOOLS).GraphLowering
     codes: list[str] = []
     before = lowering.save_output_code
@@ -23,7 +23,7 @@ def generated_code() -> Iterator[list[str]]:
 
 
 def count_kernels(codes: Sequence[str]) -> dict[str, int]:
-    """Kernels in generated code, of forward and of backward graphs: Triton launches, and outer loops of C++."""
+    """The number of kernels (Triton launches and outer C++ loops) in generated forward and backward graphs."""
     counts = {"forward": 0, "backward": 0}
     for code in codes:
         phase = "backward" if re.search(r"\btangents_\d", code) else "forward"

@@ -1,19 +1,19 @@
-"""How Inductor lowers the operators: the formulas of the bases, run on values of the kernel that it generates.
+"""Lowers the operators in Inductor: the formulas of the bases run on values of the kernel that it generates.
 
-Imported when the first operator is traced under Dynamo, never by `import ortho_fx`. From then on a trace for Inductor,
-and for no other backend, turns each operator into a twin in the namespace `ortho_fx_inductor`, which stays in the graph
-until it is lowered here:
+This module is imported when the first operator is traced under Dynamo, never by `import ortho_fx`. From then on, a
+trace for Inductor (and no other backend) replaces each operator by a twin in the namespace `ortho_fx_inductor`. The
+twin stays in the graph until it is lowered here:
 
-- The forward is one pointwise node, which fuses with whatever is around it. AOTAutograd's partitioner is told that it
-  may be recomputed, as it may any pointwise operator: the backward pass keeps the input alone.
+- The forward is one pointwise node, which fuses with the operations around it. AOTAutograd's partitioner may recompute
+  it, like any pointwise operator, so the backward pass saves only the input.
 - The backward sees its tensors as [before, groups, behind] in the order of memory. The input gradient is one pointwise
-  node; each term of the parameters' gradients is a reduction of chunks whose size divides the tensor exactly, so all of
-  them fuse into one kernel that reads the input and the incoming gradient once; one small reduction adds the chunks up.
+  node. Each term of the parameters' gradients is a reduction of chunks whose size divides the tensor exactly. So all of
+  them fuse into one kernel, which reads the input and the incoming gradient once. One small reduction sums the chunks.
 
-Whatever goes wrong while Inductor compiles a graph with twins, the graph is compiled once more with the twins in plain
-tensor operations, and whoever called `install` is told.
+If Inductor raises any error while it compiles a graph with twins, the graph is compiled again with the twins in plain
+tensor operations. The callback `lose` of `install` then gets each basis and the error.
 
-Everything here is private to PyTorch, and comes from `torch_private.INDUCTOR`.
+All names of PyTorch used here are private; they come from `torch_private.INDUCTOR`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _inductor = torch_private.load(torch_private.INDUCTOR)
 _ops = _inductor.ops
 _ComputedBuffer: Any = _inductor.ComputedBuffer
-# A tensor of a graph that Inductor lowers.
+# A tensor in a graph that Inductor lowers.
 _Box = Any
 
 
 class _Parameter:
-    """A parameter of the expansion at hand: its numbers as values of the kernel."""
+    """A parameter of the current expansion: its numbers as values of the kernel."""
 
     def __init__(self, tensor: _Box, dtype: torch.dtype, group: sympy.Expr | None) -> None:
         self._load, self._dtype = tensor.make_loader(), dtype
@@ -127,7 +127,7 @@ def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
         hints = _inductor.ReductionHint
         reduction = functools.partial(_sum, device, dtype, hints.INNER if across != 1 else hints.OUTER)
 
-        # The input gradient first, so that the scheduler fuses the reductions into it.
+        # The input gradient comes first, so that the scheduler fuses the reductions into it.
         nest = _inductor.Pointwise.create(
             device=device,
             dtype=out_dtype,
@@ -172,7 +172,7 @@ def _sum(
         return _inductor.Pointwise.create(
             device=device, dtype=dtype, inner_fn=lambda index: inner_fn(index, zeros), ranges=ranges
         )
-    # Not Reduction.create, which would split it again, into chunks that need not divide the tensor.
+    # Not Reduction.create: it would split the reduction again, into chunks that may not divide the tensor.
     return _inductor.TensorBox.create(
         _inductor.Reduction(
             device=device,
@@ -188,21 +188,21 @@ def _sum(
 
 
 class _AsWritten(_ComputedBuffer):
-    """A buffer whose loops stay as they are: neither merged nor reordered.
+    """A buffer whose loops are neither merged nor reordered.
 
-    The CPU backend fuses a pointwise node with a reduction where their loops are the same, one by one.
+    The CPU backend fuses a pointwise node with a reduction only if all their loops are the same.
     """
 
     def simplify_and_reorder(self, *_: Any, **__: Any) -> Any:
         sizes, body, _ = self.get_default_sizes_body()
-        # Traced again with its loops of length one, as any other buffer's is: PyTorch 2.15 wants a body to have as many
-        # variables as sizes.
+        # Traced again with loops of length one included, as for any other buffer: PyTorch 2.15 needs one variable for
+        # each size.
         variables, ranges = _inductor.index_vars_no_squeeze(*sizes, prefix="p")
         return sizes, _inductor.LoopBody(body, variables, ranges, *variables)
 
 
 def _as_written(box: _Box, strides: Sequence[sympy.Expr] | None = None) -> Any:
-    """Makes a buffer of what the box computes, its loops as they are and, where given, its elements so far apart."""
+    """Makes a buffer of the box that keeps its loops, with the given strides if there are any."""
     box.realize()
     storage = box.data
     buffer = storage.data
@@ -216,14 +216,14 @@ def _as_written(box: _Box, strides: Sequence[sympy.Expr] | None = None) -> Any:
 def _chunk(
     device: torch.device, before: sympy.Expr, groups: sympy.Expr, behind: sympy.Expr, terms: int
 ) -> tuple[sympy.Expr, sympy.Expr]:
-    """As `parts.chunk`, of sizes that may be symbolic: their known factors count, and a whole row is a chunk."""
+    """As `parts.chunk`, for sizes that may be symbolic: only known factors are used, and a whole row is a chunk."""
     largest = parts.largest_chunk(device.type, groups != 1, behind, terms)
     across = sympy.Integer(parts.largest_divisor(int(behind), largest)) if behind.is_number else behind
     if across != behind:
         return sympy.Integer(1), across
     known = int(before.as_coeff_Mul()[0])
     rows = sympy.Integer(parts.largest_divisor(known, largest / int(across)) if across.is_number else 1)
-    # Where no chunk of a symbolic size divides it, partial sums would be as many as elements.
+    # If no chunk divides a symbolic size, there would be as many partial sums as elements. So all rows are one chunk.
     return (before, across) if rows == across == 1 else (rows, across)
 
 
@@ -233,14 +233,14 @@ def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:
 
 
 def register(basis: Basis, lowered: dict[str, Callable[..., Any]]) -> None:
-    """Defines the twins of a basis' operators, and how Inductor lowers them.
+    """Defines the twins of a basis' operators, and registers their lowering with Inductor.
 
-    `lowered` gets what stands for each operator in a graph for Inductor, by the operator's name.
+    `lowered` gets the function that replaces each operator in a graph for Inductor, by the operator's name.
     """
     name = f"{basis.name}_backward"
     parameters = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
     _LIBRARY.define(f"{basis.name}(Tensor x, {parameters}, int channel_dim) -> Tensor")
-    # grad and x as a list: where `ConcatKernel` is made, PyTorch 2.11 wants the node's first argument to be one.
+    # grad and x are a list: PyTorch 2.11 needs a list as the first argument of the node that makes a `ConcatKernel`.
     _LIBRARY.define(f"{name}(Tensor[] tensors, {parameters}) -> (Tensor, Tensor)")
     forward, backward = (getattr(getattr(torch.ops, NAMESPACE), twin) for twin in (basis.name, name))
 
@@ -283,14 +283,14 @@ def register(basis: Basis, lowered: dict[str, Callable[..., Any]]) -> None:
     lowered.update(zip((basis.name, name), decompositions, strict=True))
 
 
-# The basis of each twin, and what it computes in plain tensor operations.
+# For each twin, its basis and its function in plain tensor operations.
 PLAIN_TWINS: dict[Any, tuple[Basis, Callable[..., Any]]] = {}
 
 
 def _guard(lose: Callable[[Basis, Exception], None]) -> None:
-    """Has Inductor compile a graph with twins once more without them, if the first time raises.
+    """Makes Inductor compile a graph with twins a second time without them, if the first time raises.
 
-    `lose` is told of each basis that the graph had.
+    `lose` is called with each basis of the graph and the error.
     """
     compile_graph = _inductor.fx_codegen_and_compile
     module = sys.modules[compile_graph.__module__]
@@ -300,7 +300,7 @@ def _guard(lose: Callable[[Basis, Exception], None]) -> None:
         bases = {PLAIN_TWINS[node.target][0] for _, node in _twins(gm)}
         if not bases:
             return compile_graph(gm, *arguments, **settings)
-        spare = _copy(gm)  # the compiler changes the graph on its way
+        spare = _copy(gm)  # the compiler changes the graph
         try:
             with _horizontal_fusion(), _sums_of_one_order():
                 return compile_graph(gm, *arguments, **settings)
@@ -319,9 +319,9 @@ def _guard(lose: Callable[[Basis, Exception], None]) -> None:
 
 
 def _horizontal_fusion() -> Any:
-    """Lets a C++ kernel hold as many sums as a CPU's registers do: PyTorch's default cuts Hermite 16 in two.
+    """Lets a C++ kernel hold as many sums as a CPU has registers: PyTorch's default splits Hermite 16 into two kernels.
 
-    What a user has chosen stays.
+    A limit that the user has chosen stays.
     """
     if _inductor.config.cpp.max_horizontal_fusion_size != 16:
         return contextlib.nullcontext()
@@ -329,10 +329,10 @@ def _horizontal_fusion() -> Any:
 
 
 def _sums_of_one_order() -> Any:
-    """Keeps our sums out of kernels that sum over rows and over columns at once, before PyTorch 2.15.
+    """Keeps our sums out of kernels that sum over both rows and columns, before PyTorch 2.15.
 
-    Such a kernel does not write its sums into a buffer that they share, as ours share that of `ConcatKernel`: gradients
-    would be what memory held before (pytorch issue 193061).
+    Our sums share the buffer of `ConcatKernel`, and such a kernel does not write its sums into a shared buffer. The
+    gradients would be uninitialised memory (pytorch issue 193061).
     """
     if torch_private.release() >= (2, 15):
         return contextlib.nullcontext()
@@ -340,7 +340,7 @@ def _sums_of_one_order() -> Any:
 
 
 def _twins(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
-    """The twins of a graph and of the graphs inside it, each with its graph."""
+    """The twins in a graph and in the graphs inside it, each with its graph."""
     for graph_module in gm.modules():
         if isinstance(graph_module, fx.GraphModule):
             for node in graph_module.graph.nodes:
@@ -349,7 +349,7 @@ def _twins(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph and the graphs inside it anew, with the same tensors."""
+    """A copy of the graph and of the graphs inside it, with the same tensors."""
     copied: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, copied)
@@ -363,7 +363,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Puts plain tensor operations in the place of a twin."""
+    """Replaces a twin by plain tensor operations."""
     _, function = PLAIN_TWINS[node.target]
     arguments = [each for given in node.args for each in (given if isinstance(given, list) else [given])]
     nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
@@ -393,12 +393,12 @@ def _expand(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def install(lowered: dict[str, Callable[..., Any]], lose: Callable[[Basis, Exception], None]) -> None:
-    """Has Inductor lower the operators of every basis; the arguments are those of `register` and `_guard`."""
+    """Makes Inductor lower the operators of every basis; the arguments are those of `register` and `_guard`."""
     for basis in BASES.values():
         register(basis, lowered)
     _guard(lose)
-    # An entry that decomposes nothing, for a trace to be known as one for Inductor. A copy of the table that was made
-    # before would lack it.
+    # This entry decomposes nothing; it marks a trace as one for Inductor. Earlier copies of the table lack it, so they
+    # are cleared.
     _inductor.decompositions[_mark()] = lambda *_: NotImplemented
     _inductor.fast_random_decomps.cache_clear()
 
@@ -408,9 +408,9 @@ def _mark() -> Any:
 
 
 def is_tracing() -> bool:
-    """Whether the trace that is going on is for Inductor."""
+    """Whether the current trace is for Inductor."""
     tracing = _inductor.get_proxy_mode()
-    # Inductor's table of decompositions, and no other, has what `install` put there.
+    # Only Inductor's table of decompositions has the entry from `install`.
     return tracing is not None and _mark() in _table(tracing)
 
 

@@ -1,7 +1,8 @@
-"""How operators see their tensors: as [before, groups, behind] in the order of memory, and in which dtype.
+"""The shape and dtype in which operators compute: tensors are [before, groups, behind] in the order of memory.
 
-An expansion for the whole tensor is one group. With one expansion a channel the dimension of the channels is split into
-groups of neighbours, `before` holds what lies before it in memory, and `behind` the rest.
+An expansion for the whole tensor is one group. With one expansion per channel, the dimension of the channels is split
+into groups of neighbours. `before` holds the dimensions before it in memory; `behind` holds the channels of a group and
+the dimensions after them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from torch import Tensor
 from ortho_fx import torch_private
 from ortho_fx.bases import Basis
 
-# Elements that a row of a tensor which is one group has at least.
+# The smallest number of elements in a row, for a tensor that is one group.
 _ROW = 256
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What an operator computes in, for inputs of this dtype."""
+    """The dtype in which an operator computes, for inputs of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_order(x: Tensor) -> list[int]:
-    """The dimensions of a tensor, those with the largest strides first."""
+    """The dimensions of a tensor, ordered from the largest stride to the smallest."""
     return sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
 
 
 def split(x: Tensor, order: list[int], groups: int | None, channel_dim: int) -> Tensor:
-    """The tensor as [before, groups, behind], its dimensions in this order: a view where it lies so in memory.
+    """The tensor as [before, groups, behind], with its dimensions in this order; a view if the memory allows it.
 
-    An expansion for the whole tensor is one group; as few of its last dimensions as make `behind` worth a loop are
-    joined into it.
+    An expansion for the whole tensor is one group. Then `behind` joins as few of the last dimensions as make a loop of
+    useful length.
     """
     sizes = [x.shape[dim] for dim in order]
     if groups is None:
@@ -48,7 +49,7 @@ def split(x: Tensor, order: list[int], groups: int | None, channel_dim: int) -> 
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes is known to hold, without a guard on those that are symbolic."""
+    """Whether a condition on sizes is known to hold, without a new guard on symbolic sizes."""
     if isinstance(condition, bool):
         return condition
     shapes = torch_private.available(torch_private.SHAPES)
@@ -56,18 +57,18 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def join(parts: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:
-    """What `split` took apart: the tensor in the shape and the order of memory of `like`."""
+    """The inverse of `split`: the tensor in the shape and memory order of `like`."""
     places = [order.index(dim) for dim in range(like.dim())]
     return parts.reshape([like.shape[dim] for dim in order]).permute(places)
 
 
 def groups_of(parameters: Sequence[Tensor]) -> int | None:
-    """The number of groups that parameters are for; None where they are for the whole tensor."""
+    """The number of groups of these parameters; None for one expansion for the whole tensor."""
     return parameters[0].shape[1] if parameters[0].dim() > 1 else None
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The result in the dtype of the input; float16 stays at its largest number where it would be infinite."""
+    """The result in the dtype of the input; in float16 it is clamped to the largest finite number."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
         y = y.clamp(-largest, largest)
@@ -80,23 +81,23 @@ def collect(basis: Basis, sums: Tensor, parameters: Sequence[Tensor], prepared: 
     gradients = basis.collect_prepared(sums, [parameter.to(sums.dtype) for parameter in parameters], prepared)
     learned = [p for p, described in zip(parameters, basis.parameters, strict=True) if described.learnable]
     if {p.dtype for p in learned} == {learned[0].dtype} != {sums.dtype}:
-        # One cast, not one for each.
+        # One cast for all gradients.
         gradients = torch.cat(list(gradients)).to(learned[0].dtype).split([p.shape[0] for p in learned])
     return [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, learned, strict=True)]
 
 
 def count_terms(basis: Basis, parameters: Sequence[Any]) -> int:
-    """As many as there are learnable numbers."""
+    """The number of gradient terms, one for each learnable number."""
     learned = (p for p, described in zip(parameters, basis.parameters, strict=True) if described.learnable)
     return sum(int(parameter.shape[0]) for parameter in learned)
 
 
 def largest_chunk(device_type: str, grouped: bool, behind: Any, terms: int) -> int:
-    """How many elements a partial sum adds up at most.
+    """The largest number of elements in a partial sum.
 
-    On a CPU 4096, above which its sums go through memory, and of a column of channels 256. On a GPU as many as keep
-    partial sums few and processors busy, in a loop with an accumulator for each term; more terms than its registers
-    hold are summed up one by one, in chunks too short for a loop.
+    On a CPU it is 4096, above which sums go through memory, or 256 for a column of channels. On a GPU it is 16384: then
+    partial sums are few and all processors are busy, in a loop with one accumulator per term. If there are more terms
+    than registers, it is 128, which is too short for a loop, and terms are summed one by one.
     """
     if device_type == "cpu":
         return 256 if behind == 1 and grouped else 4096
@@ -104,7 +105,7 @@ def largest_chunk(device_type: str, grouped: bool, behind: Any, terms: int) -> i
 
 
 def largest_divisor(number: int, largest: float) -> int:
-    """The largest divisor of a number that is not above `largest`."""
+    """The largest divisor of a number that is at most `largest`."""
     divisors = (
         d for small in range(1, math.isqrt(number) + 1) if number % small == 0 for d in (small, number // small)
     )
@@ -112,9 +113,9 @@ def largest_divisor(number: int, largest: float) -> int:
 
 
 def chunk(device_type: str, before: Any, groups: Any, behind: int, terms: int) -> tuple[int, int]:
-    """How many rows and columns of [before, groups, behind] a partial sum adds up: divisors of these sizes.
+    """How many rows (of `before`) and columns (of `behind`) a partial sum covers: divisors of these sizes.
 
-    Of a symbolic number of rows one each.
+    If the number of rows is symbolic, a partial sum covers one row.
     """
     largest = largest_chunk(device_type, groups != 1, behind, terms)
     across = largest_divisor(behind, largest)

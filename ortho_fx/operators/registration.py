@@ -1,11 +1,11 @@
 """Registers two operators for each basis, `<basis>` and `<basis>_backward`: kernels, shapes, autograd and `vmap`.
 
-Derivatives of every order and kind are exact, `torch.func`'s transforms included. When a backward is itself to be
-differentiated, the differentiable formula stands in for the backward operator; in forward mode the formula stands in
-for the forward one. `torch.vmap` makes each member of the batch a group of channels of one call.
+Derivatives of every order and kind are exact, also in the transforms of `torch.func`. If a backward is differentiated
+again, the differentiable formula replaces the backward operator. In forward mode the formula replaces the forward
+operator. `torch.vmap` makes each member of the batch a group of channels in one call.
 
-The autograd kernel is our own: that of `torch.library.register_autograd`, which serves on a release without the private
-names that ours needs, neither nests in `torch.func.grad` (pytorch issue 168393) nor knows the forward mode.
+The autograd kernel is our own, because that of `torch.library.register_autograd` does not nest in `torch.func.grad`
+(pytorch issue 168393) and has no forward mode. It is used only on a release without the private names that ours needs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES, Basis
+from ortho_fx.operands import check_operands
 from ortho_fx.operators import support
 from ortho_fx.operators.eager import backward_kernel, forward_kernel
 from ortho_fx.operators.formulas import backward_formula, forward_formula
@@ -29,7 +30,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(basis: Basis) -> Callable[..., Tensor]:
-    """The forward operator of a basis, called as `operator(x, *parameters, channel_dim)`."""
+    """The forward operator of a basis; call it as `operator(x, *parameters, channel_dim)`."""
     return _overload(basis.name)
 
 
@@ -38,14 +39,14 @@ def _overload(name: str) -> Any:
 
 
 def is_defined(name: str) -> bool:
-    """Whether there is an operator of this name."""
+    """Whether an operator of this name exists."""
     return hasattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def schemas(basis: Basis) -> tuple[str, str]:
-    """The arguments and results of a basis' forward and backward operators.
+    """The schemas (arguments and results) of a basis' forward and backward operators.
 
-    Both take what `Basis.prepare` made of the parameters, where a graph keeps it from the forward for the backward.
+    Both can take the result of `Basis.prepare`, for a graph that saves it in the forward for the backward.
     """
     tensors = ", ".join(["Tensor x", *(f"Tensor {parameter.name}" for parameter in basis.parameters)])
     results = ", ".join(["Tensor"] * (1 + len(basis.learnable)))
@@ -76,8 +77,8 @@ def register(basis: Basis) -> None:
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, by_position(kernel, count), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
-        # Eager mode and autograd take the CompositeExplicit kernel; only a trace below autograd reads this one, the
-        # decomposition. It comes after the shapes, which PyTorch would refuse beside it.
+        # The decomposition. Eager mode and autograd use the CompositeExplicit kernel, so only a trace below autograd
+        # uses this one. It is registered after the shapes, because PyTorch refuses shapes after it.
         _LIBRARY.impl(name, by_position(_decomposition(basis, name, formula), count), "CompositeImplicitAutograd")
         if fake_tensors := torch_private.available(torch_private.FAKE_TENSORS):
             fake_tensors.meta_table[_overload(name)] = shapes
@@ -91,7 +92,7 @@ def register(basis: Basis) -> None:
 
 
 def _unprepared(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that prepares the parameters itself, whether or not it is given them prepared."""
+    """A kernel that ignores prepared parameters, because it prepares them itself."""
 
     def run(*tensors: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None) -> Any:
         return kernel(*tensors, channel_dim=channel_dim)
@@ -100,7 +101,7 @@ def _unprepared(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _decomposition(basis: Basis, name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """How a trace goes on below autograd: as Inductor lowers it best, or in plain tensor operations."""
+    """The decomposition of an operator in a trace below autograd: the form for Inductor, or else the formula."""
 
     def decompose(*tensors: Tensor, **arguments: Any) -> Any:
         support.meet_inductor(basis, tensors[0].device.type)
@@ -110,7 +111,7 @@ def _decomposition(basis: Basis, name: str, formula: Callable[..., Any]) -> Call
 
 
 def by_position(kernel: Callable[..., Any], tensor_count: int) -> Callable[..., Any]:
-    """The kernel for a dispatcher, which does not pass the arguments that have their defaults."""
+    """Adapts a kernel for the dispatcher, which omits trailing arguments that have their default value."""
 
     def call(*arguments: Any) -> Any:
         tensors, (channel_dim, *prepared) = arguments[:tensor_count], arguments[tensor_count:] or (CHANNEL_DIM,)
@@ -120,8 +121,12 @@ def by_position(kernel: Callable[..., Any], tensor_count: int) -> Callable[..., 
     return call
 
 
+# Where a real tensor meets one on the meta device, these run in the place of kernels: their output has no values.
 def _forward_shapes(basis: Basis) -> Callable[..., Tensor]:
-    def shapes(x: Tensor, *_: Any) -> Tensor:
+    names = [parameter.name for parameter in basis.parameters]
+
+    def shapes(x: Tensor, *rest: Any) -> Tensor:
+        check_operands(f"{NAMESPACE}.{basis.name}", x, dict(zip(names, rest, strict=False)))
         support.meet_inductor(basis, x.device.type)
         return torch.empty_like(x)
 
@@ -129,7 +134,11 @@ def _forward_shapes(basis: Basis) -> Callable[..., Tensor]:
 
 
 def _backward_shapes(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
+    names = [parameter.name for parameter in basis.parameters]
+
     def shapes(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        operands = {"grad": grad, **dict(zip(names, rest, strict=False))}
+        check_operands(f"{NAMESPACE}.{basis.name}_backward", x, operands)
         learned = (p for p, described in zip(rest, basis.parameters, strict=False) if described.learnable)
         return torch.empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in learned)
 
@@ -139,8 +148,8 @@ def _backward_shapes(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
 def _gradients(
     basis: Basis, backward: Callable[..., tuple[Tensor, ...]], grad: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x and of every parameter, None for those that do not learn."""
-    # Grad mode is on exactly when the caller asked for a graph of the backward (create_graph=True).
+    """The gradients of x and of every parameter; None for a parameter that is not learnable."""
+    # Grad mode is on exactly if the caller asked for a graph of the backward (create_graph=True).
     formula = backward if torch.is_grad_enabled() else _overload(f"{basis.name}_backward")
     grad_x, *rest = formula(grad, *arguments)
     learned = iter(rest)
@@ -152,8 +161,8 @@ def _autograd_kernel(
 ) -> Callable[..., Tensor]:
     overload, tensor_count = _overload(basis.name), 1 + len(basis.parameters)
 
-    # Of one level, as functorch makes them for itself: from PyTorch 2.14 on a `Function` asks whether transforms are
-    # active wherever it is called.
+    # A single-level function, as functorch uses internally: since PyTorch 2.14 an ordinary `Function` checks at every
+    # call whether transforms are active.
     class Expansion(private._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, output: list[Tensor], prepared: Sequence[Tensor], *arguments: Any) -> Tensor:
@@ -163,7 +172,7 @@ def _autograd_kernel(
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            saved = ctx.saved_tensors  # once: a checkpoint computes them anew each time
+            saved = ctx.saved_tensors  # only once: under checkpointing each access recomputes them
             prepared = (list(saved[tensor_count:]),) if len(saved) > tensor_count else ()
             gradients = _gradients(basis, backward, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
             return None, None, *gradients, None
@@ -173,7 +182,7 @@ def _autograd_kernel(
         if _has_tangents(private, tensors):
             return forward(*arguments)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        # Not in Expansion.forward, which runs without grad mode: the transforms around this one would miss the call.
+        # Not in Expansion.forward: it runs without grad mode, so the outer transforms would miss the call.
         arguments = (*arguments, CHANNEL_DIM)[: tensor_count + 1]
         with private._AutoDispatchBelowAutograd():
             prepared = support.kept_for_backward(basis, *tensors) if learns else ()
@@ -188,11 +197,11 @@ def _autograd_kernel(
 
 
 def _has_tangents(private: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether tangents may be on their way: inside `torch.func.jvp`, or at an open level of dual numbers."""
+    """Whether the inputs may have tangents: inside `torch.func.jvp`, or at an open level of dual numbers."""
     transform = private.peek_interpreter_stack()
     if transform is None:
         return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    # A compiled `jvp` opens its level in C++, and `unpack_dual` does not see it.
+    # A compiled `jvp` opens its level in C++, where `unpack_dual` does not see it.
     return transform.key() == private.TransformType.Jvp
 
 
@@ -216,7 +225,10 @@ def _register_public_autograd(
 
 
 def _batching_rule(overload: Any, parameter_count: int) -> Callable[..., tuple[Any, Any]]:
-    """How `torch.vmap` runs an operator once for a batch: each member becomes a group, or as many as it has itself."""
+    """The rule by which `torch.vmap` runs an operator once for a batch.
+
+    Each member of the batch becomes one group, or as many groups as it has itself.
+    """
     gives_gradients = len(overload._schema.returns) > 1
     value_count = 1 + gives_gradients
     tensor_count = value_count + parameter_count
@@ -251,7 +263,7 @@ def _batching_rule(overload: Any, parameter_count: int) -> Callable[..., tuple[A
 
 
 def _with_batch(tensor: Tensor, dim: int | None, at: int, size: int) -> Tensor:
-    """The tensor with the dimension of the batch at `at`, which it may lack."""
+    """The tensor with the batch dimension at `at`; it is added by expansion if the tensor has none."""
     if dim is not None:
         return tensor.movedim(dim, at)
     return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])

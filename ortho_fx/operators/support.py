@@ -1,12 +1,12 @@
-"""Whether Inductor lowers an operator by our own kernels, and what happens where it cannot.
+"""Decides whether Inductor lowers an operator to our own kernels, and handles the fallback.
 
-The lowering leans on private parts of PyTorch. On a release in `torch_private.TESTED` it is used. On any other a small
-compile in a process of its own compares it once with the plain decomposition, each basis and kind of device by itself;
-the verdict is kept in PyTorch's cache folder. Where the verdict is bad, a private name is missing, or the lowering
-raises while it is registered or while a graph is compiled, the plain decomposition takes over for the rest of the
-process: it is right, sometimes slower, and one warning says so.
+The lowering depends on private parts of PyTorch. It is used on every release in `torch_private.TESTED`. On any other
+release a small compile in a separate process compares it once with the plain decomposition, for each basis and kind of
+device. The verdict is stored in PyTorch's cache folder. The plain decomposition replaces the lowering for the rest of
+the process if the verdict is bad, if a private name is missing, or if the lowering raises while it is registered or
+while a graph is compiled. The plain decomposition is correct, but sometimes slower; one warning says so.
 
-ORTHO_FX_LOWERING=0 in the environment chooses the plain decomposition everywhere, without a warning.
+ORTHO_FX_LOWERING=0 in the environment selects the plain decomposition everywhere, without a warning.
 """
 
 from __future__ import annotations
@@ -36,39 +36,39 @@ from ortho_fx.operators import parts
 
 _CHECK_SECONDS = 300
 
-# Why operators of a basis are not lowered by our own kernels, by the basis' name.
+# Why the operators of a basis are not lowered to our own kernels, by the basis' name.
 _reasons: dict[str, str] = {}
-# What stands for each operator in a graph for Inductor, by the operator's name: the lowering fills it.
+# The replacement of each operator in a graph for Inductor, by the operator's name; filled by the lowering.
 LOWERED: dict[str, Callable[..., Any]] = {}
-# What stands for each operator in any other graph.
+# The plain decomposition of each operator, by the operator's name.
 _PLAIN: dict[str, Callable[..., Any]] = {}
-# Digests of the formulas of bases from outside, by the basis' name.
+# Digests of the formulas of users' bases, by the basis' name.
 _digests: dict[str, str] = {}
-# Bases and kinds of device for which the decision has been made.
+# The bases and kinds of device for which the decision has been made.
 _met: set[tuple[str, str]] = set()
-# The module `lowering`, when it has been imported, and whether that was tried.
+# The module `lowering` after its import, and whether the import was tried.
 _lowering: Any = None
 _tried = False
 
 
 def reason(basis: Basis) -> str | None:
-    """Why operators of a basis are not lowered by our own kernels in this process; None where they are."""
+    """Why the operators of a basis are not lowered to our own kernels in this process; None if they are."""
     return _reasons.get(basis.name)
 
 
 def add(basis: Basis) -> None:
-    """Takes a basis in: how its operators are decomposed."""
+    """Adds the plain decompositions of a basis' operators."""
     names = basis.name, f"{basis.name}_backward"
     functions = plain.decompositions(basis, partial(plain.forward, basis), partial(plain.backward, basis))
     _PLAIN.update(zip(names, functions, strict=True))
 
 
 def add_from_outside(basis: Basis, digest: str) -> None:
-    """The same for a basis that is not ours; its lowering too, if ours have been registered already.
+    """Adds a user's basis: its plain decompositions, and its lowering if ours have been registered already.
 
     Args:
-        basis: its operators have been registered.
-        digest: of all that decides what code they are compiled to.
+        basis: the basis; its operators have been registered.
+        digest: a digest of everything that decides their compiled code.
     """
     add(basis)
     _digests[basis.name] = digest
@@ -77,15 +77,15 @@ def add_from_outside(basis: Basis, digest: str) -> None:
             in_a_thread(lambda: _lowering.register(basis, LOWERED))
         except Exception as error:
             fall_back(basis, _failed(error))
-    elif _tried:  # and it failed: a warning has said so
+    elif _tried:  # the lowering failed, and a warning has said so
         _use_plain(basis, next(iter(_reasons.values())))
 
 
 def meet_inductor(basis: Basis, device_type: str) -> None:
-    """Decides how an operator is compiled, when a first graph with it is traced under Dynamo.
+    """Decides how an operator is compiled, when the first graph with it is traced under Dynamo.
 
-    Inductor may be what the graph is for. Not at import, which would take Inductor's own import with it, a second and
-    more; and before AOTAutograd looks into its cache, since the decision is a part of the key.
+    Such a graph may be for Inductor. The decision is not made at import time, because it imports Inductor, which takes
+    a second or more. It is made before AOTAutograd looks into its cache, because the decision is part of the key.
     """
     if "torch._dynamo" not in sys.modules:
         return
@@ -96,7 +96,7 @@ def meet_inductor(basis: Basis, device_type: str) -> None:
 
 
 def decide(basis: Basis, device_type: str, *, check: bool = False) -> None:
-    """Loads the lowering, and checks it on a release that it was not tested on, or where `check` asks for it."""
+    """Loads the lowering, and checks it on an untested release, or if `check` is set."""
     if os.environ.get("ORTHO_FX_LOWERING") == "0":
         _use_plain(basis, "ORTHO_FX_LOWERING=0")
         return
@@ -114,7 +114,7 @@ def load_lowering() -> None:
         return
     _tried = True
     try:
-        # Where no mode of the trace that is going on sees it.
+        # In another thread, where no mode of the current trace is active.
         _lowering = in_a_thread(_installed)
     except Exception as error:
         for each in BASES.values():
@@ -122,7 +122,7 @@ def load_lowering() -> None:
 
 
 def _installed() -> Any:
-    # Imported here, since it takes Inductor's own import with it.
+    # Imported here, because it imports Inductor, which is slow.
     from ortho_fx.operators import lowering
 
     lowering.install(LOWERED, lose)
@@ -135,7 +135,7 @@ def _failed(error: Exception) -> str:
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
-    """Calls a function where no trace, mode or autocast of this thread is active; returns or raises what it does."""
+    """Calls a function in a new thread, where no trace, mode or autocast is active; returns its result or raises."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -154,7 +154,7 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
 
 
 def fall_back(basis: Basis, why: str) -> None:
-    """The plain decomposition for a basis from now on, with a warning."""
+    """Uses the plain decomposition for a basis from now on, with a warning."""
     _use_plain(basis, why)
     torch_private.report_loss(why, torch_private.INDUCTOR)
 
@@ -165,11 +165,11 @@ def _use_plain(basis: Basis, why: str) -> None:
 
 
 def _tag_caches() -> None:
-    """Puts what decides about compiled code into the keys of PyTorch's caches.
+    """Puts everything that decides the compiled code into the keys of PyTorch's caches.
 
-    AOTAutograd's cache on disk is keyed by the operators' names, not by what they decompose to: without a tag, another
-    version of these formulas would be answered with code compiled from the old ones. The setting belongs to a thread,
-    so that each trace looks whether it is there.
+    AOTAutograd's cache on disk is keyed by the operators' names, not by their decompositions. Without a tag, a new
+    version of the formulas would get the code that was compiled from the old ones. The setting belongs to a thread, so
+    every trace checks it.
     """
     outside = "".join(f" {name}={digest}" for name, digest in sorted(_digests.items()))
     tag = f"[ortho_fx {formulas_digest()} {' '.join(sorted(_reasons))}{outside}]"
@@ -179,7 +179,7 @@ def _tag_caches() -> None:
 
 
 def lose(basis: Basis, error: Exception) -> None:
-    """As `fall_back`, for a lowering that failed; on a release that it was not tested on, for processes to come too."""
+    """As `fall_back`, for a lowering that failed; on an untested release, also for later processes."""
     fall_back(basis, _failed(error))
     if basis in OURS and not torch_private.is_tested() and not isinstance(error, OSError | MemoryError):
         for name, device_type in _met:
@@ -188,11 +188,11 @@ def lose(basis: Basis, error: Exception) -> None:
 
 
 def _verdict(basis: Basis, device_type: str, check: bool) -> str | None:
-    """What is known to be wrong with the lowering of a basis; None where it works.
+    """What is known to be wrong with the lowering of a basis; None if it works or nothing is known.
 
-    Where nothing is known, `check` has it found out once for an installation, by `ortho_fx.operators.check` in a
-    process of its own: it may hang or crash. That process does not know a basis from outside, whose kernels are made as
-    ours are: what is known of the first of ours holds for it.
+    With `check`, an unknown verdict is determined once per installation. `ortho_fx.operators.check` runs in a separate
+    process, because it may hang or crash. That process does not know users' bases. Their kernels are made like ours, so
+    they get the verdict of our first basis.
     """
     basis = basis if basis in OURS else OURS[0]
     kept = _kept_verdicts(device_type)
@@ -206,7 +206,7 @@ def _verdict(basis: Basis, device_type: str, check: bool) -> str | None:
         )
         verdict = json.loads(done.stdout.splitlines()[-1])["wrong"]
     except (OSError, subprocess.TimeoutExpired, ValueError, LookupError) as error:
-        # This says nothing about other processes.
+        # Not stored: the next process may succeed.
         return f"the check of the fused lowering on PyTorch {torch.__version__} did not end well: {error}"
     _keep_verdict(basis, device_type, verdict)
     return verdict
@@ -228,7 +228,7 @@ def _kept_verdicts(device_type: str) -> dict[str, str | None]:
 def _keep_verdict(basis: Basis, device_type: str, verdict: str | None) -> None:
     file = _verdict_file(device_type)
     text = json.dumps({**_kept_verdicts(device_type), basis.name: verdict})
-    # Without a folder to write to, every process finds out by itself.
+    # If the folder cannot be written, every process has to check for itself.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial_file:
@@ -237,13 +237,13 @@ def _keep_verdict(basis: Basis, device_type: str, verdict: str | None) -> None:
 
 
 def forget_verdicts(device_type: str) -> None:
-    """Has the next process find out again."""
+    """Deletes the stored verdicts, so that the next process checks again."""
     _verdict_file(device_type).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def without_lowering() -> Iterator[None]:
-    """Everything that is compiled meanwhile is compiled as on a release without the lowering; for measurements."""
+    """Inside the block, everything compiles as on a release without the lowering; for measurements."""
     reasons = dict(_reasons)
     for basis in BASES.values():
         _use_plain(basis, "measured without the lowering")
@@ -256,7 +256,7 @@ def without_lowering() -> Iterator[None]:
 
 
 def decomposition(basis: Basis, name: str) -> Callable[..., Any] | None:
-    """What stands for an operator in the trace that is going on; None for its formula."""
+    """The replacement of an operator in the current trace; None for its formula."""
     if basis.name in _reasons:
         return None if _is_for_another() else _PLAIN[name]
     return LOWERED[name] if _is_for_inductor() else None
@@ -272,10 +272,10 @@ def _is_for_another() -> bool:
 
 
 def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """What a graph for Inductor keeps for the backward: the prepared parameters, where preparing them takes kernels.
+    """The prepared parameters that a graph for Inductor saves for the backward; empty if preparing computes nothing.
 
-    The forward has to use them too: from PyTorch 2.14 on a node that only the forward needs is not merged with an equal
-    one that the backward depends on (`partition_key` in torch/_functorch/partitioners.py).
+    The forward must use them too: since PyTorch 2.14 a node that only the forward needs is not merged with an equal
+    node that the backward depends on (`partition_key` in torch/_functorch/partitioners.py).
     """
     if not _is_for_inductor():
         return ()
@@ -285,7 +285,7 @@ def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Ten
 
 @cache
 def formulas_digest() -> str:
-    """A digest of all that decides what code an operator is compiled to."""
+    """A digest of everything that decides the compiled code of our operators."""
     here = Path(__file__).parent
     files = sorted([*here.glob("*.py"), *(here.parent / "bases").glob("*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""What the formulas of the bases run on where code is generated: a number of a kernel, or a tensor of a graph.
+"""The operands of formulas while code is generated: numbers of a kernel, or tensors of a graph.
 
-`Value` has the operations of a tensor that formulas use, each done by the functions of `operations`: those of
-Inductor's kernels, or PyTorch's own on tensors. Sine and cosine in float32 are polynomials after one common reduction
-of the angle, several times cheaper than the C library's.
+`Value` has the tensor operations that formulas use. Each calls a function of `operations`, which holds the operations
+of Inductor's kernels, or PyTorch's own for tensors. Sine and cosine in float32 are polynomials after one common
+reduction of the angle, which is several times cheaper than the C library's functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class Value:
-    """A number with the operations of a tensor that formulas use."""
+    """A number with the tensor operations that formulas use."""
 
     def __init__(self, value: Any, dtype: torch.dtype, operations: Any) -> None:
         self.value, self.dtype, self._operations = value, dtype, operations
@@ -52,7 +52,7 @@ class Value:
         return self._of(self._operations.gt(self.value, self._raw(other)))
 
     def where(self, value: Value | float, other: Value | float) -> Value:
-        """Where this condition holds `value`, elsewhere `other`."""
+        """`value` where this condition holds, and `other` elsewhere."""
         return self._of(self._operations.where(self.value, self._raw(value), self._raw(other)))
 
     def relu(self) -> Value:
@@ -78,13 +78,13 @@ class Value:
 
     @functools.cached_property
     def _turns(self) -> tuple[Value, Value]:
-        """This angle in turns, reduced to [-1/2, 1/2], and its square; common to the sine and the cosine."""
+        """This angle in turns, reduced to [-1/2, 1/2], and its square; sine and cosine share both."""
         turns = self * (0.5 / math.pi)
         reduced = turns - self._of(self._operations.round(turns.value))
         return reduced, reduced * reduced
 
 
-# sin(2 pi t) / t and cos(2 pi t) as polynomials in t^2 for |t| <= 1/2, with the smallest largest error: 1e-7 and 1e-8.
+# sin(2 pi t) / t and cos(2 pi t) as minimax polynomials in t^2 for |t| <= 1/2; their largest errors are 1e-7 and 1e-8.
 _SINE = (6.283182819, -41.3414214, 81.59618385, -76.58010027, 41.2053937, -12.27126045)
 _COSINE = (0.9999999892, -19.73920453, 64.93911899, -85.45016557, 60.1678318, -25.96831341, 6.529610395)
 

@@ -1,4 +1,4 @@
-"""Networks that are polynomials: which one, and what it costs under encryption."""
+"""Polynomial networks: the polynomial that a network computes, and its cost under homomorphic encryption."""
 
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report

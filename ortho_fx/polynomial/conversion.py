@@ -1,8 +1,8 @@
-"""`to_polynomial`: a small network of affine maps and Hermite activations, written out as the polynomial that it is.
+"""`to_polynomial`: writes a small network of affine maps and Hermite activations as one polynomial.
 
-A Hermite expansion of degree n of a polynomial of degree d is one of degree n d, affine maps keep the degree, and
-products add it. So the whole network is one polynomial of its inputs, with C(inputs + degree, degree) terms, computed
-here term by term in float64; nothing is sampled or fitted.
+A Hermite expansion of degree n, applied to a polynomial of degree d, is a polynomial of degree n d. Affine maps keep
+the degree, and products add degrees. So the whole network is one polynomial of its inputs, with
+C(inputs + degree, degree) terms. Its coefficients are computed exactly, in float64; nothing is sampled or fitted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from numpy.typing import ArrayLike
 from torch import fx, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.arguments import is_integer
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array
 from ortho_fx.polynomial.graph import NotPolynomial, described, run_node, trace
 from ortho_fx.polynomial.monomials import Dense, Integers, Monomials, ranks, tail_sums
 
 _MOST_COEFFICIENTS = 2_000_000
-# Monomials of so many numbers at once when a polynomial is evaluated: 32 MiB.
+# The largest number of monomial values that are computed at once in an evaluation: 32 MiB.
 _CHUNK = 2**22
 
 
@@ -33,7 +34,7 @@ class Polynomial:
     """Polynomials y_j(x) = sum_t coefficients[t, j] prod_i x_i^exponents[t, i] of several inputs, one for each output.
 
     Attributes:
-        exponents: (terms, inputs), int64; by degree, then with higher powers of the first inputs first.
+        exponents: (terms, inputs), int64; sorted by degree, and then with higher powers of the first inputs first.
         coefficients: (terms, outputs), float64.
     """
 
@@ -50,7 +51,7 @@ class Polynomial:
 
     @property
     def terms(self) -> int:
-        """How many monomials have a coefficient that is not zero in some output."""
+        """The number of monomials with a nonzero coefficient in at least one output."""
         return int(self.coefficients.any(axis=1).sum())
 
     @property
@@ -62,11 +63,11 @@ class Polynomial:
     def __call__(self, x: ArrayLike) -> Array:
         """The values (..., outputs) at inputs (..., inputs), in float64.
 
-        Powers are products, never logarithms. Rounding is about 1e-16 times the number of terms' root, and times the
-        sum of the absolute values of the terms: far outside of where a network was trained these cancel.
+        Powers are computed as products. The rounding error is about 1e-16 sqrt(terms) times the sum of the absolute
+        values of the terms. Far outside of the range on which a network was trained, large terms cancel.
 
         Raises:
-            OrthoFxError: a last dimension that is not the number of inputs.
+            OrthoFxError: the last dimension is not the number of inputs.
         """
         points = np.asarray(x, dtype=np.float64)
         if points.ndim == 0 or points.shape[-1] != self.inputs:
@@ -107,13 +108,13 @@ class Polynomial:
         return Polynomial(exponents[first], coefficients)
 
     def derivative(self, input: int) -> Polynomial:
-        """The partial derivatives of every output in one input, counted from 0.
+        """The partial derivative of every output with respect to one input, counted from 0.
 
         Raises:
-            OrthoFxError: an input that is not there.
+            OrthoFxError: there is no such input.
         """
-        if not 0 <= input < self.inputs:
-            raise OrthoFxError(f"input must be from 0 to {self.inputs - 1}; got {input}")
+        if not is_integer(input) or not 0 <= input < self.inputs:
+            raise OrthoFxError(f"input must be an integer from 0 to {self.inputs - 1}; got {input!r}")
         held = self.exponents[:, input] > 0
         if not held.any():
             return Polynomial(np.zeros((1, self.inputs), dtype=np.int64), np.zeros((1, self.outputs)))
@@ -123,11 +124,11 @@ class Polynomial:
         return Polynomial(exponents, coefficients)
 
     def format(self, *, digits: int = 4, most_terms: int | None = 20) -> str:
-        """One line an output, "y0 = 0.5 + 1.2 x0 - 0.3 x0^2 x1", in the order of the degrees.
+        """One line per output, "y0 = 0.5 + 1.2 x0 - 0.3 x0^2 x1", sorted by degree.
 
         Args:
             digits: significant digits of a coefficient.
-            most_terms: terms to show of each output; None shows all. How many are left is said.
+            most_terms: terms to show of each output; None shows all. The line says how many more there are.
         """
         return "\n".join(self._line(j, digits, most_terms) for j in range(self.outputs))
 
@@ -165,20 +166,22 @@ def to_polynomial(
     """The polynomial that a network computes, exact up to the rounding of float64.
 
     The model may hold affine layers (Linear, convolutions, average pooling, batch normalisation in eval mode), sums,
-    residuals, products (gated units), whole powers, changes of shape, and Hermite activations of any granularity
-    without a clamp. It is traced by `torch.fx` and left as it is; its parameters are read in float64.
+    residuals, products (gated units), integer powers, changes of shape, and Hermite activations of any granularity
+    without a clamp. It is traced by `torch.fx` and not changed; its parameters are read in float64.
 
     Args:
-        model: takes one tensor (batch, *input_shape) and returns one (batch, *outputs); both are flattened.
-        input_shape: of one sample; known where the input goes into a Linear layer.
-        most_coefficients: the largest number of coefficients of one layer, terms times values.
+        model: a module that takes one tensor (batch, *input_shape) and returns one (batch, *outputs). The polynomial
+            has the flattened inputs and outputs.
+        input_shape: the shape of one sample; not needed if the input goes into a Linear layer.
+        most_coefficients: the largest allowed number of coefficients in one layer, terms times values.
 
     Returns:
-        A polynomial with at most C(inputs + degree, degree) terms; He_k(x) / k! is the basis of the activations.
+        A polynomial with at most C(inputs + degree, degree) terms. Activations are computed in the basis
+        P_k = He_k / k!, by P_k = (x P_{k-1} - P_{k-2}) / k.
 
     Raises:
-        OrthoFxError: a model that torch.fx cannot trace, an operation that makes no polynomial, by its name, and more
-            coefficients than the limit.
+        OrthoFxError: a model that torch.fx cannot trace, an unknown or wrong input shape, an operation whose result is
+            no polynomial (the message names it), or more coefficients than the limit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1), HermiteActivation(degree=2), nn.Linear(1, 1))
@@ -218,13 +221,13 @@ def _run(node: fx.Node, modules: Mapping[str, nn.Module], values: Mapping[fx.Nod
         return value
     except NotPolynomial as reason:
         raise OrthoFxError(f"{described(node, modules)}: {reason}") from None
-    except Exception as error:  # PyTorch's, of shapes that do not go together
+    except Exception as error:  # PyTorch's errors for shapes that do not match
         message = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise OrthoFxError(f"{described(node, modules)}: {message}") from None
 
 
 def _identity(monomials: Monomials, shape: tuple[int, ...]) -> Dense:
-    """The inputs themselves: x_i is the (i + 1)-th monomial."""
+    """The inputs as polynomials: x_i is the (i + 1)-th monomial."""
     monomials.check(1, monomials.variables)
     coefficients = torch.cat([torch.zeros(1, monomials.variables), torch.eye(monomials.variables)]).double()
     return Dense(monomials, 1, coefficients.reshape(-1, *shape))
@@ -265,5 +268,5 @@ def _finished(value: Any) -> Polynomial:
         raise OrthoFxError(f"the model must return one tensor that depends on its input; got {type(value).__name__}")
     coefficients = value.coefficients.reshape(len(value.coefficients), -1).numpy()
     exponents = value.monomials.exponents(value.degree)
-    used = coefficients.any(axis=1) | (exponents.sum(axis=1) == 0)  # a polynomial that is zero has a term as well
+    used = coefficients.any(axis=1) | (exponents.sum(axis=1) == 0)  # the zero polynomial keeps its constant term
     return Polynomial(exponents[used], coefficients[used])

@@ -1,8 +1,8 @@
-"""`polynomial_report`: what homomorphic encryption has to know of a model with Hermite activations, site by site.
+"""`polynomial_report`: the data that homomorphic encryption needs about a model with Hermite activations.
 
-Schemes like CKKS add and multiply, and pay for multiplications one after another. The report says of each activation
-how many it takes (`ortho_fx.polynomial.evaluation`), over which range of inputs it was seen, and its coefficients in
-two bases, and of the model how deep the longest path through it is.
+Schemes like CKKS can add and multiply, and sequential multiplications are expensive. For each activation the report
+states the number of multiplications (`ortho_fx.polynomial.evaluation`), the observed range of inputs, and the
+coefficients in two bases. For the model it states the depth of the longest path.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.polynomial import Chebyshev, HermiteE
 from numpy.polynomial import Polynomial as Powers
 from torch import Tensor, fx, nn
 
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
@@ -39,6 +40,7 @@ from ortho_fx.polynomial.graph import (
     trace,
 )
 from ortho_fx.tables import table
+from ortho_fx.watch import watching
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class PolynomialSite:
 
     Attributes:
         name: qualified name.
-        calls: how often one call of the model calls it.
-        cost: what one evaluation takes; its degree is that without leading coefficients that are zero.
-        low, high: the range of the inputs that were seen, over which the Chebyshev basis is stated.
+        calls: the number of calls in one call of the model.
+        cost: the cost of one evaluation; its degree does not count leading coefficients that are zero.
+        low, high: the range of the observed inputs, which is the domain of the Chebyshev basis.
         mean, std: mean and standard deviation (of the population) of these inputs.
-        samples: how many there were.
-        monomial: c_0 .. c_n with y = sum_k c_k x^k, a list for each group of channels (one where all share).
+        samples: the number of these inputs.
+        monomial: c_0 .. c_n with y = sum_k c_k x^k, for each group of channels (one group if all channels share).
         chebyshev: the same for y = sum_k c_k T_k((2 x - low - high) / (high - low)).
     """
 
@@ -70,18 +72,19 @@ class PolynomialSite:
 
 @dataclass(frozen=True)
 class PolynomialReport:
-    """What `polynomial_report` found; `print(report)` is a table.
+    """The result of `polynomial_report`; `print(report)` shows a table.
 
     Attributes:
         sites: the Hermite activations, in the order in which the model called them.
-        left: name and reason of all that is not polynomial.
-        degree: of the whole model in its input, along the path of the highest; None where something is left.
-        ciphertext_multiplications: of all calls of all sites together, and of products in the model.
-        plaintext_multiplications: of the sites; those of linear layers depend on how ciphertexts are packed.
-        depth: ciphertext multiplications one after another along the longest path.
-        levels: the same with plaintext multiplications, one for each layer with weights: what CKKS rescales for.
-        traced: whether `torch.fx` traced the model. Where it did not, depth and levels are those of all sites one after
-            another, in calling order, and levels hold no layers.
+        left: name and reason of everything that is not polynomial.
+        degree: the degree of the whole model in its input; None if something is left.
+        ciphertext_multiplications: the total of all calls of all sites, and of products in the model.
+        plaintext_multiplications: the total of the sites; that of linear layers depends on the packing of ciphertexts.
+        depth: sequential ciphertext multiplications along the longest path.
+        levels: sequential multiplications of both kinds along the longest path, with one for each layer with weights;
+            CKKS rescales for each.
+        traced: whether `torch.fx` traced the model. If not, depth and levels are the sums over all sites in calling
+            order, and levels do not include layers.
     """
 
     sites: tuple[PolynomialSite, ...]
@@ -126,22 +129,27 @@ class PolynomialReport:
 
 
 def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialReport:
-    """Degrees, multiplications, depth, ranges and coefficients of a model's Hermite activations.
+    """Reports degrees, multiplications, depth, ranges and coefficients of a model's Hermite activations.
 
-    A polynomial of degree n is evaluated with baby steps and giant steps at depth ceil(log2(n)), and ceil(log2(n + 1))
-    levels with its coefficients. The model is run without gradients, in the mode (train or eval) that it is in; depth
-    and levels are those of eval mode, where batch normalisation is affine.
+    A polynomial of degree n is evaluated with baby steps and giant steps, at depth ceil(log2(n)) and with
+    ceil(log2(n + 1)) levels. The model runs without gradients, in its current mode (train or eval). Depth and levels
+    are those of eval mode, where batch normalisation is affine.
 
     Args:
         model: a model with Hermite activations.
         batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+
+    Returns:
+        The costs of each activation and of the whole model.
 
     Raises:
         OrthoFxError: a model without expansions, no batch, or inputs of a site that are not finite.
 
     Source: Paterson and Stockmeyer, SIAM Journal on Computing 2(1), 1973.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, Expansion)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, Expansion)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
     seen = _observe(model, expansions, batches)
@@ -172,7 +180,7 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
 
 
 class _Inputs:
-    """What came into one activation; calls are the most of one batch."""
+    """The inputs of one activation; `calls` is the largest number of calls in one batch."""
 
     def __init__(self) -> None:
         self.histogram, self.low, self.high = Histogram(), math.inf, -math.inf
@@ -184,7 +192,7 @@ class _Inputs:
         self.histogram.add(x)
         if x.numel():
             low, high = (bound.item() for bound in torch.aminmax(x.detach()))
-            # In this order NaN is kept.
+            # With the arguments in this order, min and max keep a NaN.
             self.low, self.high = min(low, self.low), max(high, self.high)
 
 
@@ -193,17 +201,12 @@ def _observe(model: nn.Module, expansions: Mapping[str, nn.Module], batches: Ite
     seen: dict[str, _Inputs] = {}
     batch = -1
 
-    def watch(name: str) -> Any:
-        return lambda _, args: seen.setdefault(name, _Inputs()).add(args[0], batch)
+    def see(name: str, x: Tensor, _: Tensor) -> None:
+        seen.setdefault(name, _Inputs()).add(x, batch)
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in expansions.items()]
-    try:
-        with torch.no_grad():
-            for batch, values in enumerate(batches):  # noqa: B007 the hooks read it
-                call(model, values)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(expansions, see):
+        for batch, values in enumerate(batches):  # noqa: B007 `see` reads it
+            call(model, values)
     if not seen:
         raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
     for name, inputs in seen.items():
@@ -234,7 +237,7 @@ def _site(name: str, module: nn.Module, inputs: _Inputs) -> PolynomialSite:
 
 @dataclass(frozen=True)
 class _Path:
-    """Of a value in the graph, over all paths to it."""
+    """The largest degree, depth and levels over all paths to a value of the graph."""
 
     degree: int = 1
     depth: int = 0
@@ -246,7 +249,7 @@ class _Path:
 
 @dataclass(frozen=True)
 class _Walk:
-    """The longest path to the output, products and powers outside of activations, and what is not polynomial."""
+    """The longest path to the output, the number of products outside of activations, and what is not polynomial."""
 
     longest: _Path
     products: int
@@ -254,7 +257,7 @@ class _Walk:
 
 
 def _walk(model: nn.Module, sites: Mapping[nn.Module, PolynomialSite]) -> _Walk | None:
-    """The model's graph from its inputs to its output; None where torch.fx does not see all sites in it."""
+    """Walks the model's graph from inputs to output; None if torch.fx does not see all sites."""
     try:
         graph, modules = trace(model)
     except OrthoFxError:
@@ -265,7 +268,7 @@ def _walk(model: nn.Module, sites: Mapping[nn.Module, PolynomialSite]) -> _Walk 
     paths: dict[fx.Node, _Path] = {}
     products, left = 0, {}
     for node in graph.nodes:
-        # What no input reaches is known beforehand, in plain text.
+        # A value that depends on no input is known in advance, as plaintext, and costs nothing.
         sources = [paths[source] for source in node.all_input_nodes if source in paths]
         if node.op == "placeholder" and not node.args:  # an argument with a default is a setting
             paths[node] = _Path()

@@ -1,13 +1,13 @@
-"""What it costs to evaluate a polynomial of one variable where multiplying two variables is what costs.
+"""The cost of a polynomial of one variable, where multiplications of two variable values are expensive.
 
-The scheme is Paterson and Stockmeyer's, baby steps and giant steps: with the powers x^2 .. x^k and x^2k, x^4k, x^8k
-... at hand, p = q x^g + r splits off the coefficients from a giant (or the last baby) step g on, until degrees are at
-most k. Among all k and all ways to split, the one with the fewest multiplications is searched whose depth is the
-smallest possible one. Chebyshev polynomials obey T_2n = 2 T_n^2 - 1, and take as many.
+The scheme is that of Paterson and Stockmeyer, with baby steps and giant steps. First the powers x^2 .. x^k and x^2k,
+x^4k, x^8k ... are computed. Then p = q x^g + r splits off the coefficients from a giant step (or the last baby step) g
+on, until all degrees are at most k. A search over all k and all splits finds the fewest multiplications at the smallest
+possible depth. Chebyshev polynomials obey T_2n = 2 T_n^2 - 1, and cost the same.
 
 Source: Paterson and Stockmeyer, "On the number of nonscalar multiplications necessary to evaluate polynomials", SIAM
-Journal on Computing 2(1), 1973. Where depth does not count, about sqrt(2 n) are enough. With the smallest depth it is
-a few more, and most of all at n = 2^m - 1, which leaves no choice: 10 at n = 15, where n = 14 takes 7.
+Journal on Computing 2(1), 1973. If depth does not matter, about sqrt(2 n) multiplications are enough. The smallest
+depth needs a few more, and the most at n = 2^m - 1, which leaves no choice: n = 15 takes 10, and n = 14 takes 7.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Evaluation:
         degree: n.
         ciphertext_multiplications: products of two ciphertexts (non-scalar multiplications).
         plaintext_multiplications: products of a ciphertext and a coefficient.
-        depth: ciphertext multiplications one after another, ceil(log2(n)).
-        levels: multiplications of both kinds one after another, ceil(log2(n + 1)): what CKKS rescales for.
+        depth: sequential ciphertext multiplications, ceil(log2(n)).
+        levels: sequential multiplications of both kinds, ceil(log2(n + 1)); CKKS rescales for each.
     """
 
     degree: int
@@ -46,12 +46,12 @@ def log2_up(n: int) -> int:
 
 @functools.cache
 def evaluation(degree: int) -> Evaluation:
-    """The cheapest evaluation of smallest depth; a constant takes nothing."""
+    """The cheapest evaluation with the smallest depth; a constant costs nothing."""
     if degree < 2:
         return Evaluation(degree, 0, degree, 0, degree)
     depth, levels = log2_up(degree), log2_up(degree + 1)
     best = _IMPOSSIBLE
-    # Fewest are near sqrt(n / 2) baby steps; for 2^m - 1, where the depth leaves no choice, near 1.
+    # The best number of baby steps is near sqrt(n / 2). For n = 2^m - 1 the depth leaves no choice, and it is near 1.
     for babies in range(1, 2 * math.isqrt(degree) + 2):
         giants = [babies]
         while giants[-1] <= degree:
@@ -63,7 +63,7 @@ def evaluation(degree: int) -> Evaluation:
 
 @functools.cache
 def _split(degree: int, babies: int, giants: tuple[int, ...], depth: int, levels: int) -> _Cost:
-    """The fewest products beyond those for the powers, and scalar products, within a depth and a number of levels."""
+    """The fewest products (besides those for powers) and scalar products within a depth and a number of levels."""
     if degree == 0:
         return 0, 0
     best = _IMPOSSIBLE

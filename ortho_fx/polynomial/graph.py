@@ -1,8 +1,8 @@
-"""A model's graph run on polynomials in the place of numbers, and what each of its operations is to a polynomial.
+"""Runs a model's graph on polynomials instead of numbers, with a rule for each operation.
 
-The terms of a polynomial stand where a batch has its samples, so that linear operations are PyTorch's own, in float64
-and without their bias, which belongs to the constant term alone. What would mix samples is refused, as is everything
-that is neither affine, a sum, a product nor a Hermite expansion.
+The terms of a polynomial are stored in the batch dimension. So PyTorch's own linear operations apply, in float64 and
+without bias; the bias is added to the constant term only. Operations that would mix samples are refused, and so is
+everything that is not affine, a sum, a product or a Hermite expansion.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from numpy.polynomial import HermiteE
 from torch import Tensor, fx, nn
 
 from ortho_fx import trees
-from ortho_fx.activations.expansion import ExpansionActivation, channel_dim_of
+from ortho_fx.activations.channels import channel_dim_of
+from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.polynomial.monomials import Dense
 
-# Stands for the number of samples in the shape of a value.
+# A placeholder for the number of samples in the shape of a value.
 BATCH = object()
 
 
 class NotPolynomial(Exception):
-    """Why an operation makes no polynomial of polynomials."""
+    """The reason why the result of an operation is no polynomial."""
 
 
 class _Tracer(fx.Tracer):
@@ -40,13 +41,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
-    """The graph of a model, PyTorch's modules and ours whole in it, and the modules by the names it calls them.
+    """The graph of a model, in which PyTorch's modules and ours are single nodes, and the modules by name.
 
     Raises:
         OrthoFxError: a model that torch.fx cannot trace.
     """
     tracer = _Tracer()
-    # fx traces into what it is given, which may itself be a module to keep whole.
+    # fx always traces into its root. A wrapper keeps a root that must stay a single node.
     root = nn.Sequential(model) if tracer.is_leaf_module(model, "") else model
     try:
         graph = tracer.trace(root)
@@ -57,7 +58,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
 
 
 def described(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """What a message calls a node."""
+    """The description of a node in messages."""
     if node.op == "call_module":
         return f"{node.target} ({type(modules[str(node.target)]).__name__})"
     called = getattr(node.target, "__name__", None) or str(node.target)
@@ -67,9 +68,9 @@ def described(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 
 
 def hermite_coefficients(module: nn.Module) -> Array:
-    """a_0 .. a_n of a polynomial activation in float64, (size, groups), without leading coefficients that are zero.
+    """The coefficients a_0 .. a_n of He_k(x) / k! in a polynomial activation: float64, of shape (size, groups).
 
-    They are those of He_k(x) / k!.
+    Leading coefficients that are zero are left out.
 
     Raises:
         NotPolynomial: any other module, a clamp, or coefficients that have no value or are not finite.
@@ -82,7 +83,7 @@ def hermite_coefficients(module: nn.Module) -> Array:
 
 
 def _series(module: nn.Module) -> list[HermiteE]:
-    """The polynomial that an activation is, for each group.
+    """The polynomial of an activation, for each group.
 
     Raises:
         NotPolynomial: as `hermite_coefficients`.
@@ -111,7 +112,7 @@ def _series(module: nn.Module) -> list[HermiteE]:
 
 
 def factorials(count: int) -> Array:
-    """0!, 1!, 2!, ..., so many of them."""
+    """The first `count` of 0!, 1!, 2!, ..."""
     return np.array([float(math.factorial(k)) for k in range(count)])
 
 
@@ -136,7 +137,11 @@ def _expansion(module: ExpansionActivation, x: Dense) -> Dense:
 
 
 def _constant(value: Any, like: Dense) -> Any:
-    """A number or a tensor of the model's, as it broadcasts over the shape of a value."""
+    """A number or a tensor of the model, in a form that broadcasts to the shape of a value.
+
+    Raises:
+        NotPolynomial: a tensor that differs between samples, or no number.
+    """
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64)
         if value.dim() == like.coefficients.dim() and value.shape[0] == 1:
@@ -149,7 +154,7 @@ def _constant(value: Any, like: Dense) -> Any:
 
 
 def _pair(a: Any, b: Any) -> bool:
-    """Whether both are polynomials; they then have to have as many dimensions."""
+    """Whether both are polynomials; then they must have the same number of dimensions."""
     if not (isinstance(a, Dense) and isinstance(b, Dense)):
         return False
     if len(a.shape) != len(b.shape):
@@ -189,7 +194,7 @@ def _power(a: Any, exponent: Any) -> Dense:
         exponent = int(exponent)
     if not isinstance(a, Dense) or isinstance(exponent, bool) or not isinstance(exponent, int) or exponent < 1:
         raise NotPolynomial("only powers with a positive integer as their exponent are polynomials")
-    # By squaring: the steps from the highest bit down.
+    # Repeated squaring, from the highest bit down.
     result = a
     for bit in bin(exponent)[3:]:
         result = result * result
@@ -238,7 +243,7 @@ def _pool(module: nn.Module, x: Dense) -> Dense:
 
 
 def _inner(x: Dense, *dims: Any) -> None:
-    """Refuses dimensions that hold the samples."""
+    """Raises `NotPolynomial` for the dimension that holds the samples."""
     if any(not isinstance(dim, int) or dim % x.coefficients.dim() == 0 for dim in dims):
         raise NotPolynomial("it mixes the samples of a batch")
 
@@ -327,7 +332,7 @@ def _attribute(x: Any, name: str) -> Any:
     return _shape(x) if isinstance(x, Dense) else getattr(x, name)
 
 
-# Layers with weights, by exact class: a subclass may compute something else.
+# Layers with weights, by exact class, because a subclass may compute something else.
 AFFINE_MODULES: dict[type[nn.Module], Callable[[Any, Dense], Dense]] = {
     nn.Linear: lambda module, x: _linear(x, module.weight, module.bias),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
@@ -335,7 +340,7 @@ AFFINE_MODULES: dict[type[nn.Module], Callable[[Any, Dense], Dense]] = {
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _pool),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _pool),
 }
-# Modules that multiply nothing.
+# Modules without multiplications.
 PASSING_MODULES: dict[type[nn.Module], Callable[[Any, Dense], Dense]] = {
     nn.Identity: lambda module, x: x,
     nn.Flatten: lambda module, x: _flatten(x, module.start_dim, module.end_dim),
@@ -377,10 +382,10 @@ _IN_PLACE = (operator.iadd, operator.isub, operator.imul, "add_", "sub_", "mul_"
 
 
 def apply_module(module: nn.Module, *arguments: Any) -> Any:
-    """A module's value at polynomials.
+    """The result of a module for polynomials.
 
     Raises:
-        NotPolynomial: a module that makes no polynomial of them.
+        NotPolynomial: the result is no polynomial.
     """
     if isinstance(module, Expansion):
         _series(module)
@@ -393,10 +398,10 @@ def apply_module(module: nn.Module, *arguments: Any) -> Any:
 
 
 def run_node(node: fx.Node, modules: Mapping[str, nn.Module], arguments: tuple[Any, ...], keywords: Any) -> Any:
-    """What a call in the graph makes of its arguments.
+    """The result of a graph node for these arguments.
 
     Raises:
-        NotPolynomial: an operation that makes no polynomial of polynomials.
+        NotPolynomial: the result is no polynomial.
     """
     if node.op == "call_module":
         return apply_module(modules[str(node.target)], *arguments)

@@ -1,10 +1,10 @@
-"""Dense polynomials in several variables, as tensors of coefficients, and their product without a dictionary.
+"""Dense polynomials in several variables: tensors of coefficients, and a product that needs no dictionary.
 
 The monomials of n variables are in graded order: by degree, then lexicographically with powers of the first variable
 first (1, x0, x1, x0^2, x0 x1, x1^2 ...). With t_m the sum of the last m exponents, the place of a monomial is
-    rank = sum_{m=1..n} C(t_m + m - 1, m),
-and the t of a product is the sum of those of its factors: n look-ups give the place of every term of a product. The
-monomials up to a degree are the first ones of those up to any higher degree.
+    rank = sum_{m=1..n} C(t_m + m - 1, m).
+The t of a product is the sum of the t of its factors, so n look-ups give the place of each term of a product. The
+monomials up to a degree are the first of those up to any higher degree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def tail_sums(exponents: Integers) -> Integers:
 
 
 def ranks(tails: Integers) -> Integers:
-    """The places (terms,) of monomials with these t_1 .. t_n."""
+    """The places, of shape (terms,), of the monomials with these t_1 .. t_n."""
     places = np.zeros(len(tails), dtype=np.int64)
     for m in range(1, tails.shape[1] + 1):
         highest = int(tails[:, m - 1].max(initial=0))
@@ -40,11 +40,11 @@ def ranks(tails: Integers) -> Integers:
 
 @dataclass
 class Monomials:
-    """The monomials of some variables, in graded order, listed up to the degree that was last asked for.
+    """The monomials of some variables, in graded order, listed up to the largest degree that was asked for.
 
     Args:
         variables: n, one or more.
-        most: the largest number of coefficients of one tensor.
+        most: the largest allowed number of coefficients in one tensor.
     """
 
     variables: int
@@ -62,7 +62,7 @@ class Monomials:
         """The exponents (terms, n) of the monomials up to a degree."""
         while self._degree < degree:
             last = self._exponents[self.count(self._degree - 1) if self._degree else 0 :]
-            # x_k times those of one degree less that hold no variable before x_k, which are the last ones of them.
+            # x_k times the monomials of one degree less that hold no variable before x_k; they are the last of them.
             parts = []
             for k in range(self.variables):
                 part = last[len(last) - math.comb(self.variables - k + self._degree - 1, self._degree) :].copy()
@@ -73,7 +73,7 @@ class Monomials:
         return self._exponents[: self.count(degree)]
 
     def check(self, degree: int, values: int) -> None:
-        """Raises an `OrthoFxError` where so many polynomials of a degree have too many coefficients."""
+        """Raises an `OrthoFxError` if this many polynomials of a degree have too many coefficients."""
         if (size := self.count(degree) * values) > self.most:
             raise OrthoFxError(
                 f"{values} polynomials of degree {degree} in {self.variables} inputs have {self.count(degree)} terms "
@@ -83,7 +83,7 @@ class Monomials:
 
 @dataclass(frozen=True)
 class Dense:
-    """Polynomials of one degree or less, in an array of any shape: `coefficients` is (terms, *shape), in float64."""
+    """An array of polynomials up to one degree: `coefficients` has the shape (terms, *shape), in float64."""
 
     monomials: Monomials
     degree: int
@@ -97,14 +97,14 @@ class Dense:
         return Dense(self.monomials, self.degree, coefficients)
 
     def raised(self, degree: int) -> Dense:
-        """The same with room for the terms of a degree that is not lower."""
+        """The same polynomials, padded with zero coefficients up to a higher degree."""
         self.monomials.check(degree, self.shape.numel())
         more = self.monomials.count(degree) - len(self.coefficients)
         zeros = self.coefficients.new_zeros(more, *self.shape)
         return Dense(self.monomials, degree, torch.cat([self.coefficients, zeros]))
 
     def plus_constant(self, constant: Any) -> Dense:
-        """The sum with a number, or with a tensor that broadcasts over the shape."""
+        """The sum with a number, or with a tensor that broadcasts to the shape."""
         constant = torch.as_tensor(constant, dtype=torch.float64)
         shape = torch.broadcast_shapes(self.shape, constant.shape)
         aligned = self.coefficients.reshape(-1, *(1,) * (len(shape) - len(self.shape)), *self.shape)
@@ -120,7 +120,7 @@ class Dense:
         return self.with_coefficients(-self.coefficients)
 
     def __mul__(self, other: Dense) -> Dense:
-        """The product, elementwise in the shape."""
+        """The elementwise product."""
         few, many = sorted((self, other), key=lambda factor: factor.degree)
         degree = few.degree + many.degree
         shape = torch.broadcast_shapes(few.shape, many.shape)
@@ -129,6 +129,6 @@ class Dense:
         tails = tail_sums(self.monomials.exponents(many.degree))
         for tail, coefficient in zip(tails, few.coefficients, strict=False):
             if coefficient.any():
-                # For one term of a factor the places are distinct, and in the order of the other factor's.
+                # The products with one term have distinct places, in the order of the other factor's terms.
                 product.index_add_(0, torch.from_numpy(ranks(tails + tail)), many.coefficients * coefficient)
         return Dense(self.monomials, degree, product)

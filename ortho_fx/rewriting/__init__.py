@@ -1,1 +1,1 @@
-"""What a user does to a model: rewrite, revert, calibrate, check, anneal; and the backend of `torch.compile`."""
+"""The operations on a model: rewrite, revert, calibrate, check and anneal, and the backend of `torch.compile`."""

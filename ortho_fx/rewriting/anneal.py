@@ -1,26 +1,27 @@
-"""`Annealing`: from any activation to a polynomial of low degree in the course of a fine-tuning.
+"""`Annealing`: turns activations into polynomials of low degree during fine-tuning.
 
-Under the distribution of its inputs an activation f is a series of orthonormal polynomials. Its terms up to a degree
-are the closest polynomial p of that degree, which `rewrite_` finds in closed form with init="fit"; what is above is
-f - p. Annealing shrinks that remainder, all higher degrees at once, by a factor that goes from 1 to 0:
+Under the distribution of its inputs, an activation f is a series of orthonormal polynomials. The terms up to a degree
+form the closest polynomial p of that degree, which `rewrite_` computes in closed form with init="fit". The remainder is
+f - p. Annealing multiplies the remainder by a factor that goes from 1 to 0:
     y = p + (1 - s) (f - p) = (1 - s) f + s p.
-The model starts exactly as it was, and ends with polynomials alone. (Starting from an expansion of degree 8 and taking
-its degrees away one by one comes to the same p, but an input outside of the fit leaves every bound at such degrees.)
+The model starts unchanged and ends with polynomials only. (Starting from an expansion of degree 8 and removing its
+degrees one by one gives the same p. But at such degrees, inputs outside of the range of the fit give unbounded values.)
 
-What makes polynomial networks fail is such inputs: weights move, inputs leave the range of the fit, and what a layer
-makes too large the next one makes larger. So there is a penalty on inputs outside of the range that was measured.
+Polynomial networks fail because of such inputs: weights change, inputs leave the range of the fit, and large outputs of
+one layer become larger in the next. So a penalty is added for inputs outside of the measured range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation
+from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation, one_input
+from ortho_fx.arguments import checked_model, is_integer, is_number
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -32,8 +33,8 @@ from ortho_fx.rewriting.rewrite import RewriteReport, rewrite_
 class AnnealedActivation(HermiteActivation):
     """y(x) = (1 - s) f(x) + s p(x), with the replaced activation f and a Hermite expansion p; `Annealing` makes it.
 
-    Parameters and state dict are those of the expansion. Buffers that are not saved are `share` s, and `mean` and `std`
-    of the inputs that were measured.
+    Parameters and state dict are those of the expansion. The buffers `share` (s) and `mean` and `std` (of the measured
+    inputs) are not saved.
     """
 
     share: Tensor
@@ -42,24 +43,25 @@ class AnnealedActivation(HermiteActivation):
     reach: float
     excesses: list[Tensor]
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         assert self.reference is not None
+        x = one_input(self, x, named)
         if self.training and torch.is_grad_enabled():
             deviations = ((x.float() - self.mean) / self.std).abs()
             self.excesses.append(F.relu(deviations - self.reach).square().mean())
         return torch.lerp(self.reference(x), super().forward(x), self.share.to(x.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        # What hangs on a backward pass cannot be copied.
+        # Tensors in an autograd graph cannot be copied.
         return {**self.__dict__, "excesses": []}
 
 
 class Annealing:
-    r"""Replaces the activations of a model by polynomials little by little, in place.
+    r"""Replaces the activations of a model by polynomials, gradually and in place: y(x) = (1 - s) f(x) + s p(x).
 
-    Every activation becomes a `HermiteActivation`, fitted under the inputs that the batches give it, which counts for a
-    share s = min(1, step / steps) of the function; the rest is the activation that was there. Make it before the
-    optimizer, add `penalty` to the loss, call `step` after each of the optimizer's, and `finish` at the end:
+    The original activation is f, p is a `HermiteActivation` fitted under the inputs that f gets from the batches, and
+    s = min(1, step / steps). Make the `Annealing` before the optimizer, add `penalty` to the loss, call `step` after
+    each step of the optimizer, and `finish` at the end:
 
         annealing = Annealing(model, degree=2, batches=batches, steps=300)
         optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))
@@ -71,25 +73,26 @@ class Annealing:
             annealing.step()
         annealing.finish()
 
-    After `steps` steps the model is the polynomial one; go on training it for twice as many. Parameters keep their size
-    and stay the same objects throughout, `finish` included, so that an optimizer never notices.
+    After `steps` steps the model is polynomial; train it for twice as many steps more. Parameters keep their size and
+    stay the same objects, also in `finish`, so an optimizer is not affected. Shapes and dtypes are those of
+    `HermiteActivation`.
 
     Args:
-        model: any module; its activations are found as `rewrite_` finds them.
-        degree: of the polynomials, from 1 to 32; 2 and 3 are usual.
-        batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model,
-            which is run on them without gradients, in its mode (train or eval).
-        steps: how many calls of `step` it takes; one or more.
-        reach: standard deviations to either side of the measured mean within which inputs are free of `penalty`.
+        model: any module; its activations are found as in `rewrite_`.
+        degree: the degree of the polynomials, from 1 to 32; 2 and 3 are usual.
+        batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model. The
+            model runs on them without gradients, in its current mode (train or eval).
+        steps: the number of calls of `step` until s = 1; one or more.
+        reach: inputs within this number of standard deviations from the measured mean add nothing to `penalty`.
         granularity: "layer", "channel" or "group:N", as in `ExpansionConfig`.
         targets: activation functions by name, as in `rewrite_`.
 
     Attributes:
-        report: what was replaced and what was left, as `rewrite_` says it.
+        report: the report of `rewrite_`: what was replaced and what was left.
 
     Raises:
-        OrthoFxError: steps or a reach that are not above zero, no batch, a model with nothing to replace, and whatever
-            `rewrite_` and `calibrate_` raise. The model is then as it was.
+        OrthoFxError: steps or a reach that are not above zero, no batch, a model with nothing to replace, or an error
+            of `rewrite_` or `calibrate_`. The model is then unchanged.
 
     Source: the transition from ReLU to polynomials is that of Baruch et al., arXiv 2111.03362; the closest polynomial
     under a density is the truncated orthogonal expansion (Szego, Orthogonal Polynomials).
@@ -108,16 +111,26 @@ class Annealing:
         granularity: str = "layer",
         targets: Iterable[str] | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        checked_model(model)
+        if not is_integer(steps) or steps < 1:
             raise OrthoFxError(f"steps must be an integer above zero; got {steps!r}")
-        if not reach > 0:
-            raise OrthoFxError(f"reach must be above zero; got {reach!r}")
+        if not is_number(reach) or reach <= 0:
+            raise OrthoFxError(f"reach must be a number above zero; got {reach!r}")
         config = ExpansionConfig("hermite", degree, "fit", granularity)
         batches = list(batches)
         if not batches:
             raise OrthoFxError("batches is empty: the fits need inputs")
         earlier = {id(module) for module in model.modules()}
         self.report = rewrite_(model, config, targets=targets, example_inputs=batches[0])
+        try:
+            self._start(model, batches, reach, earlier)
+        except BaseException:
+            revert_expansions(model, lambda module: id(module) not in earlier)
+            raise
+        self.steps, self.steps_taken = steps, 0
+
+    def _start(self, model: nn.Module, batches: Iterable[Batch], reach: float, earlier: Collection[int]) -> None:
+        """Makes the new expansions annealed, and measures their inputs."""
         self._sites: dict[str, ExpansionActivation] = {
             name: module
             for name, module in model.named_modules()
@@ -125,18 +138,13 @@ class Annealing:
         }
         if not self._sites:
             raise OrthoFxError(f"{type(model).__name__} has no activation to replace, only expansions from before")
-        self.steps, self.steps_taken = steps, 0
         for site in self._sites.values():
             for name, start in (("share", 0.0), ("mean", 0.0), ("std", 1.0)):
                 site.register_buffer(name, site.get_parameter("coefficients").new_full((), start), persistent=False)
             site.__class__ = AnnealedActivation
             site.reach, site.excesses = reach, []  # type: ignore[assignment]
-        try:
-            # With a share of 0, every site gets what it got in the model as it was.
-            measured = calibrate_expansions(model, self._sites, batches)
-        except OrthoFxError:
-            revert_expansions(model, lambda module: id(module) not in earlier)
-            raise
+        # The share is 0, so every site gets the inputs that it gets in the original model.
+        measured = calibrate_expansions(model, self._sites, batches)
         for statistics in measured.sites:
             site = self._sites[statistics.name]
             site.get_buffer("mean").fill_(statistics.mean)
@@ -145,21 +153,22 @@ class Annealing:
 
     @property
     def share(self) -> float:
-        """s: which part of the activations is polynomial."""
+        """s, the weight of the polynomial."""
         return self.steps_taken / self.steps
 
     @property
     def done(self) -> bool:
-        """Whether the activations are polynomials alone."""
+        """Whether s is 1, so that all activations are polynomials."""
         return self.steps_taken == self.steps
 
     def penalty(self) -> Tensor:
-        r"""\sum over sites of mean(max(0, |x - mean| / std - reach)^2), of the inputs since it was last asked for.
+        r"""\sum over sites of mean(max(0, |x - mean| / std - reach)^2), over the inputs since the last penalty.
 
-        A scalar to add to the loss, 0.1 times for instance. Inputs count that come in train mode and with gradients.
+        It is a scalar to add to the loss, for example with a factor of 0.1. Only inputs in train mode with gradients
+        count.
 
         Raises:
-            OrthoFxError: no site has been called since then.
+            OrthoFxError: no site was called in this way since the last penalty.
         """
         excesses = [value for site in self._sites.values() for value in getattr(site, "excesses", ())]
         if not excesses:
@@ -168,18 +177,18 @@ class Annealing:
         return torch.stack([value.to(excesses[0].device) for value in excesses]).sum()
 
     def step(self) -> None:
-        """Goes one step further; once it is done, it stays so."""
+        """Increases s by 1 / steps, up to 1."""
         self.steps_taken = min(self.steps_taken + 1, self.steps)
         self._set_share()
         self._forget()
 
     def finish(self) -> None:
-        """Leaves plain `HermiteActivation`s without a clamp, whose parameters are those that the optimizer has.
+        """Turns the sites into plain `HermiteActivation`s without a clamp, with the parameters that the optimizer has.
 
-        A second call changes nothing more.
+        A second call changes nothing.
 
         Raises:
-            OrthoFxError: steps that are still to go: the model would change at once.
+            OrthoFxError: s is below 1, so the function of the model would jump.
         """
         if not self.done:
             raise OrthoFxError(f"{self.steps_taken} of {self.steps} steps are taken: call finish after the last")
@@ -190,7 +199,7 @@ class Annealing:
                 site.__class__ = HermiteActivation  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it is and what it measured; the expansions are in the model's state dict."""
+        """The steps taken, and the measured means and deviations; the model's state dict has the expansions."""
         inputs = {
             name: [site.get_buffer("mean").item(), site.get_buffer("std").item()]
             for name, site in self._sites.items()
@@ -199,10 +208,10 @@ class Annealing:
         return {"steps": self.steps, "steps_taken": self.steps_taken, "inputs": inputs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there: after making it anew with the same settings, beside the model's own state dict.
+        """Continues from a state, on a new `Annealing` with the same settings; load the model's state dict as well.
 
         Raises:
-            OrthoFxError: a state of other fields, sites or steps.
+            OrthoFxError: the state has other fields, sites or steps.
         """
         if set(state) != {"steps", "steps_taken", "inputs"}:
             raise OrthoFxError(f"the state must have steps, steps_taken and inputs; got {', '.join(map(str, state))}")

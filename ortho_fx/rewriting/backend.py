@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="ortho_fx")`: makes the activations learnable during the first call, then lowers."""
+"""`torch.compile(model, backend="ortho_fx")`: replaces activations by expansions in the first call, and lowers them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def ortho_fx(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The hook behind `torch.compile(model, backend="ortho_fx", mode=..., options=...)`.
+    """The backend of `torch.compile(model, backend="ortho_fx", mode=..., options=...)`.
 
     Args:
         gm: Dynamo's graph.
-        example_inputs: its inputs.
+        example_inputs: the inputs of the graph.
         mode: Inductor's mode ("reduce-overhead", "max-autotune" ...).
-        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), "disable" with names of passes to leave
-            out, and Inductor's own options beside them.
+        options: fields of `ExpansionConfig` ("basis", "degree", "init" ...), "disable" with the names of passes to
+            leave out, and Inductor's own options.
 
     Raises:
-        OrthoFxError: an option that neither knows, a wrong value, an optimizer, DDP or FSDP wrapper that was made
-            before the first call added the parameters, or no C++ compiler where one is needed.
+        OrthoFxError: an unknown option, a wrong value, an optimizer, DDP or FSDP wrapper that was made before the first
+            call added the parameters, or no C++ compiler where one is needed.
     """
     try:
         from ortho_fx.rewriting import hook
@@ -43,7 +43,7 @@ def ortho_fx(
 def _without_frames(
     missing: torch_private.MissingNames, gm: fx.GraphModule, example_inputs: Sequence[Tensor]
 ) -> Callable[..., Any]:
-    """A graph on a release whose frames cannot be read: one of a rewritten model is compiled, any other refused."""
+    """Compiles the graph of a rewritten model, on a release whose frames cannot be read; refuses any other graph."""
     table = choose_targets(None)
     for graph_module in gm.modules():
         if isinstance(graph_module, fx.GraphModule):

@@ -1,36 +1,46 @@
-"""`calibrate_`: expansions initialised for the pre-activations that a model really has.
+"""`calibrate_`: initialises expansions for the measured pre-activations of a model.
 
-A stable expansion f_1 is made for inputs N(0, 1). GPT-2's weights start at a standard deviation of 0.02, which gives
-its pre-activations one of about 0.2 to 0.6, and there f_1 is little more than a large constant. One pass over real
-batches measures the mean mu and the standard deviation sigma at every site, and
+A stable expansion f_1 is made for inputs N(0, 1). But GPT-2's weights start with a standard deviation of 0.02, so its
+pre-activations have a standard deviation of about 0.2 to 0.6, where f_1 is almost a large constant. One pass over real
+batches measures the mean mu and the standard deviation sigma at every site. Then
     f(x) = sigma f_1((x - mu) / sigma)
-has the gains of f_1 for inputs N(mu, sigma^2): E[f'^2] = 1, and E[f^2] = sigma^2. Each basis holds f exactly in its own
-parameters.
+has the gains of f_1 for inputs N(mu, sigma^2): E[f'^2] = 1, and E[f^2] = sigma^2. Each of our bases represents f
+exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.activations.originals import unchanged_on_failure
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.processes import measured
+from ortho_fx.watch import watching
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What came into one expansion.
+    """The measured inputs of one expansion.
 
     Attributes:
         name: qualified name of the expansion.
         mean, std: mean and standard deviation (of the population).
-        samples: how many numbers were seen.
-        fit_rmse: root mean square error, over these inputs, of the fit that init="fit" starts from; else None.
+        samples: the number of inputs.
+        fit_rmse: root mean square error, over these inputs, of the fit for init="fit"; None for any other init.
     """
 
     name: str
@@ -42,7 +52,12 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate_` measured, printed as a table; `uncalled` are the expansions that no batch reached."""
+    """The measurements of `calibrate_`; `print(calibration)` shows a table.
+
+    Attributes:
+        sites: the measured inputs of each expansion.
+        uncalled: the expansions that no batch reached; they are unchanged.
+    """
 
     sites: tuple[SiteStatistics, ...]
     uncalled: tuple[str, ...]
@@ -59,45 +74,53 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate_(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
-    """Runs the model over batches and initialises each expansion for the inputs that it got, in place.
+def calibrate_(
+    model: nn.Module, batches: Iterable[Batch], *, process_group: ProcessGroup | str | None = None
+) -> Calibration:
+    """Runs a model on batches, and initialises each expansion for its inputs: f(x) = sigma f_1((x - mu) / sigma).
 
-    Every expansion starts again from its `config.init`: what it had learned is gone. "stable", "calibrated" and
-    "paper" are rescaled to the mean and deviation, "fit" fits the replaced function anew, weighted by the histogram of
-    the inputs. Clamps move with them. The model runs without gradients, in the mode (train or eval) that it is in; one
-    with batch normalisation that has not been trained yet should be in train mode, since in eval mode it normalises by
-    running statistics that are not its data's.
+    The change is in place. mu and sigma are the mean and standard deviation of the inputs, and f_1 is the expansion for
+    N(0, 1) that `config.init` asks for ("stable", "calibrated" or "paper"). For init "fit", the replaced function is
+    fitted again, weighted by the histogram of the inputs. Bounds of a clamp are set for the same inputs. Learned values
+    are lost. The model runs without gradients, in its current mode (train or eval). A model with untrained batch
+    normalisation should be in train mode, because in eval mode it uses running statistics that do not fit the data.
+
+    Where `torch.distributed` is initialised, every process has to call it, and each expansion starts from the inputs of
+    all of them, so that they start equal. Values go into the original parameters: sharded, parametrized or pruned.
 
     Args:
         model: a model with expansions.
         batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+        process_group: the processes that hold the same model, such as those of data parallelism beside pipeline
+            stages; all of them when omitted, and "alone" for this one only.
+
+    Returns:
+        The measured inputs of each expansion, and the expansions that were not called.
 
     Raises:
-        OrthoFxError: a model without expansions, no batch, or a site whose inputs are constant or not finite; the
-            model is then as it was.
+        OrthoFxError: a model without expansions, no batch, a site whose inputs are constant or not finite, a
+            parametrization that cannot be inverted, or processes that hold different sites; the model is then
+            unchanged.
+
+    Source: mean and deviation are merged over batches as by Chan, Golub and LeVeque, 1979.
     """
-    expansions = {name: module for name, module in model.named_modules() if isinstance(module, ExpansionActivation)}
+    expansions = {
+        name: module for name, module in checked_model(model).named_modules() if isinstance(module, ExpansionActivation)
+    }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
-    return calibrate_expansions(model, expansions, batches)
+    return calibrate_expansions(model, expansions, batches, process_group)
 
 
 def calibrate_expansions(
-    model: nn.Module, expansions: Mapping[str, ExpansionActivation], batches: Iterable[Batch]
+    model: nn.Module,
+    expansions: Mapping[str, LearnableExpansion],
+    batches: Iterable[Batch],
+    process_group: ProcessGroup | str | None = None,
 ) -> Calibration:
-    """The same for some of the model's expansions, by their names."""
-    inputs = {name: Histogram() for name in expansions}
-    handles = [
-        expansion.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.add(args[0]))
-        for name, expansion in expansions.items()
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    """As `calibrate_`, for some of the model's expansions, by their names."""
+    seen_by_each = measured(lambda: _inputs(model, expansions, batches), process_group)
+    inputs = {name: Histogram.merged([each[name] for each in seen_by_each]) for name in expansions}
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
         raise OrthoFxError(
@@ -110,8 +133,30 @@ def calibrate_expansions(
             raise OrthoFxError(f"the inputs of {name} are constant ({seen.mean:g}): they have no scale to fit to")
     starts = {name: expansions[name].initial_values(seen) for name, seen in called.items()}
     sites = []
+    with _gathered_by_fsdp1(model), unchanged_on_failure(expansions[name] for name in called):
+        for name, (values, _) in starts.items():
+            expansions[name].set_parameters(values)
     for name, seen in called.items():
-        values, fitted = starts[name]
-        expansions[name].set_parameters(values)
+        _, fitted = starts[name]
         sites.append(SiteStatistics(name, seen.mean, seen.std, seen.samples, fitted.rmse if fitted else None))
     return Calibration(tuple(sites), tuple(name for name in expansions if name not in called))
+
+
+def _inputs(
+    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
+) -> dict[str, Histogram]:
+    """What the batches of this process bring to each expansion."""
+    inputs = {name: Histogram() for name in expansions}
+    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
+        for batch in batches:
+            call(model, batch)
+    return inputs
+
+
+def _gathered_by_fsdp1(model: nn.Module) -> AbstractContextManager[None]:
+    """Where FullyShardedDataParallel keeps the parameters as pieces of one, a context that has them whole."""
+    if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel.summon_full_params(model)
+    return nullcontext()

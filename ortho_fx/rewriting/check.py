@@ -1,9 +1,9 @@
-"""`RewriteReport.check`: runs a rewritten model to see that every replacement is called, and none is gone round."""
+"""`RewriteReport.check`: runs a rewritten model to verify that every replacement is called, and none is bypassed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +15,31 @@ from ortho_fx import trees
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.modes import keeping_buffers, keeping_modes
 from ortho_fx.passes.observe import copied
 from ortho_fx.passes.revert import revert_expansions
+from ortho_fx.passes.vocabulary.sites import Site
+from ortho_fx.rewriting.oracle import Place, Ran
+from ortho_fx.watch import watching
 
 _MODES = ("train", "eval")
 
 
 @dataclass(frozen=True)
 class Check:
-    """What running a rewritten model showed.
+    """The result of running a rewritten model in train and in eval mode; `RewriteReport.check` makes it.
 
     Attributes:
-        calls: how often each expansion was called in train and in eval mode.
-        uncalled: the expansions that neither mode called.
-        only_in: those that one mode alone called, with that mode.
-        mutations: the activations that worked in place before they were replaced, and whose changed input the model
-            reads again: the rewritten model computes with the unchanged one.
+        calls: the number of calls of each expansion in each mode.
+        uncalled: the expansions that were called in no mode.
+        only_in: the expansions that were called in one mode only, with that mode.
+        mutations: replaced in-place activations whose changed input the original model reads again; the rewritten model
+            reads the unchanged input there.
         not_finite: whether an output of the rewritten model is not finite.
+        unlisted: the activations that ran and that the report does not name, neither as replaced nor as left. They are
+            those that `ortho_fx.rewriting.oracle` sees.
+        copied: whether copies of the model ran. One that cannot be copied runs itself, and `mutations` is not looked
+            for; its modes, its buffers and the random numbers are then as they were.
     """
 
     calls: dict[str, dict[str, int]]
@@ -39,56 +47,80 @@ class Check:
     only_in: dict[str, str]
     mutations: tuple[str, ...]
     not_finite: bool
+    unlisted: tuple[str, ...] = ()
+    copied: bool = True
 
     @property
     def passed(self) -> bool:
         """Whether every expansion is called in both modes, and nothing else is to be said."""
-        return not (self.uncalled or self.only_in or self.mutations or self.not_finite)
+        return not (self.uncalled or self.only_in or self.mutations or self.not_finite or self.unlisted)
 
     def __str__(self) -> str:
         lines = [f"{name}: never called with these inputs" for name in self.uncalled]
         lines += [f"{name}: called in {mode} mode only" for name, mode in self.only_in.items()]
         lines += [f"{name}: worked in place, and its changed input is read again" for name in self.mutations]
+        lines += [f"{place}: runs, and the report does not name it" for place in self.unlisted]
         if self.not_finite:
             lines.append("the outputs are not finite")
+        if not self.copied:
+            lines.append("the model cannot be copied, so changed inputs were not looked for")
         called = len(self.calls) - len(self.uncalled)
         return "\n".join([*lines, f"{called} of {len(self.calls)} expansions called"])
 
 
-def check_model(model: nn.Module, inputs: Batch) -> Check:
+def check_model(model: nn.Module, inputs: Batch, sites: Sequence[Site]) -> Check:
     """Runs copies of a rewritten model in train and in eval mode, without gradients; the model is left alone.
 
     Raises:
-        OrthoFxError: a model without expansions, or one that cannot be copied.
+        OrthoFxError: a model without expansions.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, ExpansionActivation)]
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to check: call rewrite_ first")
     calls = {name: dict.fromkeys(_MODES, 0) for name in names}
     finite = True
+    ran: dict[Place, None] = {}
+    left = [site for site in sites if site.reason]
     for mode in _MODES:
-        trial = copied(model).train(mode == "train")
-        for name in names:
+        trial = _copy_of(model) or model
 
-            def count(*_: Any, name: str = name, mode: str = mode) -> None:
-                calls[name][mode] += 1
+        def count(name: str, *_: Tensor, mode: str = mode) -> None:
+            calls[name][mode] += 1
 
-            trial.get_submodule(name).register_forward_pre_hook(count)
-        outputs = _run(trial, inputs)
+        seen = Ran(trial)
+        with keeping_modes(trial), keeping_buffers(trial):
+            trial.train(mode == "train")
+            with watching({name: trial.get_submodule(name) for name in names}, count), seen:
+                outputs = _run(trial, inputs)
+        ran |= seen.places
         finite &= all(bool(value.isfinite().all()) for value in outputs)
+    original = _copy_of(model)
     only = {name: [mode for mode in _MODES if counts[mode]] for name, counts in calls.items()}
     return Check(
         calls=calls,
         uncalled=tuple(name for name, modes in only.items() if not modes),
         only_in={name: modes[0] for name, modes in only.items() if len(modes) == 1},
-        mutations=tuple(_mutations(model, inputs)),
+        mutations=tuple(_mutations(original, inputs)) if original is not None else (),
         not_finite=not finite,
+        copied=original is not None,
+        unlisted=tuple(dict.fromkeys(str(place) for place in ran if not place.is_listed(left))),
     )
 
 
-def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
-    """The replaced in-place activations without which the original model computes something else."""
-    original = copied(model).eval()
+def _copy_of(model: nn.Module) -> nn.Module | None:
+    """A copy, or None for a model that cannot be copied."""
+    try:
+        return copied(model)
+    except OrthoFxError:
+        return None
+
+
+def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
+    """The replaced in-place activations without which the original model has other outputs.
+
+    `original` is a copy of the rewritten model; it is reverted here.
+    """
+    original.eval()
     reverted = revert_expansions(original, lambda _: True)
     in_place = [n for n in reverted if getattr(_held(original, n), "inplace", False) is True]
     if not in_place:
@@ -99,21 +131,26 @@ def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
         trial = copy.deepcopy(original)
         for name in names:
             _held(trial, name).inplace = False
-        return not all(map(torch.equal, _run(trial, inputs), expected))
+        # NaN is equal to itself here: what is not finite is told apart.
+        return not all(map(_equal, _run(trial, inputs), expected))
 
-    # One run tells whether any does, which is rare; only then each is tried alone.
+    # One run finds whether there is any, which is rare. Only then is each activation tried alone.
     if differs(in_place):
         yield from (name for name in in_place if differs([name]))
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _held(model: nn.Module, name: str) -> Any:
-    """What the original holds where the rewritten model has this expansion; None for a call in source."""
+    """The activation of the original model in the place of this expansion; None for a call in source."""
     owner, _, key = name.rpartition(".")
     return getattr(model.get_submodule(owner), key, None)
 
 
 def _run(model: nn.Module, inputs: Batch) -> list[Tensor]:
-    """The floating outputs, with the same random numbers at each call."""
+    """The floating-point outputs, with the same random numbers at each call."""
     with torch.no_grad(), _same_numbers():
         outputs = call(model, copy.deepcopy(inputs))
     values = outputs.values() if isinstance(outputs, dict) else outputs

@@ -1,8 +1,8 @@
-"""What Dynamo tells of the frame that it compiles: the modules that it runs, the activations that its own code calls.
+"""Reads the frame that Dynamo compiles: the modules that it runs, and the activations that its own code calls.
 
-A frame is a call of a function: a model's `forward`, a training step, or what is left of one after a graph break, which
-Dynamo runs as a function of its own. The modules are found by the paths that Dynamo gives them, such as
-`L['nets']['d'].blocks.0`. All of it is private to PyTorch, and comes from `torch_private.HOOK`.
+A frame is a call of a function: a model's `forward`, a training step, or the rest of one after a graph break, which
+Dynamo runs as a separate function. Modules are found by Dynamo's paths, such as `L['nets']['d'].blocks.0`. All names of
+PyTorch used here are private; they come from `torch_private.HOOK`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<key>'(?:[^'\\]|\\.)*'|-?\d+)\]")
 
 
 def current_frame() -> Frame:
-    """The translator of the frame that is being compiled: it holds the frame's variables."""
+    """The translator of the frame that is being compiled; it holds the frame's variables."""
     translator = _dynamo.InstructionTranslator.current_tx()
     return translator.output.root_tx or translator
 
 
 def own_module(frame: Frame) -> nn.Module | None:
-    """The module whose method the frame runs, or goes on with after a graph break; None for any other function."""
+    """The module whose method the frame runs, or resumes after a graph break; None for any other function."""
     code: types.CodeType = frame.f_code
     resumed = _RESUMED.fullmatch(code.co_name)
     if resumed:
         modules = [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]
         return next((module for module in modules if _has_method(module, resumed[1], code)), None)
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    # PyTorch's own modules are compiled through a function of Dynamo's that closes over them.
+    # Dynamo compiles PyTorch's own modules through one of its functions, which closes over the module.
     called = frame.f_locals.get("fn") if code.co_filename == _dynamo.external_utils.__file__ else None
     return next((module for module in (first, called) if isinstance(module, nn.Module)), None)
 
@@ -56,13 +56,13 @@ def _has_method(module: nn.Module, name: str, code: types.CodeType) -> bool:
 
 
 def _same_place(one: types.CodeType, other: types.CodeType) -> bool:
-    """Whether code is of one function: what is left after a graph break begins at a later line of it."""
+    """Whether `other` is code of the function of `one`; after a graph break it starts at a later line."""
     last = max((line for _, _, line in one.co_lines() if line is not None), default=one.co_firstlineno)
     return one.co_filename == other.co_filename and one.co_firstlineno <= other.co_firstlineno <= last
 
 
 def roots(frame: Frame, nodes: Iterable[fx.Node]) -> list[nn.Module]:
-    """The outermost modules that the frame runs: the one whose method it is, and those that it calls."""
+    """The outermost modules that the frame runs: the module whose method it is, and the modules that it calls."""
     own = own_module(frame)
     found = {} if own is None else {id(own): own}
     for node in nodes:
@@ -77,7 +77,7 @@ def roots(frame: Frame, nodes: Iterable[fx.Node]) -> list[nn.Module]:
 
 
 def _resolve(path: str, frame: Frame) -> Any:
-    """The object that a path of Dynamo's (`L['nets']['d'].blocks.0`) names in the frame; None where it names none."""
+    """The object at one of Dynamo's paths (`L['nets']['d'].blocks.0`) in the frame; None if there is none."""
     start = re.match(r"([LG])\['(\w+)'\]", path)
     if start is None:
         return None
@@ -101,8 +101,7 @@ def _child(value: Any, name: str) -> Any:
 
 
 def own_calls(frame: Frame, matches: Sequence[Match]) -> Iterator[tuple[fx.Node, ExpansionActivation]]:
-    """The activations that the frame's own old code computes, or a function that it calls by name, each with the
-    expansion that is in its place now."""
+    """The activations in the frame's own old code, or in a function that it calls by name, each with its expansion."""
     own = own_module(frame)
     if own is None:
         return
@@ -116,19 +115,19 @@ def own_calls(frame: Frame, matches: Sequence[Match]) -> Iterator[tuple[fx.Node,
         places.setdefault((call.function, call.code.co_filename, call.line), []).append(call)
     visits: dict[tuple[str, str, int], int] = {}
     for match in matches:
-        # The innermost frame may be that of a module which the call was made of, such as nn.GELU()'s.
+        # The innermost frame may belong to a module that the call ran, such as nn.GELU().
         stack = [(match.function, *line) for line in source_lines(match.node)]
         place = next((place for place in stack if place in places), None)
-        # After a graph break nobody knows which of several calls on a line were made before it.
+        # After a graph break it is not known which of several calls on a line ran before the break.
         if place is None or (resumed and len(places[place]) > 1):
             continue
-        # Several calls of a function on one line come in the order in which Python evaluates them; a loop repeats it.
+        # Several calls of a function on one line are in the order in which Python evaluates them; a loop repeats them.
         calls = sorted(places[place], key=lambda call: call.order)
         visit = visits[place] = visits.get(place, -1) + 1
         yield match.node, getattr(own, calls[visit % len(calls)].attribute)
 
 
 def source_lines(node: fx.Node) -> list[tuple[str, int]]:
-    """File and line of the frames that made the node, the innermost first."""
+    """File and line of each frame that made the node, the innermost first."""
     frames = re.findall(r'^\s*File "(.+)", line (\d+), in ', node.meta.get("stack_trace") or "", flags=re.MULTILINE)
     return [(file, int(line)) for file, line in reversed(frames)]

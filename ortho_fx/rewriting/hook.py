@@ -1,17 +1,17 @@
-"""How `backend="ortho_fx"` makes activations learnable during the first call, and lowers them then.
+"""`backend="ortho_fx"`: replaces activations by expansions during the first call, and then lowers them.
 
-Dynamo hands over a graph in which every activation is a call. Where it finds one, the hook looks up the model that the
-compiled frame runs, lets `rewrite_` replace its activations on the real modules, and has Dynamo trace the frame again.
-The second trace meets the expansions' parameters as parameters of the model, as if `rewrite_` had been called first:
-nothing is captured in the compiled code, the eager model computes the same function as the compiled one, and the
-state dicts of both ways agree. The graph then goes to Inductor, once.
+Dynamo passes a graph in which every activation is a call. If the graph has activations, the hook finds the model that
+the compiled frame runs, calls `rewrite_` on the real modules, and makes Dynamo trace the frame again. The second trace
+sees the expansions' parameters as parameters of the model, as if the user had called `rewrite_` first. So the compiled
+code captures nothing, the eager model computes the same function as the compiled one, and the state dicts of both ways
+agree. The graph then goes to Inductor once.
 
-One frame cannot be traced again like that: the one whose own method was rewritten, since it goes on running the old
-code. Its graph runs this one call without Inductor, its activations replaced by the new expansions; from the next call
-on the new method runs, and is compiled.
+One frame cannot be traced again: a frame whose own method was rewritten still runs the old code. For this one call its
+graph runs without Inductor, with its activations replaced by the new expansions. From the next call on, the new method
+runs and is compiled.
 
-Parameters that appear at a first call come too late for an optimizer, DDP or FSDP that has seen the model already;
-those are refused before anything is changed. `frames` reads what Dynamo knows of a frame.
+New parameters in a first call are too late for an optimizer, DDP or FSDP that already has the model. The hook refuses
+those before it changes anything. `frames` reads what Dynamo knows about a frame.
 """
 
 from __future__ import annotations
@@ -48,27 +48,26 @@ from ortho_fx.toolchain import NoCompiler, cpp_compiler
 _dynamo = torch_private.load(torch_private.HOOK)
 _ShortenTraceback: Any = _dynamo.ShortenTraceback
 _RestartAnalysis: Any = _dynamo.TensorifyScalarRestartAnalysis
-# Classes that average parameters: PyTorch's AveragedModel, timm's ModelEma, diffusers' EMAModel and their like.
+# Classes that average parameters, such as PyTorch's AveragedModel, timm's ModelEma and diffusers' EMAModel.
 _AVERAGE = re.compile("[Aa]verag|Ema|EMA|^ema")
-_TARGETS = choose_targets(None).names
 # Without one of these nothing is replaced.
 _NEEDED = ("find", "choose", "substitute")
 _CONFIG_FIELDS = tuple(field.name for field in fields(ExpansionConfig))
 
 
 class CompileError(_ShortenTraceback, OrthoFxError):
-    """An `OrthoFxError` that Dynamo passes on as it is; any other it would wrap in an error of its own."""
+    """An `OrthoFxError` that Dynamo passes on unchanged; it would wrap any other error in its own."""
 
     def __init__(self, message: str) -> None:
         _ShortenTraceback.__init__(self, message, first_useful_frame=sys._getframe(1))
         self.message = message
 
     def __str__(self) -> str:
-        return self.message  # without the advice on debugging Dynamo that it appends to `args`
+        return self.message  # without the debugging advice that Dynamo appends to `args`
 
 
 class _Retrace(_RestartAnalysis):
-    """Has Dynamo trace the frame again; the one restart that it lets through from a backend."""
+    """Makes Dynamo trace the frame again; it is the only restart that Dynamo accepts from a backend."""
 
 
 def compile_graph(
@@ -78,11 +77,11 @@ def compile_graph(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """What `ortho_fx.rewriting.backend.ortho_fx` does where Dynamo's frames can be read."""
+    """The implementation of `ortho_fx.rewriting.backend.ortho_fx`, if Dynamo's frames can be read."""
     config, disable, inductor = _read_options(mode, options)
     frame = frames.current_frame()
     roots = frames.roots(frame, gm.graph.nodes)
-    # The passes find the activations in this graph; the edits are made to the modules that own them.
+    # The passes only find the activations in this graph. The edits are made to the modules that own them.
     record = pipeline.run(gm, config, disable=disable, until="choose")
     replaces = disable.isdisjoint(_NEEDED)
     if replaces and _rewrite(roots, config, disable):
@@ -132,8 +131,9 @@ def _read_options(
 
 def _activations(record: pipeline.Record) -> Iterator[Match]:
     """The activations that are nodes of the graph, or of graphs inside it such as checkpointed regions."""
+    names = choose_targets(None).names
     for occurrence in record.occurrences:
-        if occurrence.match is not None and occurrence.match.function in _TARGETS:
+        if occurrence.match is not None and occurrence.match.function in names:
             yield occurrence.match
 
 
@@ -145,28 +145,28 @@ def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:
 
 
 def _restart(frame: Frame) -> NoReturn:
-    # The log replays decisions by the instructions of the trace before, and the modules now run other instructions.
+    # The log replays decisions for the instructions of the last trace, but the modules now run other instructions.
     frame.speculation_log.clear()
     raise _Retrace(restart_reason="ortho_fx replaced the activations of the traced modules")
 
 
 def _rewrite(roots: Sequence[nn.Module], config: ExpansionConfig, disable: Iterable[str]) -> bool:
-    """Replaces what can be replaced in these models; whether anything was."""
+    """Replaces the activations of these models; returns whether there were any."""
     pending = [root for root in roots if any(not site.reason for site in find_sites(root))]
     for root in pending:
         _refuse_late_parameters(root)
-    # The parameters outlive this trace, whatever mode the first call is made in: a thread has no mode.
+    # The parameters outlive this trace, so no mode of the first call may affect them: a new thread has no modes.
     for root in pending:
         in_a_thread(partial(rewrite_, root, config, disable=disable))
     return bool(pending)
 
 
 def _refuse_late_parameters(model: nn.Module) -> None:
-    """Raises if something that has collected the model's parameters would miss those about to be added."""
+    """Raises if an object has already collected the model's parameters, and would miss the new ones."""
     parameters = {id(parameter) for parameter in model.parameters()}
     modules = {id(module) for module in model.modules()}
     advice = f"call ortho_fx.rewrite_(model, config) on the {type(model).__name__} before making it"
-    gc.collect()  # an optimizer that is garbage already misses nothing
+    gc.collect()  # an optimizer that is garbage does not matter
     for found in gc.get_objects():
         if issubclass(type(found), torch.optim.Optimizer):
             if any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
@@ -199,7 +199,7 @@ def _run_once(
     matches: Sequence[Match],
     own: Mapping[fx.Node, ExpansionActivation],
 ) -> Callable[..., Any]:
-    """The graph with these activations replaced, for the call that is under way."""
+    """The graph with these activations replaced, for the current call only."""
     copied: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copied))
@@ -216,8 +216,8 @@ def _run_once(
     code = frame.f_code
 
     def run(*args: Any) -> Any:
-        # The old code's compiled entries serve nobody any more, and would count against Dynamo's recompile limit
-        # when each block of a model is compiled by itself.
+        # The compiled entries of the old code are useless now. They would count against Dynamo's recompile limit if
+        # each block of a model is compiled separately.
         _dynamo.reset_code(code)
         return runner(*args)
 

@@ -1,15 +1,18 @@
-"""`rewrite_` and `find_sites`: from any model to the same model with learnable activations, and what was done to it."""
+"""`rewrite_`, `find_sites`, `revert_`: replace the activations of a model by expansions, list them, put them back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ortho_fx.activations.expansion import make_activation
+from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
@@ -19,27 +22,33 @@ from ortho_fx.passes.observe import observe
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary import expansions
-from ortho_fx.passes.vocabulary.sites import Site, format_sites
+from ortho_fx.passes.vocabulary.recognise import OWN_ATTRIBUTES
+from ortho_fx.passes.vocabulary.sites import Site, format_sites, join
 from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
 
-expansions.provide(make_activation, calibrate_expansions)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+expansions.provide(expansions.Maker(make_activation, calibrate_expansions))
 
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """What `rewrite_` did: every site with its fate; `print(report)` is a table.
+    """The result of `rewrite_`: what happened to every site; `print(report)` shows a table.
 
     Attributes:
-        sites: the sites in the order of the model's modules, those that were left with the reason.
+        sites: the sites, in the order of the model's modules; a site that was left has the reason.
         earlier: how many expansions the model held before.
         model: the model.
+        notes: what has to be done besides, a sentence each; each was a warning as well.
     """
 
     sites: tuple[Site, ...]
     earlier: int = 0
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> tuple[Site, ...]:
@@ -50,14 +59,16 @@ class RewriteReport:
         return tuple(site for site in self.sites if site.reason)
 
     def check(self, inputs: Batch) -> Check:
-        """Runs copies of the model with these inputs in train and in eval mode, and names what is not as it should be:
-        expansions that are never called, or in one mode only, and in-place activations whose input is read again.
+        """Runs copies of the model on these inputs in train and in eval mode, and reports problems.
+
+        Problems are expansions that are never called or in one mode only, in-place activations whose input is read
+        again, outputs that are not finite, and activations that run although this report does not name them.
 
         Raises:
-            OrthoFxError: a model that holds no expansion any more, or that cannot be copied.
+            OrthoFxError: the model no longer holds an expansion.
         """
         assert self.model is not None
-        return check_model(self.model, inputs)
+        return check_model(self.model, inputs, self.sites)
 
     def to_json(self) -> str:
         """The sites as a JSON list, each with the fields of `Site`."""
@@ -68,6 +79,7 @@ class RewriteReport:
         summary = f"{len(self.replaced)} replaced, {len(self.left)} left, {parameters} new parameters"
         if self.earlier:
             summary += f"; the model already held {self.earlier} expansions"
+        summary = "\n".join([summary, *self.notes])
         return f"{format_sites(self.sites)}\n{summary}" if self.sites else summary
 
 
@@ -78,16 +90,20 @@ def find_sites(
     targets: Iterable[str] | None = None,
     sharing: str = "instance",
 ) -> list[Site]:
-    """The activations that `rewrite_` would replace, and those that it would not, with the reason; changes nothing.
+    """Lists the activations that `rewrite_` would replace, and those that it would leave, with the reason.
 
     Args:
-        model: any module.
-        example_inputs: what to run a copy of the model with; sites that it does not reach are then listed with that.
-        targets: activation functions by name ("relu", "gelu", "sigmoid" ...); by default every one that is not a gate.
+        model: any module; it is not changed.
+        example_inputs: inputs for a run of a copy of the model; a site that the run does not reach then has that as its
+            reason.
+        targets: activation functions by name ("relu", "gelu", "sigmoid" ...); by default all that are not gates.
         sharing: as in `rewrite_`.
 
+    Returns:
+        The sites, in the order of the model's modules. The reason is empty for those that would be replaced.
+
     Raises:
-        OrthoFxError: a target or a sharing that is not known, or a scripted model.
+        OrthoFxError: an unknown target or sharing, or a scripted model.
     """
     table, share = choose_targets(targets), shares(sharing)
     sites = [occurrence.site for occurrence in find_occurrences(_checked(model), table, share=share)]
@@ -109,32 +125,41 @@ def rewrite_(
     sharing: str = "instance",
     example_inputs: Batch | None = None,
     disable: Iterable[str] = (),
+    process_group: ProcessGroup | str | None = None,
 ) -> RewriteReport:
     """Replaces the activations of a model by learnable expansions, in place.
 
-    Activation modules are swapped, those of libraries as well as PyTorch's: a leaf module without parameters is known
-    by what it computes. A module that calls an activation in its own methods, or spells its formula out there, gets a
-    subclass of its class whose methods call an expansion in its place. Parameters take the device and the dtype of
-    their neighbours. Rewrite before the optimizer, DDP or FSDP see the model. A second call finds nothing more to do.
+    Activation modules are replaced, both PyTorch's and those of libraries: a leaf module without parameters is
+    identified by the values that it computes. A module may also call an activation in its own methods, or write out its
+    formula there. It then gets a subclass of its class, whose methods call an expansion instead. Parameters take the
+    device and the dtype of neighbouring parameters. Call `rewrite_` before you make the optimizer, DDP or FSDP. A
+    second call changes nothing.
 
     Args:
-        model: any module; a `torch.fx.GraphModule`, such as an exported program's, is rewritten in its graph.
+        model: any module; a `torch.fx.GraphModule`, such as that of an exported program, is rewritten in its graph.
         config: one config for every site (`ExpansionConfig()` when omitted), or a map from patterns of site names to
-            configs, of which the first that matches counts: an exact name, a glob ("blocks.*.act") or "re:" with a
-            regular expression for the whole name. None as a config leaves the sites alone, as does no match.
-        targets: activation functions by name; by default every one that is not a gate.
-        sharing: "instance" (a module that stands in several places, or is called several times, is one expansion) or
-            "site" (each place and each call in its owner's source has its own).
-        example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments; a copy of the model is
-            run with it. Needed for init="calibrated" and for expansions a channel or group, which take the
-            dimension of their channels from the layers before; with it, init="fit" weighs by the inputs that each
-            activation really gets (by N(mean, std^2) of them where they are few), where it otherwise takes N(0, 1).
-        disable: passes of `ortho_fx.passes.pipeline` to leave out, by name; "lower" is left out in any case.
+            configs. A pattern is an exact name, a glob ("blocks.*.act"), or "re:" with a regular expression for the
+            whole name. The first pattern that matches decides. Sites with the config None or without a match are left.
+        targets: activation functions by name; by default all that are not gates.
+        sharing: "instance" (a module that stands in several places, or is called several times, becomes one expansion)
+            or "site" (each place, and each call in the owner's source, gets its own expansion).
+        example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments, on which a copy of the
+            model runs. It is needed for init="calibrated", and for expansions per channel or group, whose channel
+            dimension follows from the layers before. With it, init="fit" weights the fit by the measured inputs of each
+            activation (by N(mean, std^2) of them if they are few); without it, by N(0, 1).
+        disable: names of passes of `ortho_fx.passes.pipeline` to leave out; "lower" is always left out.
+        process_group: where `torch.distributed` is initialised, the processes whose example_inputs count together; all
+            of them when omitted, each of which has to call this, and "alone" for this one only.
+
+    Returns:
+        Every site, with its expansion or the reason why it was left.
 
     Raises:
-        OrthoFxError: a model with nothing to replace, a scripted model, a device that is gone, a pattern that matches
-            no site, patterns that disagree on a shared site, a target or a pass that is not known, a config that needs
-            example_inputs, or inputs that are constant or not finite. The model is then as it was.
+        OrthoFxError: a model with nothing to replace, a scripted model, a device that is not available, a pattern that
+            matches no site, patterns that disagree on a shared site, an unknown target or pass, a config that needs
+            example_inputs, or inputs that are constant or not finite. The model is then unchanged.
+
+    Source: the expansions are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
@@ -149,30 +174,68 @@ def rewrite_(
         targets=targets,
         sharing=sharing,
         example_inputs=example_inputs,
-        # Hooks, `freeze_` and `calibrate_` reach the calls of the modules, which whatever compiles the model lowers.
+        # Without `lower` the expansions stay module calls, which hooks, `freeze_` and `calibrate_` need. The compiler
+        # of the model lowers them later.
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
+        process_group=process_group,
     )
-    return RewriteReport(record.sites, record.earlier, model)
+    notes = tuple(_optimizers_that_miss(model, record)) if record.replaced else ()
+    for note in notes:
+        warnings.warn(f"ortho_fx: {note}", stacklevel=2)
+    return RewriteReport(record.sites, record.earlier, model, notes)
 
 
-def revert_(model: nn.Module) -> tuple[str, ...]:
-    """Puts back every activation that `rewrite_` replaced: the model as it was, with what it has learned elsewhere.
+def _optimizers_that_miss(model: nn.Module, record: pipeline.Record) -> Iterator[str]:
+    """A sentence for each optimizer that a module of the model keeps, and that does not have the new parameters."""
+    new = [one.expansion for one in record.occurrences if one.expansion is not None]
+    ours = {id(parameter) for expansion in new for parameter in expansion.parameters()}
+    parameters = {id(parameter) for parameter in model.parameters()} - ours
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for optimizer in held if key not in OWN_ATTRIBUTES else ():
+                if isinstance(optimizer, torch.optim.Optimizer):
+                    has = {id(one) for group in optimizer.param_groups for one in group["params"]}
+                    if has & parameters and not ours <= has:
+                        yield (
+                            f"the optimizer {join(prefix, key)} ({type(optimizer).__name__}) was made before the "
+                            "rewrite and does not have the new parameters, which would not learn: make it anew"
+                        )
 
-    Returns:
-        The names of the expansions, frozen ones as well, that are gone; those that were built into the model stay.
+
+@dataclass(frozen=True)
+class RevertReport:
+    """What `revert_` did; `print(report)` is a line each.
+
+    Attributes:
+        names: the qualified names of the expansions, frozen ones as well, that are gone.
+        kept: those of the expansions that stay, since they were built into the model.
+    """
+
+    names: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"{name}: reverted" for name in self.names), *(f"{name}: kept" for name in self.kept)])
+
+
+def revert_(model: nn.Module) -> RevertReport:
+    """Puts back every activation that `rewrite_` replaced, in place; all other parameters keep their learned values.
+
+    Expansions that were built into the model, and replaced nothing, stay.
 
     Raises:
-        OrthoFxError: a model in which no activation was replaced.
+        OrthoFxError: a model in which no activation was replaced, or a scripted model.
     """
     names = revert_expansions(_checked(model), lambda expansion: True)
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")
-    return names
+    kept = (name for name, module in model.named_modules() if isinstance(module, expansions.Expansion))
+    return RevertReport(names, tuple(kept))
 
 
 def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise OrthoFxError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
+    checked_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise OrthoFxError(f"{model.original_name} is scripted: rewrite the module that it was scripted from")
     return model

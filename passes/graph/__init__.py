@@ -1,1 +1,1 @@
-"""The passes, one a file, each a function over a graph module; `matches` and `pairs` read its graph."""
+"""The passes, one per file: each is a function over a graph module. `matches` and `pairs` read the graph."""

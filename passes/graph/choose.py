@@ -1,4 +1,4 @@
-"""choose: which sites are replaced and by what, and for each of the others the reason why it is left."""
+"""choose: decides which sites are replaced and by which expansion, and gives every other site a reason."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import ConfigMap, Context
 from ortho_fx.passes.observe import copied, observe
-from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.occurrence import Observation, Occurrence, merged_observation
 from ortho_fx.passes.search import reason_not_chosen
 from ortho_fx.passes.vocabulary.sites import Site
+from ortho_fx.processes import measured
 
 
 def choose(model: nn.Module, context: Context) -> int:
-    """Gives each site its config, or the reason why it is left; the number of notes that changed.
+    """Gives each site its config, or the reason why it is left; returns the number of changed notes.
 
     Raises:
         OrthoFxError: nothing to replace, a pattern that matches no site, patterns that disagree on a shared site, a
-            config that needs example_inputs, or example_inputs that the model cannot be run with.
+            config that needs example_inputs, or example_inputs on which the model fails.
     """
     pending = [one for one in context.occurrences if not one.decided]
     if context.occurrences and not pending:
         return 0
     for one in pending:
-        reason = one.site.reason or reason_not_chosen(one.site, context.table)
+        reason = one.site.reason or reason_not_chosen(one, context.table)
         if reason != one.site.reason:
             one.describe(reason=reason)
     configs = _configs([one.site for one in context.occurrences], context.config, strict=not context.earlier)
@@ -38,8 +39,7 @@ def choose(model: nn.Module, context: Context) -> int:
         for config in wanted:
             check_needs_no_example(config)
     elif any(config is not None and _looks_at_inputs(config) for config in wanted):
-        observed = observe(model, context.table, context.example_inputs, share=context.share)
-        for one, seen in zip(context.occurrences, observed, strict=True):
+        for one, seen in zip(context.occurrences, _observed(model, context), strict=True):
             one.seen = seen
     told = {config: str(config) for config in chosen.values()}
     for one in pending:
@@ -55,8 +55,21 @@ def choose(model: nn.Module, context: Context) -> int:
     return sum(one.note() for one in pending)
 
 
+def _observed(model: nn.Module, context: Context) -> list[Observation]:
+    """What reaches each site in this process and the others."""
+    names, inputs = [one.site.name for one in context.occurrences], context.example_inputs
+    assert inputs is not None
+
+    def own() -> dict[str, Observation]:
+        seen = observe(model, context.table, inputs, share=context.share)
+        return dict(zip(names, seen, strict=True))
+
+    seen_by_each = measured(own, context.process_group)
+    return [merged_observation([each[name] for each in seen_by_each]) for name in names]
+
+
 def check_needs_no_example(config: ExpansionConfig | None) -> None:
-    """Raises an `OrthoFxError` where a config can be met only by running the model."""
+    """Raises an `OrthoFxError` if the config needs a run of the model."""
     if config is None:
         return
     for setting, value in (("granularity", config.granularity), ("init", config.init)):
@@ -71,7 +84,7 @@ def _looks_at_inputs(config: ExpansionConfig) -> bool:
 
 
 def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
-    """Why a site that could be replaced is not; empty where it is."""
+    """Why a site that could be replaced is left; empty if it is replaced."""
     if config is None:
         return "excluded by its name"
     if config.init == "fit" and one.reference is None:
@@ -102,6 +115,8 @@ def _configs(
         raise OrthoFxError(f"config must be an ExpansionConfig or a map of names to them; got {type(config).__name__}")
     names = [name for site in sites for name in (site.name, *site.aliases)]
     for pattern, value in config.items():
+        if not isinstance(pattern, str):
+            raise OrthoFxError(f"config must map names of sites, or patterns of them; got {pattern!r}")
         if value is not None and not isinstance(value, ExpansionConfig):
             raise OrthoFxError(f"the config of {pattern!r} must be an ExpansionConfig or None; got {value!r}")
         if strict and not any(_matches(pattern, name) for name in names):
@@ -110,7 +125,7 @@ def _configs(
 
 
 def _config_of(site: Site, config: ConfigMap) -> ExpansionConfig | None:
-    """The config of the first pattern that matches a site; all names of a shared one have to agree."""
+    """The config of the first pattern that matches a site; all names of a shared site must get the same config."""
     first: dict[str, str] = {}
     for name in (site.name, *site.aliases):
         pattern = next((pattern for pattern in config if _matches(pattern, name)), None)

@@ -13,7 +13,7 @@ from ortho_fx.passes.vocabulary.sites import NOTE
 
 
 def find(model: nn.Module, context: Context) -> int:
-    """Lists every activation, gates included, and notes its `Site` on its nodes; the number of notes that are new."""
+    """Lists every activation, gates included, and notes its `Site` on its nodes; returns the number of new notes."""
     known = {one.site.name for one in context.occurrences}
     calls = _calls_of_modules(context.graphs)
     edits = 0
@@ -32,7 +32,7 @@ def _is_unknown(node: fx.Node, one: Occurrence) -> bool:
 
 
 def _calls_of_modules(graphs: Iterable[fx.GraphModule]) -> dict[int, list[fx.Node]]:
-    """The nodes that call a child, by the identity of that child."""
+    """The nodes that call each child, by the `id` of the child."""
     calls: dict[int, list[fx.Node]] = {}
     for owner in graphs:
         for node in owner.graph.nodes:

@@ -1,4 +1,4 @@
-"""initialise: the values that the new expansions start from."""
+"""initialise: sets the initial values of the new expansions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from torch import nn
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import Context
+from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import put_in_copy
 from ortho_fx.passes.search import find_occurrences
 
 
 def initialise(model: nn.Module, context: Context) -> int:
-    """Gives each new expansion the start that its config asks for; how many. Without this pass they stay "stable".
+    """Gives each new expansion the start that its config asks for; returns how many.
+
+    Without this pass all expansions keep the "stable" start.
 
     Raises:
-        OrthoFxError: a fit or a calibration that cannot be made, as of inputs that are constant or not finite.
+        OrthoFxError: a fit or a calibration is impossible, for example because inputs are constant or not finite.
     """
     pending = [one for one in context.occurrences if one.expansion is not None and not one.started]
     for one in pending:
@@ -30,7 +33,7 @@ def _start(one: Occurrence) -> None:
     assert expansion is not None
     assert config is not None
     expansion.config, one.started = config, True
-    if config.init in ("stable", "calibrated"):  # "stable" it is already, and "calibrated" comes with the inputs
+    if config.init in ("stable", "calibrated"):  # made "stable"; `_calibrate` follows
         return
     seen = None
     if config.init == "fit" and one.seen is not None and one.seen.inputs.samples:
@@ -45,7 +48,7 @@ def _start(one: Occurrence) -> None:
 
 
 def _calibrate(context: Context) -> None:
-    """Starts the expansions with init "calibrated" for what they get in a copy of the model that has them all."""
+    """Calibrates the expansions with init "calibrated" in a copy of the model that holds all new expansions."""
     trial = context.unchanged
     assert trial is not None
     assert context.example_inputs is not None
@@ -53,9 +56,10 @@ def _calibrate(context: Context) -> None:
     twins = find_occurrences(trial, context.table, share=context.share)
     for twin, one in zip(twins, context.occurrences, strict=True):
         if one.expansion is not None:
-            # The expansions themselves, not copies: those to calibrate are set in the course of it.
+            # The model's own expansions, not copies: calibration must set their parameters.
             put_in_copy(twin.substitute, one.expansion)
             if one.config is not None and one.config.init == "calibrated":
                 pending[one.site.name] = one.expansion
-    context.calibrate(trial, pending, [context.example_inputs])
+    set_nested_paths(trial)
+    context.maker.calibrate(trial, pending, [context.example_inputs], context.process_group)
     context.unchanged = None

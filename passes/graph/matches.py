@@ -1,8 +1,8 @@
-"""Activations in `torch.fx` graphs, whoever traced them: single nodes, and formulas of several nodes.
+"""Finds activations in the `torch.fx` graphs of any tracer: single nodes, and formulas of several nodes.
 
-A formula is a cone of elementwise nodes above a node whose only ingredient besides constants is one node; it is written
-as an expression in `x` and recognised like a formula in source. In a graph nothing tells where one activation ends and
-the next begins, so the smallest cone that is a known function counts.
+A formula is a cone of elementwise nodes that ends in one node and reads, besides constants, exactly one input node. It
+is written as an expression in `x` and recognised like a formula in source. A graph does not show where one activation
+ends and the next begins, so the smallest cone that computes a known function is taken.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import fx
 
 from ortho_fx.passes.vocabulary.elementwise import ARITHMETIC, METHODS, OPERATIONS, bends, operation_of
 from ortho_fx.passes.vocabulary.formula import Formula
+from ortho_fx.passes.vocabulary.guards import POSITIVE, number
 from ortho_fx.passes.vocabulary.sites import NOTE
 from ortho_fx.passes.vocabulary.targets import EVERY_TARGET, OPERATOR, Reference, may_change_input
 
-# A formula that somebody wrote is shorter, in nodes and in characters.
+# Limits in nodes and characters. Formulas written by people are shorter.
 _MOST_NODES, _LONGEST = 24, 600
 _SYMBOLS = {
     "add": "{} + {}",
@@ -33,7 +34,7 @@ _SYMBOLS = {
 
 @dataclass(frozen=True)
 class Match:
-    """An activation in a graph: the node of its result, that of its input, and all between from the result upwards."""
+    """An activation in a graph: its result node, its input node, and its nodes from the result back to the input."""
 
     node: fx.Node
     argument: fx.Node | None
@@ -45,9 +46,9 @@ class Match:
 
 
 def find_matches(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> list[Match]:
-    """The activations of a graph in its order; a node of a formula is not reported as an activation of its own.
+    """The activations of a graph, in graph order; a node inside a formula is not reported by itself.
 
-    With `among`, those whose result is one of these nodes.
+    With `among`, only activations whose result is one of these nodes.
     """
     found: list[Match] = []
     covered: set[fx.Node] = set()
@@ -63,7 +64,7 @@ def find_matches(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> l
 
 
 def single_match(node: fx.Node) -> Match | None:
-    """The activation that a node computes by itself; None where it computes none."""
+    """The activation that a single node computes; None if it computes none."""
     target = EVERY_TARGET.of_node(node)
     if target is None:
         return None
@@ -76,7 +77,7 @@ def single_match(node: fx.Node) -> Match | None:
 
 
 def _further(node: fx.Node) -> tuple[object, ...]:
-    """The arguments of an ATen operator after its input, without those that have their defaults at the end."""
+    """The arguments of an ATen operator after its input, without trailing arguments that have their default value."""
     assert isinstance(node.target, OPERATOR)
     defaults = [argument.default_value for argument in node.target._schema.arguments[1:]]
     given = list(node.args[1:])
@@ -86,7 +87,7 @@ def _further(node: fx.Node) -> tuple[object, ...]:
 
 
 def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
-    """The smallest formula that ends in a node: its input is the nearest node that all of it depends on."""
+    """The smallest formula that ends in a node. Its input is the nearest node on which the whole formula depends."""
     inside: set[fx.Node] = set()
     frontier = {node}
     while len(inside) < _MOST_NODES and frontier:
@@ -99,10 +100,17 @@ def _formula(node: fx.Node, order: Mapping[fx.Node, int]) -> Match | None:
             (argument,) = frontier
             reference = _recognised(node, argument, inside)
             in_place = may_change_input(node)
+            if reference is not None and reference.target in POSITIVE and _adds_constant(node):
+                return None
             if reference is not None and not (in_place and node.args[0] is not argument):
                 nodes = tuple(sorted(inside, key=order.__getitem__, reverse=True))
                 return Match(node, argument, nodes, reference.target, "formula", reference, in_place)
     return None
+
+
+def _adds_constant(node: fx.Node) -> bool:
+    """Whether a node adds a number, as the 1e-6 of `relu(x) + 1e-6`, which hardly changes the function."""
+    return _base(node) == "add" and any(number(part) for part in node.args)
 
 
 def _recognised(node: fx.Node, argument: fx.Node, inside: set[fx.Node]) -> Reference | None:
@@ -123,7 +131,7 @@ def _is_activation(node: fx.Node) -> bool:
 
 
 def elementwise_name(node: fx.Node) -> str | None:
-    """What an elementwise node is called in an expression, methods with a dot before; None for any other."""
+    """The name of an elementwise node in an expression, with a leading dot for a method; None for other nodes."""
     if node.op == "call_method" and str(node.target) in METHODS:
         return f".{str(node.target).removesuffix('_')}"
     if node.op != "call_function":
@@ -139,7 +147,7 @@ def _base(node: fx.Node) -> str:
 
 
 def _text(value: object, argument: fx.Node) -> str | None:
-    """A value as an expression in `x`, which stands for the argument; None where it cannot be written."""
+    """A value as an expression in `x`, where `x` is the argument; None if it cannot be written so."""
     if value is argument:
         return "x"
     if isinstance(value, bool | int | float | str | None):
@@ -162,7 +170,7 @@ _NAMES = frozenset(OPERATIONS.values())
 
 
 def piece(nodes: Sequence[fx.Node], source: fx.Node) -> fx.Graph:
-    """The nodes of a match as a graph of its own, from its input to its result: what puts it back."""
+    """Copies the nodes of a match, from input to result, into a new graph, which `revert_` later puts back."""
     graph = fx.Graph()
     values = {source: graph.placeholder("x")}
     for node in reversed(nodes):

@@ -1,4 +1,4 @@
-"""The activations that are nodes of a graph."""
+"""Finds the activations that are nodes of a graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import fx
 
 from ortho_fx.passes.graph.nodes import node_in, pair_in
 from ortho_fx.passes.graph.pairs import with_derivatives
+from ortho_fx.passes.graph.uses import guard_of_match
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.sites import Site, join
 
@@ -21,4 +22,6 @@ def nodes(prefix: str, owner: fx.GraphModule, backwards: Sequence[fx.GraphModule
         put = node_in(owner, match, name)
         if derivative.node is not None:
             put = pair_in(owner, match, derivative.node, name)
-        yield Occurrence(site, owner, put, match.reference, match=match, backward=derivative.node)
+        yield Occurrence(
+            site, owner, put, match.reference, match=match, backward=derivative.node, guard=guard_of_match(match)
+        )

@@ -1,7 +1,7 @@
-"""From the call of an expansion to its operator, and back.
+"""Replaces the call of an expansion by its operator, and the operator by the call.
 
-A lowered call reads the parameters of the child by `get_attr`; so the child, its names in the state dict and the
-optimizer's parameters stay what they were.
+A lowered call reads the parameters of the child module by `get_attr`. So the child stays, and its names in the state
+dict and the optimizer's parameters do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Tracer(fx.Tracer):
 
 
 def lower_calls(owner: fx.GraphModule) -> int:
-    """Puts operators in the place of the calls of learnable expansions; how many."""
+    """Replaces the calls of learnable expansions by operators; returns how many."""
     calls = [node for node in owner.graph.nodes if node.op == "call_module"]
     edits = 0
     for call in calls:
@@ -38,7 +38,7 @@ def lower_calls(owner: fx.GraphModule) -> int:
 
 
 def raise_calls(owner: fx.GraphModule, chosen: Callable[[nn.Module], bool]) -> int:
-    """Puts calls of the chosen expansions in the place of their operators; how many."""
+    """Replaces the operators of the chosen expansions by calls; returns how many."""
     edits = 0
     for node in list(owner.graph.nodes):
         name = expansion_of(node)
@@ -60,7 +60,10 @@ def raise_calls(owner: fx.GraphModule, chosen: Callable[[nn.Module], bool]) -> i
 
 
 def expansion_of(node: fx.Node) -> str | None:
-    """The name of the child whose operator a node is, empty for the graph's owner; None for any other node."""
+    """The name of the child module to which an operator node belongs; None for other nodes.
+
+    The name is empty if the parameters belong to the graph module itself.
+    """
     if not isinstance(node.target, OPERATOR) or node.target.namespace != "ortho_fx":
         return None
     attributes = [str(argument.target) for argument in node.all_input_nodes if argument.op == "get_attr"]
@@ -69,12 +72,12 @@ def expansion_of(node: fx.Node) -> str | None:
 
 
 def _as_operator(expansion: LearnableExpansion) -> fx.Graph | None:
-    """What an expansion computes as a graph of one operator of a basis; None where it is more, such as a clamp."""
+    """The graph of an expansion that is one operator of its basis; None if it computes more, such as a clamp."""
     if expansion._forward_hooks or expansion._forward_pre_hooks or expansion._backward_hooks:
         return None
     try:
         graph = _Tracer().trace(expansion)
-    except (OrthoFxError, AttributeError, TypeError, fx.proxy.TraceError):  # it asks for a shape or a dtype
+    except (OrthoFxError, AttributeError, TypeError, fx.proxy.TraceError):  # forward reads a shape or a dtype
         return None
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     return graph if len(calls) == 1 and expansion_of(calls[0]) is not None else None

@@ -1,19 +1,20 @@
-"""Which node of a graph is the backward of which activation, where a graph holds forward and backward.
+"""Finds the backward node of each activation in a graph that holds forward and backward.
 
-`make_fx` traces a whole step: `aten.gelu` and, further down, `aten.gelu_backward` of the same input. To replace one and
-not the other would give gradients of a function that the graph does not compute. So an activation of such a graph is
-replaced together with its backward, or left with a reason:
+`make_fx` traces a whole step: `aten.gelu` and, further down, `aten.gelu_backward` of the same input. If only one of the
+two were replaced, the gradients would belong to a function that the graph does not compute. So an activation of such a
+graph is replaced together with its backward if all of this holds, and is left with a reason otherwise:
 
-- the graph starts its backward from one loss, `ones_like(loss)`: a product with a vector that is given could be a
-  forward derivative, of which the new parameters have no gradient, and two losses may be two derivatives;
-- its backward is one node that reads its input, or its result where autograd keeps that (ReLU, tanh, sigmoid);
-- no other activation could own that node, and the activation is not computed again for it, as checkpointing does.
+- The backward of the graph starts from one loss, `ones_like(loss)`. A product with a given vector could be a forward
+  derivative, for which the new parameters have no gradient. Two losses may be two derivatives.
+- The activation's backward is one node. It reads the input, or the result where autograd saves that (ReLU, tanh,
+  sigmoid).
+- No other activation could own that node, and the activation is not recomputed for it, as checkpointing does.
 
-A graph of ATen operators may also hold a backward that a decomposition took apart. Where no node tells of a backward,
-an activation is replaced only if nothing reads its input or its result as such a backward would.
+In a graph of ATen operators, a decomposition may have split the backward into several nodes. If no node marks a
+backward, an activation is replaced only if nothing reads its input or its result as such a backward would.
 
-What cannot be seen is a product of a Hessian with a given vector where the second derivative of a ReLU, which is zero,
-left no node.
+One case stays undetected: a product of a Hessian with a given vector. The second derivative of a ReLU is zero, and
+leaves no node.
 """
 
 from __future__ import annotations
@@ -41,41 +42,41 @@ _BACKWARD_OF: Mapping[str, str] = {
         for name in ("gelu", "silu", "mish", "hardswish", "softplus", "sigmoid", "hardsigmoid", "tanh")
     },
 }
-# Where the tensor that autograd saved stands among the arguments, if not after the gradient.
+# The position of the saved tensor among the arguments, if it does not follow the gradient.
 _SAVED_AT = {"elu_backward": 5}
 _KEEPS_RESULT = ("threshold_backward", "tanh_backward", "sigmoid_backward")
 _ALIASES = ("alias", "detach")
 _COMPARISONS = ("le", "lt", "ge", "gt", "eq", "ne", "sign", "sgn")
 _SPREAD = "the graph holds its backward as several nodes"
-# A residual connection reads the input of an activation in a forward; a product may be part of a backward.
+# A sum that reads the input of an activation is a residual connection. A product may be part of a backward.
 _SUMS = ("add", "sub")
 
 
 @dataclass(frozen=True)
 class Derivative:
-    """The backward of an activation in the same graph; `reason` says why the activation has to stay."""
+    """The backward node of an activation in the same graph; `reason` says why the activation is left."""
 
     node: fx.Node | None = None
     reason: str = ""
 
 
 def is_operator_graph(graph: fx.Graph) -> bool:
-    """Whether a graph may be one of `make_fx`: it calls operators, and has no signature of an exported program."""
+    """Whether `make_fx` may have made a graph: it calls operators, and has no signature of an exported program."""
     calls_operators = any(isinstance(node.target, OPERATOR) for node in graph.nodes)
     return calls_operators and type(graph._codegen) is fx.graph.CodeGen
 
 
 def holds_backward(graph: fx.Graph) -> bool:
-    """Whether some node of a graph of operators tells that it holds a backward."""
+    """Whether some node marks the graph as one that holds a backward."""
     return is_operator_graph(graph) and any(_is_seed(node) or _tells_of_backward(node) for node in graph.nodes)
 
 
 def with_derivatives(graph: fx.Graph, *, beside_backward: bool = False) -> list[tuple[Match, Derivative]]:
-    """The activations of a graph, each with what is known of its backward in a graph of `make_fx`.
+    """The activations of a graph, each with its `Derivative`.
 
-    Where the graph holds a backward, those of its forward count, and a node that has a backward node of its own is an
-    activation even inside a formula: ReLU in `relu(x) ** 2`. `beside_backward` says that another graph of the model
-    holds one, as around the branches of a condition.
+    In a graph that holds a backward, only the activations of the forward are listed. There a node with its own backward
+    node is an activation even inside a formula: ReLU in `relu(x) ** 2`. `beside_backward` says that another graph of
+    the model holds a backward, for example the graph around the branches of a condition.
     """
     if not is_operator_graph(graph):
         return [(match, Derivative()) for match in find_matches(graph)]
@@ -116,7 +117,7 @@ def _paired(graph: fx.Graph, matches: Sequence[Match], seed: fx.Node) -> list[tu
     found = [(match, Derivative(reason=_SPREAD)) for match in formulas]
     for match in singles:
         nodes = own[match.node]
-        # A gate that only the backward computes, as for a mish, is a part of a derivative.
+        # A gate outside of the forward, such as the sigmoid in mish's derivative, is part of a backward.
         if match.node in covered or (match.node not in forward and not (nodes and match.node in plain)):
             continue
         rivals = [other.node for other in singles if other is not match and set(own[other.node]) & set(nodes)]
@@ -160,7 +161,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The node that an alias, as autograd makes one of what it saves, stands for."""
+    """The node behind a chain of aliases. Autograd makes aliases of the tensors that it saves."""
     while _operator(node) in _ALIASES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -186,7 +187,7 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _is_seed(node: fx.Node) -> bool:
-    """Whether a node is the gradient of a loss by itself, with which `autograd.grad` starts."""
+    """Whether a node is the gradient of a loss with respect to itself, 1, from which `autograd.grad` starts."""
     name = _operator(node)
     if name != "ones_like" and not (name == "full_like" and node.args[1] == 1):
         return False
@@ -197,7 +198,7 @@ def _is_seed(node: fx.Node) -> bool:
 def _tells_of_backward(node: fx.Node) -> bool:
     return (
         "_backward" in _operator(node)
-        # AOTAutograd names the inputs so of a forward whose backward is a graph of its own, or in the same one.
+        # AOTAutograd gives inputs these names if it traces a backward too, in this graph or in another one.
         or (node.op == "placeholder" and str(node.target).startswith(("primals_", "tangents_")))
         or bool(node.meta.get("autograd_backward"))
         or node.meta.get("partitioner_tag") == "is_backward"
@@ -205,7 +206,7 @@ def _tells_of_backward(node: fx.Node) -> bool:
 
 
 def _hidden_backward(match: Match, activations: Collection[fx.Node]) -> str:
-    """Why an activation may have a backward that a decomposition took apart; empty where it cannot."""
+    """Why an activation may have a backward of several nodes, from a decomposition; empty if it has none."""
     for reader in () if match.argument is None else _readers(_origin(match.argument)):
         harmless = reader in match.nodes or reader in activations or _operator(reader) in _SUMS
         if not harmless and (elementwise_name(reader) is not None or _operator(reader) in _COMPARISONS):

@@ -1,8 +1,8 @@
 """substitute: puts an expansion in the place of every chosen site.
 
-In the graphs of modules that is a call of a child module, which hooks, `freeze_` and `revert_` can reach. A graph that
-holds its backward has no such place: forward and backward read the same parameters, so each becomes an operator.
-Each kind of site brings the function that edits it, as `Occurrence.substitute`.
+In most models the expansion is a child module that is called, so that hooks, `freeze_` and `revert_` can reach it. In a
+graph that holds its backward, forward and backward read the same parameters, so each becomes an operator. Each kind of
+site has its own editing function, `Occurrence.substitute`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from torch import Tensor, fx, nn
 
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.operands import COMPUTED
 from ortho_fx.passes.context import Context
 from ortho_fx.passes.graph.pairs import is_operator_graph
+from ortho_fx.passes.modules.exchange import set_nested_paths
+from ortho_fx.passes.modules.offloaded import device_of, loads_all_weights
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 
 
 def substitute(model: nn.Module, context: Context) -> int:
-    """Puts an expansion, with init "stable", in the place of each chosen site; how many sites were replaced.
+    """Puts an expansion, with init "stable", in the place of each chosen site; returns how many.
 
     Raises:
-        OrthoFxError: a device that is gone.
+        OrthoFxError: the device of a site is no longer available, or a module is offloaded as a whole.
     """
     pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
     starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
@@ -33,36 +36,45 @@ def substitute(model: nn.Module, context: Context) -> int:
         one.expansion = expansion
         one.substitute(expansion)
         one.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
+    if pending:
+        set_nested_paths(model)
     return len(pending)
 
 
 def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:
     device, dtype = _placement(model, one)
     try:
-        expansion = context.factory(
+        expansion = context.maker.make(
             config,
-            channels=one.seen and one.seen.channels,
-            channel_dim=one.seen and one.seen.channel_dim,
+            channels=None if one.seen is None else one.seen.channels,
+            channel_dim=None if one.seen is None else one.seen.channel_dim,
             reference=one.reference,
             device=device,
             dtype=dtype,
         )
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that a device is there
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that the device exists
         raise OrthoFxError(f"{one.site.name} cannot be placed on {device}: {error}") from None
+    expansion.site = one.site.name
     return expansion.train(one.owner.training)
 
 
 def _placement(model: nn.Module, one: Occurrence) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and floating dtype of the nearest parameters: those of the owner, else of its closest ancestor.
+    """The device and dtype of the nearest parameters to compute with: the owner's, else its closest ancestor's.
 
-    A `make_fx` graph has its parameters as inputs; there they are those of the site's input.
+    A `make_fx` graph takes its parameters as inputs, so there the site's result decides.
     """
     path = one.site.name.split(".")[:-1]
-    for length in range(len(path), -1, -1):
-        owner = model.get_submodule(".".join(path[:length]))
-        for parameter in owner.parameters():
-            if parameter.is_floating_point():
-                return parameter.device, parameter.dtype
+    owners = [model.get_submodule(".".join(path[:length])) for length in range(len(path), -1, -1)]
+    for owner in owners:
+        if loads_all_weights(owner):
+            raise OrthoFxError(
+                f"{one.site.name}: {type(owner).__name__} is offloaded as a whole, and its hook has no weights for new "
+                "parameters: call rewrite_ before offloading"
+            )
+    for module in (module for owner in owners for module in owner.modules()):
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in COMPUTED:  # a storage dtype, such as float8, computes with nothing
+                return device_of(module, parameter), parameter.dtype
     owner, match = one.owner, one.match
     if match is not None and isinstance(owner, fx.GraphModule) and is_operator_graph(owner.graph):
         value = match.node.meta.get("val")

@@ -1,4 +1,4 @@
-"""A graph as text that can be read and compared: names in the place of addresses, one node a line."""
+"""Prints a graph as text that can be compared: one node per line, and names instead of memory addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_NUMBERS = 8
 
 
 def graph_text(model: nn.Module) -> str:
-    """Every graph of a model, with what the passes have noted on the nodes, and the expansions' parameters."""
+    """Every graph of a model as text, with the passes' notes on the nodes, and the expansions' parameters."""
     parts = []
     for name, owner in model.named_modules():
         if not isinstance(owner, fx.GraphModule):

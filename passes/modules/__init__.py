@@ -1,1 +1,1 @@
-"""Activations that are child modules, or functions kept as attributes: exchanged."""
+"""Finds and replaces activations that are child modules, or functions kept as attributes."""

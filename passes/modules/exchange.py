@@ -1,4 +1,4 @@
-"""Exchanges a child module, or a function that a module keeps as an attribute, for an expansion, and back."""
+"""Replaces a child module, or a function kept as an attribute, by an expansion, and puts it back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
 
+from ortho_fx.passes.source.classes import keep_in_copies, set_class_for_children
 from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
@@ -16,10 +17,29 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
     def put(expansion: nn.Module) -> None:
         for owner, key in places:
             remember(expansion, Replaced("module", owner._modules[key]))
+            move_hooks(owner._modules[key], expansion)
             _exchange(owner, key, expansion)
+            keep_in_copies(owner)
             _leave_fast_path(owner)
 
     return put
+
+
+# Where a module keeps what is called when it runs.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
+
+def move_hooks(old: nn.Module | None, new: nn.Module) -> None:
+    """Has a module call the hooks of the one that it replaces.
+
+    Both hold the same dictionaries, so the handles of the hooks still remove them.
+    """
+    for name in _HOOKS:
+        if vars(old).get(name):
+            vars(new)[name] = vars(old)[name]
 
 
 def attribute_of(owner: nn.Module, key: str) -> Substitute:
@@ -27,8 +47,10 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         remember(expansion, Replaced("attribute", vars(owner)[key]))
-        delattr(owner, key)
-        owner.add_module(key, expansion)
+        # Past a __delattr__ or __setattr__ of the owner's, which may refuse.
+        del vars(owner)[key]
+        owner._modules[key] = expansion
+        keep_in_copies(owner)
         _leave_fast_path(owner)
 
     return put
@@ -36,20 +58,25 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
 
 def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
     """Puts the module that an expansion replaced back in one place that holds it."""
-    _exchange(owner, key, replaced.train(owner._modules[key].training))  # type: ignore[union-attr]
+    expansion = owner._modules[key]
+    assert expansion is not None
+    move_hooks(expansion, replaced)
+    _exchange(owner, key, replaced.train(expansion.training))
+    set_class_for_children(owner)
     _enter_fast_path(owner, key)
 
 
 def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     """Puts the function that an expansion replaced back."""
-    delattr(owner, key)
-    # Past nn.Module, which would register a module that the owner did not.
-    object.__setattr__(owner, key, replaced)
+    del owner._modules[key]
+    # Not nn.Module.__setattr__: it would register a module that the owner kept unregistered.
+    vars(owner)[key] = replaced
+    set_class_for_children(owner)
     _enter_fast_path(owner, key)
 
 
 def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
-    """Puts a child in the place of another, in the lists as well in which the owner keeps its children."""
+    """Replaces a child module, also inside the lists in which the owner keeps its children."""
     old = owner._modules[key]
     for kept in vars(owner).values():
         if isinstance(kept, list):
@@ -58,8 +85,8 @@ def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
 
 
 def _leave_fast_path(owner: nn.Module) -> None:
-    # In eval, nn.TransformerEncoderLayer runs a fused kernel with the activation that this flag names, whatever its
-    # `activation` is; 0 names none.
+    # In eval mode nn.TransformerEncoderLayer runs a fused kernel with the activation that this flag names, and ignores
+    # its `activation`. 0 names no activation, and so turns the fused kernel off.
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0
 
@@ -67,6 +94,26 @@ def _leave_fast_path(owner: nn.Module) -> None:
 def _enter_fast_path(owner: nn.Module, key: str) -> None:
     if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
         owner.activation_relu_or_gelu = _fast_path_of(owner.activation)
+
+
+# On an encoder that was taken off nested tensors.
+_WAS_NESTED = "_nested_before_expansions"
+
+
+def set_nested_paths(model: nn.Module) -> None:
+    """Takes encoders off nested tensors where their layers hold something else than they were made for, and back.
+
+    In eval, nn.TransformerEncoder turns padded input into nested tensors for the fused kernel of its layers, which
+    those that hold an expansion leave. What it decided when it was made, it asks no more.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and isinstance(encoder.layers, nn.ModuleList):
+            fused = all(getattr(layer, "activation_relu_or_gelu", 0) for layer in encoder.layers)
+            if not fused and getattr(encoder, "use_nested_tensor", False):
+                encoder.use_nested_tensor = False
+                setattr(encoder, _WAS_NESTED, True)
+            elif fused and vars(encoder).pop(_WAS_NESTED, False):
+                encoder.use_nested_tensor = True
 
 
 def _fast_path_of(activation: object) -> int:

@@ -1,22 +1,25 @@
-"""The activations that are child modules, or functions that a module keeps as attributes."""
+"""Finds the activations that are child modules, or functions that a module keeps as attributes."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from ortho_fx.passes.graph.uses import guard_of_called
 from ortho_fx.passes.modules.exchange import attribute_of, module_in
+from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_elsewhere
 from ortho_fx.passes.occurrence import Occurrence
-from ortho_fx.passes.source.classes import may_activate
+from ortho_fx.passes.source import asked_in_place, guard_of_child, source_of
 from ortho_fx.passes.source.occurrences import calls, calls_of_child
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, functions_of, own_classes
 from ortho_fx.passes.vocabulary.recognise import (
-    OWN_ATTRIBUTES,
+    changes_input,
     computes_unknown_function,
     function_of,
     recognise,
@@ -36,71 +39,65 @@ def children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]
             if calls:
                 yield from calls
                 continue
-            site = Site(name, "module", function)
-            yield Occurrence(site, owner, module_in(places), recognise_module(child), places)
+            site = Site(name, "module", function, reason=_more_than_forward(child))
+            guard = _guard(owner, key, function)
+            yield Occurrence(site, owner, module_in(places), recognise_module(child), places, guard=guard)
         elif computes_unknown_function(child) and not any(_inside(child)):
             trait = "learns parameters of its own" if any(True for _ in child.parameters()) else "is in no table"
             site = Site(name, "module", type(child).__name__, reason=f"its function {trait}")
             yield Occurrence(site, owner, module_in(places), places=places)
 
 
+def _more_than_forward(child: nn.Module) -> str:
+    """Why a module cannot be exchanged that has other methods to call than forward; empty where it has none."""
+    known = {"forward", "extra_repr"}
+    for base in own_classes(type(child)):
+        for name, member in vars(base).items():
+            if not name.startswith("_") and name not in known and not hasattr(nn.Module, name) and functions_of(member):
+                return f"it also has {name}, which an expansion in its place would not have"
+    return ""
+
+
+def _guard(owner: nn.Module, key: str, function: str) -> str:
+    if isinstance(owner, fx.GraphModule):
+        return guard_of_called(owner.graph, key, function)
+    return guard_of_child(source_of(owner), key, function)
+
+
 def _inside(module: nn.Module) -> Iterator[Occurrence]:
-    """The activations of a module's own that are no gates, and are listed under its name."""
+    """The activations, without gates, that are attributes of a module or calls in its own code."""
     for occurrence in (*attributes("", module), *calls("", module)):
         target = BY_NAME.get(occurrence.site.function)
         if target is not None and not target.gate:
             yield occurrence
 
 
-def _may_compute_one(kept: object) -> bool:
-    """Whether what a module keeps as an attribute is a function, or is called like one, and may hold activations."""
-    code = kept if isinstance(kept, types.FunctionType) else type(kept).__dict__.get("__call__")
-    return not isinstance(kept, nn.Module | type) and isinstance(code, types.FunctionType) and may_activate(code)
-
-
 _KEPT = (types.BuiltinFunctionType, types.FunctionType, functools.partial, torch.jit.ScriptFunction, nn.Module)
 
 
 def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
-    for key, value in vars(owner).items():
-        if key in OWN_ATTRIBUTES:
-            continue
-        if isinstance(value, _KEPT):
-            reference = recognise(value)
-            if reference is not None:
-                site = Site(join(prefix, key), "attribute", reference.target)
-                yield Occurrence(site, owner, attribute_of(owner, key), reference)
-                continue
-        if _may_compute_one(value):
-            reason = "it is kept as a function or an object that is more than an activation, or no module"
-            yield Occurrence(Site(join(prefix, key), "attribute", "activation", reason=reason), owner, module_in(()))
-        elif isinstance(value, list | tuple | dict):
-            for item, kept in value.items() if isinstance(value, dict) else enumerate(value):
-                function = function_of(kept) if isinstance(kept, nn.Module) else None
-                registered = any(kept is child for child in owner._modules.values())
-                if function is not None and not (registered and isinstance(value, list)):
-                    reason = (
-                        f"PyTorch does not see a module in a {type(value).__name__}: use nn.ModuleList or nn.ModuleDict"
-                    )
-                    site = Site(f"{join(prefix, key)}[{item!r}]", "attribute", function, reason=reason)
-                    yield Occurrence(site, owner, module_in(()))
+    for key, value in attributes_of(owner):
+        reference = recognise(value) if isinstance(value, _KEPT) else None
+        if reference is not None:
+            site = Site(join(prefix, key), "attribute", reference.target, reason=_attribute_problem(owner, key, value))
+            guard = _guard(owner, key, reference.target)
+            yield Occurrence(site, owner, attribute_of(owner, key), reference, guard=guard)
+        else:
+            yield from _left(prefix, owner, kept_elsewhere(owner, key, value))
+    if not isinstance(owner, fx.GraphModule):
+        yield from _left(prefix, owner, kept_by_class(owner))
 
 
-def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]:
-    """What a scripted module calls; its children are listed by themselves."""
-    try:
-        code = owner.graph
-    except Exception:  # a container has no forward
-        return
-    for node in _script_nodes(code.nodes()):
-        function = node.kind().removeprefix("aten::").removesuffix("_")
-        if node.kind().startswith("aten::") and function in BY_NAME:
-            site = Site(join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
-            yield Occurrence(site, owner, module_in(()))
+def _attribute_problem(owner: nn.Module, key: str, value: object) -> str:
+    """Why a function that a module keeps cannot become a child of that name; empty where it can."""
+    if inspect.getattr_static(type(owner), key, UNRESOLVED) is not UNRESOLVED:
+        return f"{type(owner).__name__} has an attribute {key} as well, which would hide a child of that name"
+    asked = not isinstance(owner, fx.GraphModule) and asked_in_place(source_of(owner), key)
+    if changes_input(value) or (asked and callable(value) and changes_input(functools.partial(value, inplace=True))):
+        return "it may write to its input, and an expansion in its place would not"
+    return ""
 
 
-def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for block in node.blocks():
-            yield from _script_nodes(block.nodes())
+def _left(prefix: str, owner: nn.Module, found: Iterable[tuple[str, str, str]]) -> Iterator[Occurrence]:
+    for name, function, reason in found:
+        yield Occurrence(Site(join(prefix, name), "attribute", function, reason=reason), owner, module_in(()))

@@ -1,10 +1,31 @@
-"""Activations that are calls in a module's code: edited there, for one instance.
+"""Replaces activations that are calls in a module's code, by editing the code for one module instance.
 
-The last of the three front ends: it takes what modules and graphs cannot. This is its interface.
+This is the last of the three front ends: it handles what modules and graphs cannot. This file is its interface.
 """
 
-from ortho_fx.passes.source.classes import Source, find_calls, may_activate, rewrite_class, set_class, source_of
+from ortho_fx.passes.source.analysis import Source
 from ortho_fx.passes.source.classes import _restore as _restore  # pickles name it here
+from ortho_fx.passes.source.classes import (
+    asked_in_place,
+    class_problem,
+    find_calls,
+    guard_of_child,
+    guards_parameter,
+    rewrite_class,
+    set_class,
+    source_of,
+)
 from ortho_fx.passes.source.editor import Call
 
-__all__ = ["Call", "Source", "find_calls", "may_activate", "rewrite_class", "set_class", "source_of"]
+__all__ = [
+    "Call",
+    "Source",
+    "asked_in_place",
+    "class_problem",
+    "find_calls",
+    "guard_of_child",
+    "guards_parameter",
+    "rewrite_class",
+    "set_class",
+    "source_of",
+]

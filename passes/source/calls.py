@@ -1,4 +1,4 @@
-"""Puts an expansion in the place of a call in a module's code, for one instance, and back."""
+"""Replaces a call in a module's code by an expansion, for one module instance, and puts the call back."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import replace
 
 from torch import nn
 
-from ortho_fx.passes.source.classes import rewrite_class, set_class, source_of
+from ortho_fx.passes.source.classes import rewrite_class, set_class, set_class_for_children, source_of
 from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
 def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset()) -> Substitute:
-    """Replaces a call in the source of the module's class, for this instance."""
+    """Replaces a call in the source of the module's class, for this instance only."""
 
     def put(expansion: nn.Module) -> None:
         source = source_of(owner, split)
         rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
         remember(expansion, Replaced("call"))
-        owner.add_module(attribute, expansion)
+        # Past an add_module or a __getattr__ of the owner's.
+        owner._modules[attribute] = expansion
         set_class(owner, rewritten)
 
     return put
@@ -25,7 +26,8 @@ def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset(
 
 def restore_call(owner: nn.Module, key: str) -> None:
     """Puts the call that an expansion replaced back into the module's code."""
-    delattr(owner, key)
+    del owner._modules[key]
     source = source_of(owner)
     left = replace(source, replaced=source.replaced - {key})
-    set_class(owner, rewrite_class(left) if left.replaced else left.cls)
+    set_class(owner, rewrite_class(left))
+    set_class_for_children(owner)

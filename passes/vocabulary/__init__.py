@@ -1,1 +1,1 @@
-"""Which callables are activations, which scalar function each computes, and what stands in their place."""
+"""Which callables are activations, which scalar function each computes, and how the passes get an expansion."""

@@ -1,7 +1,7 @@
 """The elementwise operations that activation formulas are written in.
 
-A formula such as 0.5 x (1 + tanh(...)) is recognised by evaluating it, which is safe and means something only where
-each of its steps acts on every element alone.
+A formula such as 0.5 x (1 + tanh(...)) is recognised by evaluating it. That is safe and meaningful only if each of its
+steps acts on every element separately.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What bends: a formula without any of these is no activation.
+# Nonlinear operations; a formula needs at least one to be an activation.
 _BENDING = (
     *("sigmoid", "tanh", "erf", "exp", "expm1", "log1p", "relu"),
     *("relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardsigmoid", "hardswish"),
@@ -29,7 +29,7 @@ _PLAIN = (
 
 
 def _operations() -> dict[Callable[..., Any], str]:
-    """Functions, with the names that they have in a formula written in `torch` and `F`."""
+    """Elementwise functions, each with its name in a formula in `torch`, `F` and `math`."""
     found: dict[Callable[..., Any], str] = {}
     for prefix, module in (("F", F), ("torch", torch)):
         for name in (*_BENDING, *_PLAIN):
@@ -55,13 +55,13 @@ ARITHMETIC: Mapping[Callable[..., Any], str] = {
 
 
 def operation_of(function: object) -> str | None:
-    """The name of an elementwise function in a formula; None for any other object."""
+    """The name of an elementwise function in a formula; None for other objects."""
     try:
         return OPERATIONS.get(function)  # type: ignore[call-overload]
-    except TypeError:  # unhashable, so no function
+    except Exception:  # unhashable, or with a hash of its own that raises
         return None
 
 
 def bends(name: str) -> bool:
-    """Whether an operation of this name, without its module, makes a function more than a polynomial."""
+    """Whether the operation of this name, given without its module, is nonlinear (see `_BENDING`)."""
     return name in _BENDING_NAMES

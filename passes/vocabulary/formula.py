@@ -10,28 +10,31 @@ from dataclasses import dataclass
 import torch
 
 from ortho_fx.passes.vocabulary.recognise import evaluated, match
-from ortho_fx.passes.vocabulary.targets import Reference, self_gated
+from ortho_fx.passes.vocabulary.targets import Reference, cached, self_gated
 
 
 @dataclass(frozen=True)
 class Formula:
-    """What an expression computes of its one tensor: `argument` is that expression, `text` the function in `x`."""
+    """A function of one tensor: `argument` is the tensor's expression, `text` is the function written in `x`."""
 
     argument: ast.expr
     text: str
     repeated: bool
 
     def reference(self) -> Reference | None:
-        """The function of the table that it is; None where it is none, or may compute its argument only once."""
+        """The table's function that the formula equals; None if there is none.
+
+        Also None if the formula repeats an argument that cannot be computed once instead (see `_repeatable`).
+        """
         return None if self.repeated and not _repeatable(self.argument) else _match(self.text)
 
     def gated(self) -> Reference | None:
-        """The formula itself, where it is a product of x, or of what bounds x, with a gate of x."""
+        """The formula as a reference, if it is a product of x, or of a bounded x, with a gate of x; else None."""
         return _gated(self.text) if self.repeated and _repeatable(self.argument) else None
 
 
 def _repeatable(node: ast.expr) -> bool:
-    """Whether an expression can be computed once where it was written twice: a name, or attributes and items of one."""
+    """Whether an expression that is written twice can be computed once: a name, or attributes and items of one."""
     return all(
         isinstance(part, ast.Name | ast.Attribute | ast.Subscript | ast.Slice | ast.Constant | ast.Tuple | ast.UnaryOp)
         or isinstance(part, ast.expr_context | ast.unaryop)
@@ -39,12 +42,12 @@ def _repeatable(node: ast.expr) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def _match(text: str) -> Reference | None:
     return match(functools.partial(self_gated, formula=text))
 
 
-@functools.lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def _gated(text: str) -> Reference | None:
     if sum(_mentions_x(factor) for factor in _factors(ast.parse(text, mode="eval").body)) < 2:
         return None
@@ -57,7 +60,7 @@ def _gated(text: str) -> Reference | None:
 
 
 def _factors(node: ast.expr) -> Iterator[ast.expr]:
-    """The factors of a product, divisors included; the expression itself where it is none."""
+    """The factors of a product, divisors included; the expression itself if it is no product."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div):
         yield from (*_factors(node.left), *_factors(node.right))
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("mul", "multiply"):

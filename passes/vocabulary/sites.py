@@ -1,4 +1,4 @@
-"""`Site`: one place where an activation is called, what becomes of it, and how the places read as a table."""
+"""`Site`: one place where an activation is called, and what happens to it; and a table of sites."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ortho_fx.tables import table
 
-# Under this key the `meta` of a graph's node holds the `Site` that the passes found there.
+# The key in a graph node's `meta` under which the passes store its `Site`.
 NOTE = "ortho_fx"
 
 
@@ -22,11 +22,11 @@ class Site:
         function: the activation function, by its name in `ortho_fx.passes.vocabulary.targets`.
         location: file and line of a call; empty for modules and attributes.
         aliases: the other names of a shared module.
-        expansion: what it was replaced by ("hermite 3"); None where it was not.
-        parameters: how many learnable numbers that has.
-        fit_rmse: where init="fit" starts from the replaced function, the root mean square error of that fit under the
-            inputs' distribution (N(0, 1) where it was not measured); else None.
-        reason: why it is left as it is; empty where it is replaced.
+        expansion: the expansion that replaces it ("hermite 3"); None if it is not replaced.
+        parameters: how many learnable numbers the expansion has.
+        fit_rmse: the root mean square error of the fit that init="fit" starts from, under the distribution of the
+            inputs (N(0, 1) if it was not measured); None for any other init.
+        reason: why the activation is left; empty if it is or can be replaced.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Site:
 
 
 def join(prefix: str, key: str) -> str:
-    """The qualified name of a child of the module with the name `prefix`, which is empty for the model itself."""
+    """The qualified name of a child of the module named `prefix`; the prefix is empty for the model itself."""
     return f"{prefix}.{key}" if prefix else key
 
 
 def format_sites(sites: Sequence[Site]) -> str:
-    """The sites as a table in plain text, one a line."""
+    """The sites as a table in plain text, one per line."""
     header = ["name", "kind", "function", "expansion", "parameters"]
     fits = any(site.fit_rmse is not None for site in sites)
     if fits:

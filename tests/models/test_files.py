@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what cannot be read says so in one line."""
+"""Files are written whole or not at all; a file that cannot be read gives an error of one line."""
 
 import json
 import os
@@ -15,9 +15,9 @@ def test_a_state_dict_is_unwrapped(tmp_path):
     state = {"a": torch.ones(2)}
     for i, content in enumerate((state, {"model": state, "epoch": 3}, {"state_dict": state})):
         torch.save(content, tmp_path / f"{i}.pth")
-        read, metadata = read_tensors(tmp_path / f"{i}.pth")
-        assert torch.equal(read["a"], state["a"])
-        assert metadata == {}
+        read = read_tensors(tmp_path / f"{i}.pth")
+        assert torch.equal(read.tensors["a"], state["a"])
+        assert read.metadata == {}
 
 
 def test_files_that_hold_no_state_dict_are_named(tmp_path):
@@ -47,7 +47,7 @@ def test_tensors_do_not_change_with_their_file(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(4)}, tmp_path / "file.safetensors")
-    tensors, _ = read_safetensors(tmp_path / "file.safetensors")
+    tensors = read_safetensors(tmp_path / "file.safetensors").tensors
     with (tmp_path / "file.safetensors").open("rb+") as file:
         file.seek(-16, os.SEEK_END)
         file.write(bytes(16))
@@ -73,7 +73,7 @@ def test_the_weights_of_a_folder(tmp_path):
         assert error() == f"HERE/{index.name} must map names to files beside it, under weight_map"
     index.write_text(json.dumps({"weight_map": {"a": "2.bin", "b": "1.bin", "c": "2.bin"}}))
     assert files_of(tmp_path) == [tmp_path / "1.bin", tmp_path / "2.bin"]
-    for name in ("pytorch_model.bin", "model.safetensors"):  # each goes before those above
+    for name in ("pytorch_model.bin", "model.safetensors"):  # each takes precedence over the earlier ones
         (tmp_path / name).touch()
         assert files_of(tmp_path) == [tmp_path / name]
 

@@ -1,7 +1,7 @@
 """Writes the files of an earlier ortho_fx that tests/test_old_files.py reads: `python make.py FOLDER`, in its checkout.
 
-Pickled models of every kind of site, each with its output for one input; and a run of four steps, with its
-checkpoints, its weights and its expansions. It uses names alone that the first version had.
+The files are pickled models with every kind of site, each with its output for one input; and a run of four steps, with
+its checkpoints, its weights and its expansions. The script uses only names that the first version had.
 """
 
 import os
@@ -21,7 +21,7 @@ SMALL = gpt2.GPT2Config(vocabulary=256, context=8, layers=1, heads=1, width=8)
 
 
 def config():
-    """A run of four steps, in the folder that the process is in."""
+    """The config of a run of four steps in the current folder."""
     return TrainConfig(
         data="text.txt", steps=4, batch_size=2, lr=1e-2, warmup=1, compile=False, eval_every=4, save_every=2, out="run"
     )
@@ -33,7 +33,7 @@ def rewritten(model, basis, degree=None, *, inputs=None, **settings):
 
 
 def models(x):
-    """Every kind of site, by a name."""
+    """Yields a name and a model for every kind of site."""
     for basis in ("hermite", "fourier", "tropical", "tropical_rational"):
         model = rewritten(sequential(), basis)
         ortho_fx.calibrate_(model, [x])

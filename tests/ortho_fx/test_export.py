@@ -26,7 +26,7 @@ TOKENS = torch.arange(32).reshape(2, 16) % 11
 
 
 class Branches(nn.Module):
-    """Expansions over one layer, each with an output of its own."""
+    """Several activations of one layer's output, each with an output of its own."""
 
     def __init__(self, count):
         super().__init__()
@@ -43,7 +43,7 @@ def inputs(*shape, seed=1):
 
 
 def learned(model, config, x):
-    """The model rewritten, its expansions all different, as after training."""
+    """The rewritten model; its expansions all differ, as after training."""
     rewrite_(model, config, example_inputs=x)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -134,7 +134,7 @@ def test_models_in_onnxruntime(tmp_path):
         assert report.inputs == (f"{name} {tuple(example.shape)} {str(example.dtype).removeprefix('torch.')}",)
         assert (model.training, model.norm.training) == (True, False)  # as it was
         assert_equal(in_onnxruntime(path, **{name: example.numpy()})[0], model.eval()(example))
-    # One operator of PyTorch's stays one, and is no mask of context x context for each head of each layer.
+    # Attention stays one operator of PyTorch. Decomposed, each head of each layer would have a mask context x context.
     report = export_program(gpt2, {"tokens": TOKENS}, tmp_path / "gpt2.pt2")
     targets = {str(node.target) for node in torch.export.load(report.path).graph.nodes}
     assert "aten.scaled_dot_product_attention.default" in targets
@@ -142,7 +142,7 @@ def test_models_in_onnxruntime(tmp_path):
 
 
 class Counts(nn.Module):
-    """Computes something else at each call, which no graph does."""
+    """Computes another result at each call, which a graph cannot do."""
 
     def __init__(self):
         super().__init__()

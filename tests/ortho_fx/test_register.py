@@ -1,4 +1,4 @@
-"""Bases from outside: what registration checks, and the numeric defaults for what a basis does not give."""
+"""Bases of users: the checks of their registration, and the numeric defaults for methods that they leave out."""
 
 import copy
 import pickle
@@ -57,7 +57,7 @@ class Powers(Basis):
 
 
 class Sines(Basis):
-    """y(x) = c + sum of a_k sin(x - s_k), the shifts not linear; one shift for all where they are tied."""
+    """y(x) = c + sum of a_k sin(x - s_k): not linear in its shifts; if these are tied, one shift serves all terms."""
 
     def evaluate(self, x, *parameters):
         constant, weights, shifts = parameters
@@ -95,9 +95,9 @@ class Sines(Basis):
 
 
 class Hats(Basis):
-    """y(x) = sum of a_k relu(x - t_k): kinks at places that do not learn, and no constant.
+    """y(x) = sum of a_k relu(x - t_k): its kinks t_k are not learnable, and it has no constant.
 
-    Formulas take twice the heights, computed beforehand; what collects needs the factor.
+    `prepare` doubles the heights for the formulas, and `collect_prepared` needs the factor of two again.
     """
 
     def prepare(self, dtype, *parameters):
@@ -141,7 +141,7 @@ _names = iter(range(1000))
 
 
 def register(cls=Powers, parameters=COEFFICIENTS, degrees=range(1, 9), default=3):
-    """Registers a basis under a name that no other test has; its class of modules."""
+    """Registers a basis under a name that no other test uses; returns its class of modules."""
     number = next(_names)
     return ortho_fx.register_basis(cls(f"outside{number}", f"Outside{number}", parameters, degrees, default))
 
@@ -196,10 +196,10 @@ def test_basis_that_is_not_linear(tied):
     assert len(activation.shifts) == 1 + (not tied)
     gains = ortho_fx.gains(activation)
     assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
-    # The function is in the family: the fit finds it.
+    # The function belongs to the basis, so the fit finds it.
     result = ortho_fx.fit(lambda x: 0.3 + 0.8 * (x - 0.4).sin(), config)
     assert result.rmse < 1e-6
-    # No function of the family is the same on another scale: the closest one keeps the gains.
+    # The basis does not contain its functions on another scale; the closest function still keeps the gains.
     model = nn.Sequential(activation)
     ortho_fx.calibrate_(model, [torch.randn(5000, dtype=torch.float64) * 0.9 + 0.1])
     (site,) = ortho_fx.calibrate_(model, [torch.randn(5000, dtype=torch.float64) * 0.9 + 0.1]).sites
@@ -229,7 +229,7 @@ def test_it_compiles_as_eager_and_is_lowered(monkeypatch):
     assert support.reason(cls.basis) is None
     assert cls.basis.name in support.LOWERED
     assert cls.basis.name in torch.compiler.config.cache_key_tag
-    # What is registered after the lowering was loaded is lowered as well.
+    # A basis that is registered after the lowering was loaded is lowered too.
     late = register(Hats, HATS, range(2, 5), 2)
     assert late.basis.name in support.LOWERED
     assert support._verdict(late.basis, "cpu", check=False) is None
@@ -414,7 +414,7 @@ def test_second_registration_is_one_clear_error():
 
 def test_start_that_does_not_exist_is_said():
     class Level(Powers):
-        """y(x) = a (1 + x / 100): where the forward gain is 1, the backward gain is not."""
+        """y(x) = a (1 + x / 100): its gains cannot both be 1."""
 
         def evaluate(self, x, *parameters):
             (a,) = parameters

@@ -1,4 +1,4 @@
-"""The pipeline: its order, every pass before and after, the kinds of graph, and what is switched off or refused."""
+"""The pipeline: its order, graphs before and after every pass, kinds of graph, and passes that are off or refuse."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ CLOSE = ExpansionConfig("tropical_rational", 32, "fit")
 
 
 class Network(nn.Module):
-    """A module called twice, a function, and a gate."""
+    """Calls a module twice, a function and a gate."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ def test_values_and_gradients_are_those_of_eager(kind):
     record = run(graph, ExpansionConfig("hermite", 4))
     by_name = {site.name: graph.get_submodule(site.name) for site in record.replaced}
     expansions = list(by_name.values())
-    # A graph of operators has a site for each call, a traced one keeps the module that both calls share.
+    # A graph of operators has a site for each call; a traced graph keeps the module that both calls share.
     first, second, last = expansions if len(expansions) == 3 else (by_name["act"], by_name["act"], expansions[0])
 
     def eager(x):
@@ -328,7 +328,7 @@ def test_what_was_lowered_can_be_put_back():
     graph = fx.symbolic_trace(model)
     expected = graph(x)
     names = [site.name for site in run(graph).replaced]
-    assert sorted(revert_(graph)) == sorted(names)
+    assert sorted(revert_(graph).names) == sorted(names)
     assert torch.equal(graph(x), expected)
     assert not any("ortho_fx" in node.meta for node in graph.graph.nodes if node.name == "gelu")
 

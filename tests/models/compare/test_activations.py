@@ -1,4 +1,4 @@
-"""Activations of a comparison, from their texts."""
+"""Activations of a comparison are read from their texts."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
     assert labels(["hermite", "fourier"], "gelu") == ["gelu", "hermite:3", "fourier:5"]
     assert labels(["hermite", "gelu", "fourier"], "gelu") == ["gelu", "hermite:3", "fourier:5"]
     assert labels(["hermite", "gelu"], "hermite:3") == ["hermite:3", "gelu"]
-    # The default learning rate: the same run by another name.
+    # 0.004 is the default learning rate, so both texts describe the same run.
     assert labels(["hermite", "gelu,lr=0.004"], "gelu") == ["gelu,lr=0.004", "hermite:3"]
 
 

@@ -49,7 +49,7 @@ def comparison():
 
 class TestTables(expecttest.TestCase):
     def check(self, text, expected):
-        # expecttest accepts ASCII alone.
+        # expecttest accepts only ASCII.
         self.assertExpectedInline(text.replace("±", "+-"), expected, skip=1)
 
     def test_text(self):

@@ -28,7 +28,7 @@ def small_presets(monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The directories of the runs that were trained, and whether each was resumed."""
+    """Records the directory of each run that is trained, and whether it was resumed."""
     runs = []
 
     def train(config, *, resume, train=module.train):

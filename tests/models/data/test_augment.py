@@ -79,7 +79,7 @@ def mixed(images, labels, mixup, cutmix, rows=None, step=0):
 
 
 def shares(labels, targets):
-    """lambda of each row, from targets of rows whose neighbour has another label."""
+    """lambda of each row whose neighbour has another label, read from the targets."""
     return targets[torch.arange(len(labels)), labels]
 
 
@@ -112,7 +112,7 @@ def test_cutmix_takes_a_box_of_the_neighbour_and_counts_its_pixels():
 
 
 def test_the_area_of_a_box_is_one_minus_lambda():
-    # With a large alpha lambda is near one half; boxes that no border cuts off have half of the area.
+    # With a large alpha lambda is near one half; boxes that the border does not cut off have half of the area.
     images, labels = batch(400, 32)
     inputs, _ = mixed(images, labels, 0.0, 1e6)
     areas = (inputs != images).all(1).float().mean((1, 2))

@@ -21,7 +21,7 @@ def idx_bytes(values):
 
 
 def write_idx(folder, *, packed=False, size=6, train=50, validation=20):
-    """Four IDX files; the image number n of a split has the value n in its corner."""
+    """Writes four IDX files; image number n of a split has the value n in its corner."""
     folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("t10k", validation)):
@@ -35,7 +35,7 @@ def write_idx(folder, *, packed=False, size=6, train=50, validation=20):
 
 
 def write_images(root, *, classes=("ant", "bee"), train=6, validation=3, size=(40, 30)):
-    """A folder of PNGs; each image has a colour of its own."""
+    """Writes a folder of PNGs; each image has a colour of its own."""
     number = 0
     for split, count in (("train", train), ("val", validation)):
         for label in classes:
@@ -48,7 +48,7 @@ def write_images(root, *, classes=("ant", "bee"), train=6, validation=3, size=(4
 
 
 def colours(images):
-    """The three values of a pixel in the middle, 0 to 255."""
+    """The three values of a pixel in the middle of each image, from 0 to 255."""
     middle = images.shape[-1] // 2
     return ((images * STD + MEAN) * 255).round()[:, :, middle, middle].int()
 
@@ -203,7 +203,7 @@ def test_validation_images_are_resized_and_cut_as_usual(tmp_path):
     image.save(tmp_path / "val" / "ant" / "003.png")
     data = ImageFolder(tmp_path, image_size=28)
     ((images, _),) = load_validation(data, size=2)
-    # The shorter side becomes 28 / 0.875 = 32, the image 48 x 32, and 28 x 28 from (10, 2) is its centre.
+    # The shorter side becomes 28 / 0.875 = 32 and the image 48 x 32; its centre is 28 x 28 pixels from (10, 2).
     usual = image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
     expected = (torch.from_numpy(np.array(usual)).permute(2, 0, 1) / 255 - MEAN) / STD
     assert (images[0] - expected).abs().max() < 0.03

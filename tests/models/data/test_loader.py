@@ -21,7 +21,7 @@ HALVES = [slice(0, 2), slice(2, 8)]
 
 
 class Steps:
-    """Data that says which step, rows and process a batch is of, and fails at one step."""
+    """Data whose batches hold their step, rows and process; it fails at one step."""
 
     name, kind = "steps", "tokens"
 
@@ -104,12 +104,12 @@ def signal_from_outside(process, number):
 
 
 def test_signals_to_all_processes_leave_workers_at_work():
-    # PyTorch's pool of threads, which a fork makes anew in each worker, exists from here on.
+    # PyTorch's thread pool exists from here on; each forked worker makes it anew.
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.set_num_threads(threads)
     batches = run(Steps(pause=0.02), 2, last=30)
-    for _ in range(2):  # both are at work
+    for _ in range(2):  # after these, both workers are running
         next(batches)
     for child in multiprocessing.active_children():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_is_one_line_where_batches_are_asked_for():
     batches = run(Steps(pause=0.02), 1, last=1000)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    time.sleep(0.2)  # the training goes on meanwhile
+    time.sleep(0.2)  # stands for a step of the training
     with pytest.raises(OrthoFxError, match=r"^a worker that loads data is gone, try fewer workers: [^\n]+$"):
         list(batches)
     assert signal.getsignal(signal.SIGCHLD) == handler

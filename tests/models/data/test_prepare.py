@@ -15,7 +15,7 @@ WORDS = "der die das und wenn dann größer kleiner 你好 🙂 def return self.
 
 
 def write_texts(folder, files=20, lines=40):
-    """Text with indents, empty lines, both ends of lines and characters of one to four bytes."""
+    """Writes text with indents, empty lines, both kinds of line ends and characters of one to four bytes."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(files):
@@ -41,7 +41,7 @@ def tokenizer_of(out):
 
 
 def documents(ids, meta, out):
-    """Texts between ends of text."""
+    """The documents between end-of-text tokens."""
     ends = np.flatnonzero(ids == meta["end_of_text"])
     assert ends[-1] == len(ids) - 1
     starts = [0, *(ends[:-1] + 1)]

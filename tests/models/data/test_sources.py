@@ -172,7 +172,7 @@ def test_the_name_goes_with_the_content_wherever_it_is(source, sources, tmp_path
         file = moved / source
     content = file.read_bytes()
     if source == "idx":
-        content = content[:-1] + bytes([content[-1] ^ 1])  # of a fixed length, unlike the others
+        content = content[:-1] + bytes([content[-1] ^ 1])  # this file's length is fixed, unlike that of the others
     else:
         content += content[-2:]
     file.write_bytes(content)

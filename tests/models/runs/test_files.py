@@ -1,4 +1,4 @@
-"""A run's directory read back as it was written, and what is missing from one named."""
+"""A run's directory is read as it was written; errors name the missing file."""
 
 import json
 import math
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ortho_fx import HermiteActivation, OrthoFxError
+from ortho_fx.models.runs.files import read_rows, read_run
 from ortho_fx.models.training.log import RunLog
 from ortho_fx.models.training.monitor import SiteMonitor
-from ortho_fx.models.runs.files import read_rows, read_run
 
 
 def test_everything_that_a_run_wrote_is_read(tmp_path):

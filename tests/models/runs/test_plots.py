@@ -1,4 +1,4 @@
-"""Pictures of runs: which there are, that they show what they are of, and what is drawn in them."""
+"""Pictures of runs: which files there are, that they are not empty, and what they show."""
 
 import json
 
@@ -9,11 +9,11 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, rewrite_
 from ortho_fx.models.runs import plots as run_plots
-from ortho_fx.models.weights.expansions import SavedExpansion
-from ortho_fx.models.training.log import RunLog
-from ortho_fx.models.training.monitor import SiteMonitor
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.runs.plots import plot_runs
+from ortho_fx.models.training.log import RunLog
+from ortho_fx.models.training.monitor import SiteMonitor
+from ortho_fx.models.weights.expansions import SavedExpansion
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def make_run(directory, expansion=None, *, layers=2, steps=20, accuracy=False, s
 
 
 def picture(path):
-    """Height, width and channels as numbers from 0 to 1."""
+    """The pixels of a file, (height, width, channels) from 0 to 1."""
     from matplotlib import image
 
     return image.imread(path)
@@ -66,7 +66,7 @@ def picture(path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are written, by the name of the file, with what is in them."""
+    """The written figures by file name, kept so that tests can look at their contents."""
     figures = {}
 
     def keep(figure, path, dpi):
@@ -132,7 +132,7 @@ def test_smoothing_keeps_constants_and_follows_a_step():
     assert run_plots._smoothed(np.full(300, 2.5)) == pytest.approx(2.5)
     smoothed = run_plots._smoothed(np.repeat([0.0, 1.0], 200))
     assert smoothed[199] == 0
-    assert smoothed[203] == pytest.approx(0.5)  # four steps are a hundredth
+    assert smoothed[203] == pytest.approx(0.5)  # four steps are a hundredth of all
 
 
 def test_a_site_shows_the_activation_before_and_after_and_what_it_replaced(tmp_path, drawn):

@@ -10,7 +10,7 @@ from ortho_fx.models.training import checkpoint
 from ortho_fx.models.training.checkpoint import (
     checkpoints,
     load_tensors,
-    read_description,
+    newest_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
@@ -29,10 +29,10 @@ def save(directory, step, value=1.0, keep=2):
 
 
 def load(directory):
-    path, description = read_description(directory, CONFIGURATION)
+    newest = newest_checkpoint(directory, CONFIGURATION)
     loaded = state(0.0)
-    load_tensors(path, loaded, ALONE)
-    return description["step"], loaded["model"]["w"].tolist()
+    load_tensors(newest.path, loaded, ALONE)
+    return newest.step, loaded["model"]["w"].tolist()
 
 
 def test_round_trip(tmp_path):
@@ -67,7 +67,7 @@ def test_what_an_interrupted_save_left_is_passed_over_and_removed(tmp_path):
 def test_another_configuration_is_refused_field_by_field(tmp_path):
     path = save(tmp_path, 7)
     with pytest.raises(OrthoFxError) as caught:
-        read_description(tmp_path, {"basis": "fourier", "degree": 3, "seed": 1})
+        newest_checkpoint(tmp_path, {"basis": "fourier", "degree": 3, "seed": 1})
     assert str(caught.value) == (
         f"{path} is of another configuration: basis is 'hermite' there and 'fourier' here, "
         "seed is None there and 1 here"
@@ -95,17 +95,17 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, where):
 
 def test_missing_and_broken_checkpoints_are_named(tmp_path):
     with pytest.raises(OrthoFxError, match=r"^there is no checkpoint in .* to resume from$"):
-        read_description(tmp_path, {})
+        newest_checkpoint(tmp_path, {})
     path = save(tmp_path, 7)
     described = (path / "state.json").read_text()
     for content in ("", "no", "[1]", '{"version": 2}', '{"version": 2, "configuration": 3, "step": 1}'):
         (path / "state.json").write_text(content)
         with pytest.raises(OrthoFxError, match="step-00000007 is not a readable checkpoint: ") as caught:
-            read_description(tmp_path, {})
+            newest_checkpoint(tmp_path, {})
         assert "\n" not in str(caught.value)
     (path / "state.json").write_text(described.replace('"version": 2', '"version": 9'))
     with pytest.raises(OrthoFxError, match="has checkpoint version 9; this release reads version 2"):
-        read_description(tmp_path, CONFIGURATION)
+        newest_checkpoint(tmp_path, CONFIGURATION)
 
 
 @pytest.mark.parametrize("damage", ["index", "no index", "tensors"])

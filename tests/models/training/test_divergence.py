@@ -1,4 +1,4 @@
-"""Each way in which a run can go wrong, constructed, and the line that explains it."""
+"""Constructs each way in which a run can diverge, and tests the line that explains it."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ class Overflow(nn.Module):
 
 
 class Between(nn.Module):
-    """Something that is no module goes wrong between two that are."""
+    """An operation that is no module goes wrong between two modules."""
 
     def __init__(self) -> None:
         super().__init__()

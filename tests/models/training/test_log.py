@@ -1,4 +1,4 @@
-"""The rows of a run on the disk: at once, in every format, and after a crash."""
+"""The rows of a run are on the disk: at once, in every format, and after a crash."""
 
 import csv
 import json
@@ -143,7 +143,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
     written(tmp_path)
-    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold the second
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which contain the time in seconds
     log = RunLog(tmp_path, 3, writes=True)
     log.row({**rows(4, 4)[0], "loss": 9.0, "validation_loss": 2.0, "accuracy": 0.5})
     log.site_rows(site_rows(4))

@@ -101,7 +101,7 @@ def test_the_hook_and_rewrite_agree_to_float64_precision(build, inputs, basis):
 
 
 def stop_at(run, losses_before, number):
-    """Has a signal reach the run while it takes the step that comes after so many."""
+    """Sends a signal to the run during the step after `losses_before` steps."""
     step = run.optimization.step
 
     def stopping(*arguments):
@@ -129,7 +129,7 @@ def test_a_resumed_run_repeats_the_losses_to_the_last_bit(tmp_path, model, chang
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 10, "lo')
     resumed = train(config, resume=True)
-    assert len(interrupted.result.losses) == 9  # the step that was under way was finished first
+    assert len(interrupted.result.losses) == 9  # the current step was finished first
     assert resumed.losses == whole.losses
     assert resumed.validations == whole.validations
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -148,14 +148,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     whole = train(small(tmp_path, compile=False, save_every=4, out=str(tmp_path / "whole")))
     script = """
     import os, sys
-    from ortho_fx.models import gpt2, training
+    from ortho_fx.models import gpt2
     from ortho_fx.models.recipe import TrainConfig
+    from ortho_fx.models.training import loop
     gpt2.PRESETS["test"] = gpt2.GPT2Config(vocabulary=256, context=16, layers=2, heads=2, width=32)
     config = TrainConfig(
         size="test", steps=12, batch_size=16, lr=5e-3, warmup=2, compile=False, save_every=4, out=sys.argv[1]
     )
-    run = training.Run(config, training.Processes(0, 1, training.torch.device("cpu")))
-    step, save = run.optimization.step, training.save_checkpoint
+    run = loop.Run(config, loop.Processes(0, 1, loop.torch.device("cpu")))
+    step = run.optimization.step
     def step_or_wait(number, parts):
         if number == 10:
             print("stands at", number, flush=True)
@@ -174,7 +175,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     child.kill()
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    # A save that was under way leaves this.
+    # An interrupted save leaves such a directory.
     (tmp_path / "run" / "checkpoints" / "step-00000012.partial").mkdir()
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004", "step-00000008"]
     resumed = train(small(tmp_path, compile=False, save_every=4), resume=True)
@@ -276,7 +277,7 @@ def test_bad_steps_are_left_out_when_asked_to(tmp_path):
     assert [row["step"] for row in rows if row.get("skipped")] == [5, 10]
     assert all(map(torch.equal, weights[4], weights[5]))
     assert not all(map(torch.equal, weights[5], weights[6]))
-    # A run that goes on remembers how many there were.
+    # A resumed run knows the number of skipped steps.
     resumed = Run(config, ALONE)
     resumed.optimization.step = lambda number, parts: Step(1.0, math.nan, 0.0, finite=False)
     with pytest.raises(Diverged, match="the norm of the gradient is nan at step 7: "):
@@ -347,7 +348,7 @@ def test_two_processes_take_the_steps_of_one_and_one_resumes_what_two_saved(tmp_
     alone = train(replace(config, out=str(tmp_path / "alone")))
     done = on_two_processes(tmp_path, "--parallel", parallel, "--accumulate", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("gpt2 test with hermite 3") == 1  # one process speaks
+    assert done.stdout.count("gpt2 test with hermite 3") == 1  # only one process prints
     run = read_run(tmp_path / "run")
     assert [row["loss"] for row in run.rows] == pytest.approx(list(alone.losses.values()), rel=1e-4)
     assert run.validations[-1]["validation_loss"] == pytest.approx(alone.validations[12]["validation_loss"], rel=1e-4)

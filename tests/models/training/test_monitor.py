@@ -1,9 +1,8 @@
-"""What is measured of expansions, beside numpy on the same inputs, and that the model is left alone."""
+"""Measurements of expansions agree with numpy on the same inputs, and the model does not change."""
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,13 +10,6 @@ from ortho_fx import ExpansionConfig, HermiteActivation, TropicalActivation, rew
 from ortho_fx.models import gpt2
 from ortho_fx.models.training.monitor import SiteMonitor, expansions
 from ortho_fx.models.weights.expansions import load_expansions
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def small_model():
@@ -179,7 +171,7 @@ def test_names_and_numbers_are_the_same_when_the_model_is_distributed(process_gr
 
 def test_the_density_is_of_every_channel_and_of_the_inputs_range(tmp_path):
     torch.manual_seed(0)
-    # A sample of every 64th number would see one channel of 64.
+    # A sample of every 64th number would see only one channel of 64.
     x = torch.randn(16384, 64) + 8.0 * (torch.arange(64) % 2)
     activation = HermiteActivation(3)
     monitor = SiteMonitor(activation)

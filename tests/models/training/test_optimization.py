@@ -50,7 +50,7 @@ def test_a_step_is_that_of_adamw_on_the_mean_of_the_micro_batches():
     others = [p for p in reference.model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.9)).step()
-    # Adam's first step is the sign of the gradient: where that is rounding, so is the step.
+    # Adam's first step is the sign of the gradient. If the gradient is only rounding, so is the step.
     for ours, theirs in zip(built.model.parameters(), reference.model.parameters(), strict=True):
         agree = torch.isclose(ours, theirs, rtol=1e-3, atol=1e-5).float().mean()
         assert agree > 0.99

@@ -1,4 +1,4 @@
-"""FLOPs beside the formulas for them, and the peaks of devices."""
+"""FLOPs agree with their formulas, and devices have their peaks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_a_linear_layer_counts_its_products():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     first, second = 2 * 8 * 16, 2 * 16 * 4
-    # Backwards the weights' gradients, and those of the inputs but of the first layer's.
+    # Backward: gradients of both weights, and of the second layer's input; the first layer's input needs none.
     assert training_flops(model, torch.empty(5, 8)) == 2 * first + 3 * second
     model[0].weight.requires_grad_(False)
     model[0].bias.requires_grad_(False)
@@ -28,7 +28,7 @@ def test_convolutions_count_their_products(kind, places, groups):
     convolution = kind(4, 8, 3, stride=2, padding=1, groups=groups)
     model = nn.Sequential(nn.Conv2d(4, 4, 1), convolution)
     products = places * 4 * 8 // groups * 9
-    # Those of the input too, for the convolution before; that one needs none.
+    # The second convolution also computes its input's gradient, which the first one does not need.
     assert training_flops(model, torch.empty(2, 4, 10, 10)) == 3 * 2 * products + 2 * 2 * (100 * 4 * 4)
 
 
@@ -39,12 +39,12 @@ def test_gpt2_counts_as_in_appendix_b_of_palm(size, basis):
     if size == "tiny":
         model = gpt2.GPT2(config)
     else:
-        # Parameters without memory: what is counted depends on shapes alone.
+        # Parameters without memory, since the count depends on shapes alone.
         with torch.device("meta"):
             model = gpt2.GPT2(config)
     if basis is not None:
         rewrite_(model, ExpansionConfig(basis))
-    # Positions are added, and multiply nothing.
+    # Positions are added, so they take no multiplications.
     parameters = sum(p.numel() for p in model.parameters()) - model.positions.weight.numel()
     a_token = 6 * parameters + 12 * config.layers * config.width * config.context
     counted = training_flops(model, torch.zeros(3, config.context, dtype=torch.long))
@@ -63,7 +63,7 @@ def test_attention_counts_the_same_whatever_kernel_a_device_has():
 
 def test_a_convnext_of_published_size_has_its_published_flops():
     model = convnext.ConvNeXt(convnext.PRESETS["t"])
-    # 4.5e9 multiply-adds forwards (Liu et al., table 9); backwards about twice as many.
+    # 4.5e9 multiply-adds forward (Liu et al., table 9), and about twice as many backward.
     assert training_flops(model, torch.empty(2, 3, 224, 224)) == pytest.approx(3 * 2 * 4.5e9, rel=0.05)
 
 

@@ -1,7 +1,7 @@
-"""State dicts as other libraries name and shape them, and what those compute of them, for tests without the libraries.
+"""State dicts and logits of other libraries' models, for tests without these libraries.
 
-The references are functions of the state dict alone, in float64: products in the layout's own orientation, with the
-formulas of the papers.
+The reference logits are functions of the state dict alone, in float64, with the formulas of the papers; matrix products
+use the layout's own orientation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def randoms(shapes):
 
 
 def transformers_state(prefix="transformer.", width=WIDTH):
-    """GPT2LMHeadModel's: linear maps as (in, out), the causal mask as buffers, the tied head by its own name."""
+    """A state dict of GPT2LMHeadModel: linear maps (in, out), the causal mask in buffers, the tied head with a name."""
     shapes = {"wte.weight": (VOCABULARY, width), "wpe.weight": (CONTEXT, width)}
     for i in range(LAYERS):
         sizes = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
@@ -65,7 +65,7 @@ def transformers_logits(state, tokens, heads):
     return norm("ln_f", x) @ state["wte.weight"].t()
 
 
-# Where each part of a ConvNeXt stands in a layout; s and b are the numbers of stage and block.
+# The name of each part of a ConvNeXt in a layout; s and b are the numbers of stage and block.
 TIMM = {
     "conv": lambda s: "stem.0" if s == 0 else f"stages.{s}.downsample.1",
     "entry norm": lambda s: "stem.1" if s == 0 else f"stages.{s}.downsample.0",
@@ -115,14 +115,14 @@ def convnext_logits(layout, state, images):
     def pair(name):
         return state[f"{name}.weight"], state[f"{name}.bias"]
 
-    def norm(name, x):  # over the channels, dimension 1
+    def norm(name, x):  # over the channels, which are dimension 1
         weight, bias = pair(name)
         centred = x - x.mean(1, keepdim=True)
         scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
         shape = (1, -1, *[1] * (x.dim() - 2))
         return scaled * weight.reshape(shape) + bias.reshape(shape)
 
-    def pointwise(name, x):  # of dimension 1
+    def pointwise(name, x):  # over the channels, which are dimension 1
         weight, bias = pair(name)
         return torch.einsum("oi,nihw->nohw", weight.reshape(len(weight), -1), x) + bias.reshape(1, -1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""Weights come back as the model that they were of, and a file that does not fit says what does not."""
+"""Weights are loaded as the model that was saved, and errors say why a file does not fit."""
 
 import copy
 import errno
@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
-from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, freeze_, revert_, rewrite_
-from ortho_fx.models import files
+from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, files, freeze_, revert_, rewrite_
 from ortho_fx.models.convnext import PRESETS as CONVNEXTS
 from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
@@ -214,7 +213,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def written(path, tensors, **changes):
-    """The file of a small GPT-2 with changes to its description; None takes a field out."""
+    """Writes the file of a small GPT-2 with changes to its description; None removes a field."""
     save_weights(gpt2(), path, {})
     values = json.loads(metadata(path)["ortho_fx"]) | changes
     text = json.dumps({key: value for key, value in values.items() if value is not None})

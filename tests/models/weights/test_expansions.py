@@ -1,4 +1,4 @@
-"""Files of expansions: what is read computes what was written, whatever kind it is of."""
+"""Files of expansions: an expansion of any kind computes the same after it is read."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_a_fitted_expansion_is_read_without_fitting_it_again(tmp_path):
     loaded = load_expansions(tmp_path / "e.safetensors").sites["a"].activation
     assert torch.equal(loaded.coefficients, activation.coefficients)
     assert loaded.config.init == "fit"
-    assert loaded.reference is None  # a function that has no name to find it by
+    assert loaded.reference is None  # the function has no name by which to find it
 
 
 def test_a_file_cannot_have_a_formula_evaluated(tmp_path):

@@ -1,4 +1,4 @@
-"""State dicts of other libraries become our models, which compute what the references of `foreign_layouts` do."""
+"""State dicts of other libraries become our models, which agree with the references in `foreign_layouts`."""
 
 import json
 from dataclasses import replace
@@ -132,9 +132,9 @@ def test_variants_of_gpt2_are_refused(tmp_path, settings, message):
 @pytest.mark.parametrize("layout", [TIMM, AUTHORS], ids=["timm", "authors"])
 def test_convnext_of_timm_and_of_its_authors(tmp_path, layout):
     state = convnext_state(layout)
-    kind, config, tensors = convert(state)
-    assert (kind, config) == ("convnext", ConvNeXtConfig(CHANNELS, CLASSES, PATCH, DEPTHS, WIDTHS))
-    assert tensors.keys() == ConvNeXt(config).state_dict().keys()
+    weights, config = convert(state), ConvNeXtConfig(CHANNELS, CLASSES, PATCH, DEPTHS, WIDTHS)
+    assert (weights.kind, weights.config, weights.expansions) == ("convnext", config, {})
+    assert weights.state.keys() == ConvNeXt(config).state_dict().keys()
     torch.save({"model": state}, tmp_path / "weights.pth")
     loaded = load_pretrained(tmp_path / "weights.pth")
     assert (loaded.kind, loaded.notes, loaded.model.config) == ("convnext", (), config)

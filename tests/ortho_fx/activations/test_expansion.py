@@ -76,7 +76,7 @@ def test_one_expansion_a_channel_or_group(cls):
     per_group = cls(granularity="group:2", channels=6)
     assert all(p.shape[1] == 6 for p in per_channel.parameters())
     assert all(p.shape[1] == 2 for p in per_group.parameters())
-    # They start equal, so they are the shared expansion wherever the channels are.
+    # All channels start equal, so the result is that of one shared expansion, whichever dimension has the channels.
     for activation in (per_channel, per_group):
         torch.testing.assert_close(activation(x), cls()(x))
         torch.testing.assert_close(activation(x.movedim(1, -1)), cls()(x).movedim(1, -1))

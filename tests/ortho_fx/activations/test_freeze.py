@@ -1,4 +1,4 @@
-"""Frozen expansions: equal to what they came from, no longer than needed, and modules like any other."""
+"""Frozen expansions: equal to their expansions, with no more terms than needed, and modules like any other."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ CLASSES = [HermiteActivation, FourierActivation, TropicalActivation, TropicalRat
 
 @st.composite
 def expansions(draw, dtype=torch.float64, kinds=KINDS):
-    """Expansions with random parameters; coarse ones have zeros, equal frequencies and lines that meet in one point."""
+    """Expansions with random parameters. Coarse ones have zeros, equal frequencies and lines that meet in one point."""
     kind = draw(st.sampled_from(kinds))
     basis = basis_of(kind)
     degree = draw(st.sampled_from([1, 2, 3, 6, basis.degrees[-1]]))
@@ -58,12 +58,12 @@ def expansions(draw, dtype=torch.float64, kinds=KINDS):
 
 
 def inputs(dtype=torch.float64):
-    """From -8 to 8 standard deviations, for each channel."""
+    """Inputs from -8 to 8 for each channel."""
     return torch.linspace(-8, 8, 257, dtype=dtype).unsqueeze(1).repeat(1, CHANNELS)
 
 
 def rounding(activation, x):
-    """What rounding in float32 can make of the result, in units of eps: to first order, and never less than four."""
+    """A bound of the rounding error of the result, in units of eps: to first order, and at least four."""
     low, high = (-math.inf, math.inf) if activation.bounds is None else activation.bounds.tolist()
     x = x.double().clamp(low, high).numpy()
     values = {p.name: getattr(activation, p.name).detach().double().numpy() for p in activation.basis.parameters}
@@ -108,19 +108,19 @@ def test_it_rounds_like_it_in_float32(activation, scale):
     own, bound = activation(x), torch.finfo(torch.float32).eps * rounding(activation, x)
     exact = activation.double()(x.double())
     assert ((y - exact).abs() <= bound).all()
-    if activation.basis.name == "hermite":  # of which a part bounds the recurrence's own error
+    if activation.basis.name == "hermite":  # a quarter of its bound holds for the recurrence itself
         assert ((own - exact).abs() <= bound / 4).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(expansions())
 def test_gradients_of_every_order_are_those_of_the_expansion(activation):
-    # Knots of coarse lines are at fractions with small denominators, where two gradients are right.
+    # Knots of coarse lines lie at fractions with small denominators. At a knot two gradients are right.
     x = (inputs() + math.pi / 1000).requires_grad_()
     actual, expected = FrozenExpansion(activation)(x), activation(x)
     for _ in range(2 if "tropical" in activation.basis.name else 3):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
-        if not actual.requires_grad:  # the slope of a line
+        if not actual.requires_grad:  # the slope of a line is constant
             break
         actual, expected = (
             torch.autograd.grad(y.sum(), x, create_graph=True, materialize_grads=True)[0] for y in (actual, expected)
@@ -128,7 +128,7 @@ def test_gradients_of_every_order_are_those_of_the_expansion(activation):
 
 
 def least_lines(slopes, offsets):
-    """How many lines the maximum needs, by exact arithmetic: those on top between neighbouring crossings."""
+    """Number of lines that the maximum needs, by exact arithmetic: those on top between neighbouring crossings."""
     lines = sorted({(Fraction(s), Fraction(b)) for s, b in zip(slopes, offsets, strict=True)})
     knots = sorted({(d - b) / (s - t) for s, b in lines for t, d in lines if s != t})
     between = [knots[0] - 1, *((x + y) / 2 for x, y in pairwise(knots)), knots[-1] + 1] if knots else [Fraction(0)]
@@ -332,14 +332,14 @@ def test_a_frozen_model_computes_what_it_did(basis, granularity):
     expected = model(x)
     names = tuple(name for name, module in model.named_modules() if hasattr(module, "basis"))
     assert len(names) == 4
-    assert freeze_(model) == names
+    assert freeze_(model).names == names
     torch.testing.assert_close(model(x), expected)
     assert model[0].act is model[1].act
     assert isinstance(model[0].act, FrozenExpansion)
     assert (model[0].act.training, model[2][0].training) == (False, True)
     assert sum(p.numel() for p in model.parameters()) == 40
     assert all(site.reason for site in find_sites(model))
-    assert freeze_(model) == ()
+    assert str(freeze_(model)) == "nothing to freeze: every expansion is frozen"
 
 
 def test_a_compiled_model_runs_what_was_frozen():

@@ -97,7 +97,8 @@ def test_gains_of_known_functions():
 
 
 def test_basins():
-    # Fourier is bounded, a cubic is not; where 1 is no fixed point, or repels, there is no basin.
+    # Fourier is bounded, so its basin is infinite; a cubic is not bounded. There is no basin if 1 is no fixed point or
+    # repels.
     assert gains(ExpansionConfig("fourier", 5)).basin == math.inf
     assert 3 < gains(ExpansionConfig("hermite", 3)).basin < 4
     assert gains(ExpansionConfig("hermite", 3, "paper")).basin == 0

@@ -1,4 +1,4 @@
-"""State dicts of torchortho: what benchmarks/torchortho_states.py saved loads, and computes the same."""
+"""State dicts of torchortho, saved by benchmarks/torchortho_states.py: they load, and results agree."""
 
 import json
 import re
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named(name, change, message):
 
 
 def test_a_wrong_basis_is_refused_without_strict_as_well():
-    # Of the same shape: the coefficients would load without a word.
+    # The coefficients have the same shape, so without a check they would load silently.
     activation = HermiteActivation(4)
     with pytest.raises(RuntimeError, match="not 'hermite'"):
         activation.load_state_dict(state_of("FourierActivation-5"), strict=False)

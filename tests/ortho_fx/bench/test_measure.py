@@ -53,7 +53,7 @@ def test_memory_of_gelu_is_its_output_and_the_gradient(report):
     tensor = 8 * ROW * 4
     for name in ("gelu", "copy"):
         assert report[name].peak_bytes == 2 * tensor
-        assert report[name].saved_bytes == 0  # the input alone, which was there before
+        assert report[name].saved_bytes == 0  # only the input is saved, and it existed before
     assert report["hermite 3"].peak_bytes >= 2 * tensor
 
 
@@ -165,7 +165,7 @@ def test_fresh_allocations_fault_and_reused_buffers_do_not():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     faults, refusal = done.stdout.splitlines()
     fresh, reused = map(float, faults.split())
-    # Of the output and of the gradient: in the largest case a page has 2 MiB. Below 32 MiB, malloc reuses by itself.
+    # Pages of the output and of the gradient; a page has at most 2 MiB. Below 32 MiB malloc reuses buffers by itself.
     assert fresh >= 2 * 3000 * 3072 * 4 / 2**21
     assert reused < fresh / 10
     assert refusal == "fresh allocations need a new process: this one already reuses its buffers"

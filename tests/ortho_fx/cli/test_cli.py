@@ -83,7 +83,7 @@ def recipe(tmp_path, monkeypatch):
 def test_options_go_before_the_recipe(capsys, recipe):
     code, out, _ = run(capsys, "train", recipe, "--steps", "2", "--out", "two")
     assert (code, "gpt2 test with fourier 4 tied, 2 steps, in two" in out) == (0, True)
-    # What the recipe says of its basis says nothing of another.
+    # The recipe's degree and `tied` belong to its own basis, so another basis starts from its defaults.
     code, out, _ = run(capsys, "train", recipe, "--basis", "hermite")
     assert (code, "gpt2 test with hermite 3, 3 steps, in mine" in out) == (0, True)
     code, out, _ = run(capsys, "train", recipe, "--basis", "none", "--overwrite")

@@ -101,7 +101,7 @@ def test_what_is_left_has_its_reason(capsys, file):
     lines = run(capsys, f"{file}:make").splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == ["sigmoid_expansion_0", "act", "inner"]
     assert lines[1].endswith("Gate   left: it is a gate unless it is named as a target")
-    # What a plain tensor makes of a function is known by its number alone.
+    # The formula of `inner` contains a plain tensor, so only the tensor's value shows that it is swish.
     assert lines[3].split() == ["inner", "module", "swish", "Gate"]
     assert lines[-1] == "Gate: 3 activations, 2 would be replaced, 1 left"
     lines = run(capsys, f"{file}:make", "--targets", "sigmoid", "relu").splitlines()

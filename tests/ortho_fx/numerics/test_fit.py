@@ -1,4 +1,4 @@
-"""Fits, with dense quadrature of the fitted modules as the oracle for every error that they state."""
+"""Fits; dense quadrature of the fitted modules is the oracle for every error that they state."""
 
 import math
 from dataclasses import replace
@@ -129,7 +129,7 @@ def test_tied_frequencies_cost_closeness_at_low_degrees_and_little_at_high_ones(
         ratios = []
         for degree in (6, 24):
             free, tied = (fit(function, ExpansionConfig("fourier", degree, tied=tied)) for tied in (False, True))
-            # Below 1e-7 it is the rounding of float32 that decides.
+            # Below 1e-7 the rounding of float32 decides.
             ratios.append((tied.rmse + 1e-7) / (free.rmse + 1e-7))
         assert 1 < ratios[0] < 70
         assert ratios[1] < 2

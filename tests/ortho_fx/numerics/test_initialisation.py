@@ -1,4 +1,4 @@
-"""Initial gains, with a dense quadrature of the functions themselves as the oracle."""
+"""Initial gains; dense quadrature of the functions is the oracle."""
 
 import math
 
@@ -23,7 +23,7 @@ def function_of(name, values):
 
 
 def quadrature(function):
-    """E[f], E[f^2], E[f'^2], E[(X^2 - 1) f], E[(X^2 - 1) f^2] by the midpoint rule; at kinks it errs by about 1e-6."""
+    """E[f], E[f^2], E[f'^2], E[(X^2 - 1) f], E[(X^2 - 1) f^2] by the midpoint rule; kinks cost errors of about 1e-6."""
     x = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) * 1.2e-5 - 12
     weight = torch.exp(-x * x / 2)
     weight /= weight.sum()
@@ -52,7 +52,7 @@ def test_stable_gains_are_one_and_attract(name, degree):
     if (name, degree) == ("hermite", 1):  # the identity
         assert g.square_growth / 2 == pytest.approx(1)
     else:
-        # Tropical is the closest to a line, whose slope is 1.
+        # Tropical is the closest to a line, for which the value is 1.
         assert abs(g.square_growth / 2) < (0.95 if name == "tropical" else 0.9)
 
 

@@ -1,9 +1,8 @@
 """Gradients where Inductor sums over rows and over columns in one kernel.
 
-On a GPU Inductor fuses such a "mix-order" pair where both read the same tensor: of a LayerNorm's backward, or of an
-expansion a channel beside a sum over each row. Before PyTorch 2.15 sums that share a buffer were lost there (pytorch
-issue 193061), as the sums of an expansion do; ortho_fx turns it off on these releases. The GPU's code is run by
-`tests.interpreter`.
+On a GPU Inductor fuses such a "mix-order" pair if both read the same tensor, as in a LayerNorm's backward, or in an
+expansion for each channel beside a sum over each row. The sums of an expansion share a buffer, and before PyTorch 2.15
+such sums were lost. ortho_fx turns the fusion off on these releases. `tests.interpreter` runs the GPU's code.
 """
 
 import copy
@@ -21,7 +20,7 @@ from tests.kinds import KINDS, config_of
 pytestmark = pytest.mark.slow
 
 ROWS, CHANNELS = 48, 64
-# Of any size, and whatever it reads.
+# Settings with which Inductor fuses a pair of any size, whatever it reads.
 WANTED = {
     "triton.mix_order_reduction": True,
     "triton.mix_order_reduction_non_strict_mode": True,
@@ -31,13 +30,13 @@ WANTED = {
 
 
 def settings():
-    """Those of the settings that this release has."""
+    """The wanted settings, as far as this release has them."""
     known = torch_private.load(torch_private.INDUCTOR).config.get_config_copy()
     return {name: value for name, value in WANTED.items() if name in known}
 
 
 class Norms(nn.Module):
-    """The same expansion behind two layer norms."""
+    """The same expansion after each of two layer norms."""
 
     def __init__(self, activation):
         super().__init__()
@@ -49,7 +48,7 @@ class Norms(nn.Module):
 
 
 class Scaled(nn.Module):
-    """An expansion, and a scale for each row: its gradient is a sum over columns beside those of the coefficients."""
+    """An expansion with a scale for each row; the scale's gradient sums over columns, the coefficients' over rows."""
 
     def __init__(self, activation, rows=ROWS):
         super().__init__()
@@ -81,7 +80,7 @@ def tensors():
 
 
 def exact(model, x, tangent):
-    """The output and the gradients in float64, of x and of every parameter."""
+    """The output and the gradients of x and of every parameter, in float64."""
     model, x = copy.deepcopy(model).double(), x.detach().double().requires_grad_()
     y = model(x)
     return y, torch.autograd.grad(y, [x, *model.parameters()], tangent.double())
@@ -105,13 +104,13 @@ def test_gradients_on_a_gpu(kind, model, granularity):
     (y,), gradients = run(code, [x, *model.parameters(), *model.buffers()], [tangent])
     expected, expected_gradients = exact(model, x, tangent)
     assert_near([y, *gradients[: len(expected_gradients)]], [expected, *expected_gradients])
-    # The sums of one expansion for a whole layer are split, which Inductor does not mix.
+    # An expansion for the whole layer has split sums, which Inductor does not mix.
     mixes = isinstance(model, Norms) or granularity == "channel"
     assert is_mixed(code.backward) == (mixes and torch_private.release() >= (2, 15)), str(code)
 
 
 def test_a_layer_norm_alone_is_mixed_and_right():
-    """The kernels that the test above is about exist on every release, and its interpreter runs them."""
+    """Mixed kernels exist on every release, and the interpreter runs them."""
     model, (x, tangent) = nn.Sequential(nn.LayerNorm(CHANNELS), nn.GELU()), tensors()
     code = triton_code(model, x, options=settings())
     assert is_mixed(code.backward)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -141,19 +140,11 @@ def test_shapes_without_elements_or_dimensions(name):
         assert x.grad.shape == shape
 
 
-@pytest.fixture
-def without_loops():
-    """Makes it an error where `torch.vmap` has no rule and would call an operator once for each member."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop because we have not yet implemented the batching")
-        yield
-
-
 @pytest.mark.parametrize("channel_dim", [None, 0, 1, -1])
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("without_loops")
 def test_one_call_for_a_batch_is_a_call_for_each_member(name, channel_dim):
-    """Whichever arguments are batched and wherever, for the forward and the backward operator."""
+    """Any of the arguments may be batched, in any dimension, for the forward and the backward operator."""
     _, parameters = arguments(name, 2)
     generator = torch.Generator().manual_seed(2)
     further = () if channel_dim is None else (channel_dim,)
@@ -268,7 +259,7 @@ def test_the_weights_of_tied_waves_are_computed_once_and_kept_for_the_backward_p
     activation = make_activation(config_of("fourier tied", 5, **settings), channels=groups, channel_dim=-1)
     code = triton_code(activation, torch.empty(4096, 3072, device="meta", requires_grad=True))
     whole = 4096 * 3072
-    # The weights, and the expansion; the gradient of the input, the sums, and what they make of the other gradients.
+    # Forward: the weights, then the expansion. Backward: the input's gradient, the sums, the other gradients from them.
     assert [math.prod(kernel.numels.values()) >= whole for kernel in code.forward.kernels] == [False, True]
     assert [math.prod(kernel.numels.values()) >= whole for kernel in code.backward.kernels] == [True, False, False]
 

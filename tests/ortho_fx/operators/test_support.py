@@ -1,4 +1,4 @@
-"""Releases of PyTorch that nobody has seen yet: without a private name, with one that behaves otherwise."""
+"""Future releases of PyTorch: a private name is missing, or behaves differently."""
 
 import json
 import math
@@ -17,44 +17,10 @@ from ortho_fx.operators import support
 
 pytestmark = pytest.mark.slow
 
-SERVER = Path(__file__).parents[2] / "future_server.py"
 NAMES = sorted({entry.path for group in torch_private.GROUPS for entry in group.names})
-# What reads generated code raises, and the name of a compiler has a substitute: nothing is lost without a word.
+# Without these names nothing is lost silently: tools that read generated code raise, and the compiler's name has a
+# substitute. So there is no warning.
 SILENT = (torch_private.TOOLS, torch_private.TOOLCHAIN)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where compiled code is kept, and what was found out about a release."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def ask(cache):
-    """Runs a case in a process of its own, which has PyTorch and its compiler already."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # What the processor can do is taken from the system, and not found out by building something.
-        "TORCHINDUCTOR_VEC_ISA_OK": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    # Not by its path: tests/, which has a folder ortho_fx, would come first among the paths of imports.
-    command = [sys.executable, "-c", SERVER.read_text()]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def answer(**case):
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-            found = json.loads(process.stdout.readline())
-            assert "failed" not in found, found["failed"]
-            return found
-
-        yield answer
-        process.stdin.close()
 
 
 def groups_of(path):
@@ -106,7 +72,7 @@ def test_on_a_release_of_the_future_the_lowering_is_checked_once(ask, cache, tmp
     assert ask(**future) == {"reason": None, "warnings": []}
     (file,) = (cache / "ortho_fx").glob("lowering-*.json")
     assert json.loads(file.read_text()) == {"hermite": None}
-    # Whatever the check found is believed from then on.
+    # Later processes trust the result of the check.
     file.write_text('{"hermite": "the numbers are wrong"}')
     found = ask(**future)
     assert found["reason"] == "the numbers are wrong"
@@ -197,7 +163,7 @@ def test_a_missing_cpp_compiler_is_named(tmp_path):
 
 
 def test_the_factor_that_the_warning_names_was_measured():
-    file = SERVER.parents[1] / "benchmarks" / "results" / "lowering_cpu.json"
+    file = Path(__file__).parents[3] / "benchmarks" / "results" / "lowering_cpu.json"
     rows = [row for record in json.loads(file.read_text()).values() for row in record["rows"].values()]
     largest = math.ceil(10 * max(row["plain / own"] for row in rows)) / 10
     assert f"up to {largest} times slower" in torch_private.INDUCTOR.without

@@ -67,7 +67,7 @@ def test_coefficients_are_those_of_the_formula():
         model[0].bias.fill_(0.5)
         model[1].coefficients.copy_(torch.tensor([0.25, 1.0, 3.0, 6.0]))
     polynomial = to_polynomial(model)
-    # 0.25 + h + 3 (h^2 - 1) / 2 + (h^3 - 3 h) with h = 1/2 + 2 a - b.
+    # The polynomial is 0.25 + h + 3 (h^2 - 1) / 2 + (h^3 - 3 h) with h = 1/2 + 2 a - b.
     a, b = (np.polynomial.Polynomial([0, 1]), 1.5)
     h = 0.5 + 2 * a - b
     expected = 0.25 + h + 1.5 * (h**2 - 1) + h**3 - 3 * h
@@ -176,7 +176,7 @@ def test_derivatives_are_those_of_the_network():
         np.testing.assert_allclose(polynomial.derivative(i)(x.detach())[:, 0], gradient[:, i], rtol=1e-10, atol=1e-12)
     constant = polynomial.derivative(0).derivative(0).derivative(0).derivative(0)
     assert constant([1.0, 2.0, 3.0]).tolist() == [0.0]
-    with pytest.raises(OrthoFxError, match="input must be from 0 to 2; got 3"):
+    with pytest.raises(OrthoFxError, match="input must be an integer from 0 to 2; got 3"):
         polynomial.derivative(3)
 
 

@@ -18,7 +18,7 @@ def batches(*shape, count=2):
 
 
 class Counter:
-    """A number under a scheme that counts: its value, depth and level, and multiplications of all kinds."""
+    """A number that counts multiplications, as an encryption scheme would: its value, depth and level."""
 
     products = scalars = 0
 
@@ -59,7 +59,7 @@ def test_costs_are_reached_by_evaluating(degree, evaluate):
 
 
 def _eight(x, c):
-    # Baby steps up to 4, and x^4 once more as the giant step: 3 products for the powers and 1.
+    # Baby steps up to x^4, which is also the giant step: 3 products for the powers, and 1 with the giant step.
     two = x * x
     three, four = two * x, two * two
     high = four * c[8] + three * c[7] + two * c[6] + x * c[5] + c[4]
@@ -73,7 +73,7 @@ def test_depth_is_the_smallest_possible_and_products_are_few():
         assert cost.levels == math.ceil(math.log2(degree + 1))
         assert math.sqrt(degree) - 1 <= cost.ciphertext_multiplications <= degree - 1
         assert cost.plaintext_multiplications <= degree
-    # Beside 2^m - 1, what a full search over baby steps finds.
+    # Degrees other than 2^m - 1, with the results of a full search over baby steps.
     few = [evaluation(degree).ciphertext_multiplications for degree in (0, 1, 5, 6, 10, 16, 20, 32)]
     assert few == [0, 0, 3, 4, 5, 7, 8, 11]
     assert evaluation(31).ciphertext_multiplications == 19
@@ -110,7 +110,7 @@ def test_sites_have_their_ranges_and_coefficients_in_both_bases():
 
 
 class Branches(nn.Module):
-    """A short path beside a long one, a product, a power and a scale."""
+    """A short and a long path, a product, a power and a scale."""
 
     def __init__(self):
         super().__init__()

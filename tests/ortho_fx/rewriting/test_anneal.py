@@ -28,7 +28,7 @@ def sites(model):
 
 
 def trained(model, annealing, optimizer, start, end):
-    """The losses of some steps."""
+    """Trains from step `start` to before `end`; returns the losses."""
     losses = []
     for step in range(start, end):
         x = data(100 + step, 64)
@@ -65,7 +65,7 @@ def test_polynomials_are_the_closest_ones_under_all_batches(degree):
     batches = [data(seed).double() for seed in range(4)]
     inputs = model[:1](torch.cat(batches)).detach()
     Annealing(model, degree=degree, batches=batches, steps=1).step()
-    # What is left of ReLU is orthogonal to every polynomial of the degree, as far as a histogram knows the inputs.
+    # The remainder of ReLU is orthogonal to all polynomials of the degree, up to the histogram's error.
     remainder = (inputs.relu() - model[1](inputs)).detach()
     for k in range(degree + 1):
         assert abs((remainder * inputs**k).mean()) < 2e-3 * inputs.pow(2 * k).mean().sqrt()
@@ -101,7 +101,7 @@ def test_the_penalty_is_on_what_lies_beyond_the_reach():
     x = torch.tensor([1.0, 7.0, -5.0, 3.0], requires_grad=True)
     model(x)
     model(x)
-    value = annealing.penalty()  # deviations 3 and 3, of two calls
+    value = annealing.penalty()  # two inputs are 3 deviations away, in each of two calls
     assert value.item() == pytest.approx(2 * (1 + 1) / 4)
     (gradient,) = torch.autograd.grad(value, x)
     assert gradient.tolist() == pytest.approx([0, 0.5, -0.5, 0])

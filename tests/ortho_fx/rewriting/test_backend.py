@@ -1,4 +1,4 @@
-"""The hook: whatever way a model is compiled, the outcome is that of `rewrite_` before the compile."""
+"""The hook: in any way of compiling a model, the result is that of `rewrite_` before the compilation."""
 
 import copy
 import warnings
@@ -48,7 +48,7 @@ class Network(nn.Module):
 
 
 class Own(nn.Module):
-    """Calls activations in the very method that is compiled, twice on a line and in a loop."""
+    """Calls activations in the compiled method itself, twice in a line and in a loop."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
     rewrite_(reference, ExpansionConfig(**OPTIONS))
     x = torch.randn(4, 8, dtype=torch.float64)
     compiled = compile_it(model)
-    for _ in range(2):  # the first call rewrites, the second runs what has been rewritten
+    for _ in range(2):  # the first call rewrites the model, the second runs the rewritten model
         output, expected = compiled(x), reference(x)
         torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
@@ -225,13 +225,6 @@ def test_an_optimizer_that_would_miss_the_parameters_is_refused():
     compile_model(model)(torch.randn(4, 8))
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_wrappers_of_torch_distributed_are_refused_late_and_work_after_rewrite():
     from torch.distributed.device_mesh import init_device_mesh
@@ -263,7 +256,7 @@ def chosen(x, name):
 
 
 class Formulas(nn.Module):
-    """Spells activations out, picks them by name, and calls a function that does so."""
+    """Writes activations as formulas, picks them by name, and calls a function that does so."""
 
     def __init__(self):
         super().__init__()

@@ -67,7 +67,7 @@ def test_fits_are_made_anew_for_the_measured_inputs(name):
     (site,) = calibrate_(model, [x]).sites
     after = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
     assert after < before
-    # The rounding of float32 is beside it where the fit is as good as exact.
+    # If the fit is almost exact, the rounding of float32 adds to the measured error.
     assert site.fit_rmse == pytest.approx(after, rel=0.05, abs=1e-6)
     assert site.fit_rmse < report.sites[0].fit_rmse
 

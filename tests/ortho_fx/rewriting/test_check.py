@@ -1,4 +1,4 @@
-"""`report.check`: what running a rewritten model tells of it."""
+"""`report.check`: findings from running a rewritten model."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_expansions_that_nobody_calls_or_one_mode_alone_are_named():
 
 
 class Reader(nn.Module):
-    """Reads what an in-place activation inside of a child has changed."""
+    """Reads a tensor after an in-place activation in a child changed it."""
 
     def __init__(self, again):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`rewrite_` with what it learns from running the model: fits, calibration, channels."""
+"""`rewrite_` with example inputs: fits, calibration and channels."""
 
 import copy
 import pickle
@@ -89,7 +89,7 @@ def test_calibrated_starts_for_the_inputs_in_the_rewritten_model():
     model(X)
     mean, std = seen[0].mean().item(), seen[0].std(correction=0).item()
     result = gains(model.act, mean, std)
-    # The running statistics of the norm are those of an untrained one.
+    # The norm still has the running statistics of its initialisation.
     assert (result.forward, result.backward) == pytest.approx((1, 1), abs=1e-6)
 
 

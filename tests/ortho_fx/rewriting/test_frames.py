@@ -1,4 +1,4 @@
-"""The hook in frames that are no call of one model: steps over several networks, and what comes after a graph break."""
+"""The hook in frames other than the call of one model: steps over several networks, and frames after a graph break."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ def network():
 
 
 class Owner:
-    """Keeps networks, and is none."""
+    """Holds networks but is no module itself."""
 
     def __init__(self, nets):
         self.nets, self.by_name = nets, {"first": [nets[0]], "second": nets[1]}
@@ -108,7 +108,7 @@ class BreaksFirst(nn.Module):
 
 
 class BreaksBetween(nn.Module):
-    """Half of its own activations come after the break, and layers without any."""
+    """After the graph break come half of its own activations, and layers without activations."""
 
     def __init__(self):
         super().__init__()

@@ -1,13 +1,12 @@
-"""Rewritten models meet the rest of PyTorch: export, torch.func, hooks, compilers, checkpoints, devices, processes.
+"""Rewritten models with the rest of PyTorch: export, torch.func, hooks, compilers, checkpoints, devices, processes.
 
-Every reference is the same model run plainly, in float64. Run as a script, this file is one of two processes.
+Every reference is a plain run of the same model, in float64. As a script, this file is one of two processes.
 """
 
 import copy
 import io
 import subprocess
 import sys
-import warnings
 from datetime import timedelta
 
 import pytest
@@ -43,7 +42,7 @@ every_kind = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
 class Network(nn.Module):
-    """One activation is a module, which is swapped, the other a call, which is replaced in the source."""
+    """One activation is a module, which is exchanged; the other is a call, which is replaced in the source."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +57,7 @@ def inputs(*shape, seed=1):
 
 
 def rewritten(config, seed=0):
-    """A rewritten network whose expansions, and those of its channels, are all different."""
+    """A rewritten network whose expansions all differ, those of its channels too."""
     torch.manual_seed(seed)
     model = Network().double()
     rewrite_(model, config, example_inputs=inputs(8, 4))
@@ -69,7 +68,7 @@ def rewritten(config, seed=0):
 
 
 def pure(model):
-    """The model's squared outputs as a function of its parameters and an input, and those parameters."""
+    """The sum of the model's squared outputs as a function of parameters and an input; and the parameters."""
     buffers = dict(model.named_buffers())
 
     def loss(parameters, x):
@@ -79,19 +78,11 @@ def pure(model):
 
 
 def outcome(model, x, call=None):
-    """Outputs, and the gradients of the parameters by their names."""
+    """Outputs, and the gradients of the parameters by name."""
     model.zero_grad()
     y = (model if call is None else call)(x)
     y.square().sum().backward()
     return y.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.fixture
-def without_loops():
-    """Makes it an error where `torch.vmap` has no rule and would call an operator once for each member."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop because we have not yet implemented the batching")
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +187,7 @@ def test_transforms_inside_of_others(config):
     assert_close(torch.autograd.grad(penalty(leaf), leaf)[0], 2 * curvature @ slope)
 
     value, pull = vjp(lambda s: loss(parameters, s), x)
-    with torch.no_grad():  # after the transform is over
+    with torch.no_grad():  # the transform has ended already
         assert_close(pull(torch.ones_like(value))[0], slope)
 
     (plain,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
@@ -273,7 +264,7 @@ def test_parametrizations(config):
 
 
 class OwnWeight(nn.Module):
-    """Has a parameter and an activation call in the same class, which is rewritten."""
+    """Has a parameter of its own in the class whose activation call is rewritten."""
 
     def __init__(self):
         super().__init__()
@@ -369,7 +360,7 @@ def test_modes(config):
 
 
 def rewritten_state(config):
-    """What the module that is swapped in starts from."""
+    """The initial state of the module that is exchanged."""
     model = Network().double()
     rewrite_(model, config, example_inputs=inputs(5, 4))
     return model.act.state_dict()
@@ -378,7 +369,7 @@ def rewritten_state(config):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_functions_are_fitted_and_gains_computed_in_every_mode(mode):
     expected = gains(F.silu)
-    # Settings that nothing else uses: initial values are remembered.
+    # No other test uses these settings, since initial values are cached.
     clamp = 1.25 if mode is torch.no_grad else 1.75
     with mode():
         assert gains(F.silu) == expected
@@ -464,7 +455,7 @@ def one_of_two(store, rank):
     for config in (*CONFIGS[:2], *CONFIGS[-2:]):
         check_wrappers(config, rank)
     check_ddp(LAYER, rank, lambda model: torch.compile(model, backend="aot_eager"))
-    # A process that leaves takes its connections along, and gloo's threads in the other one may still be using them.
+    # A process that ends closes its connections, which gloo's threads in the other process may still use.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

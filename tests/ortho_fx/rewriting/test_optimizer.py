@@ -23,5 +23,5 @@ def test_weights_decay_and_nothing_else():
 
 def test_empty_groups_are_dropped_and_wrong_rates_named():
     assert [group["name"] for group in param_groups(nn.Linear(2, 2, bias=False), lr=0.1)] == ["decay"]
-    with pytest.raises(OrthoFxError, match=r"^expansion_lr must be zero or more; got -1$"):
+    with pytest.raises(OrthoFxError, match=r"^expansion_lr must be a number, zero or more; got -1$"):
         param_groups(nn.Linear(2, 2), lr=0.1, expansion_lr=-1)

@@ -1,4 +1,4 @@
-"""`revert_`, and a rewrite that fails half-way: the model as it was."""
+"""After `revert_`, and after a rewrite that fails half-way, the model is as it was."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ortho_fx import ExpansionConfig, OrthoFxError, revert_, rewrite_
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, revert_, rewrite_
 from ortho_fx.passes.source import calls
 
 
@@ -34,7 +34,7 @@ def test_everything_is_put_back():
     report = rewrite_(model)
     assert {site.kind for site in report.replaced} == {"module", "attribute", "function", "formula"}
     assert not torch.equal(model(x), expected)
-    names = revert_(model.eval())
+    names = revert_(model.eval()).names
     assert {"act", "shared.0", "shared.2", "fn", "partial", "hidden", "relu_expansion_0", "swish_expansion_0"} == set(
         names
     )
@@ -73,7 +73,7 @@ def test_one_call_of_several_is_put_back_alone():
     model = Mixed()
     rewrite_(model, {"relu_expansion_0": ExpansionConfig()})
     rewrite_(model, {"swish_expansion_0": ExpansionConfig("fourier")})
-    assert revert_(model) == ("relu_expansion_0", "swish_expansion_0")
+    assert revert_(model).names == ("relu_expansion_0", "swish_expansion_0")
     assert type(model) is Mixed
 
 
@@ -89,7 +89,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     def broken(source):
         raise RuntimeError("no such class")
 
-    # Modules and attributes come before calls in the source, which fail.
+    # Modules and attributes are replaced before calls in the source, which fail here.
     monkeypatch.setattr(calls, "rewrite_class", broken)
     model.register_module("last", nn.GELU())
     with pytest.raises(RuntimeError, match="no such class"):
@@ -126,5 +126,8 @@ def test_a_calibrated_model_gets_its_own_modules_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     act = model[1]
     rewrite_(model, ExpansionConfig(init="calibrated"), example_inputs=torch.randn(32, 4))
-    assert revert_(model) == ("1",)
+    model.append(HermiteActivation())  # was never an activation of the model
+    report = revert_(model)
+    assert (report.names, report.kept) == (("1",), ("2",))
+    assert str(report) == "1: reverted\n2: kept"
     assert model[1] is act

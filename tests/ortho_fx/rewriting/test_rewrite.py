@@ -253,7 +253,7 @@ def test_what_is_kept_as_a_function_or_an_object_is_replaced_or_reported():
     assert "more than an activation, or no module" in report.left[0].reason
 
 
-def test_a_scaled_activation_is_replaced_inside_and_listed_once():
+def test_a_scaled_activation_is_listed_once_and_replaced_where_it_is_named():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -262,7 +262,11 @@ def test_a_scaled_activation_is_replaced_inside_and_listed_once():
         def forward(self, x):
             return self.act(x) * self.gain
 
-    assert [(s.name, s.reason) for s in rewrite_(nn.Sequential(Scaled())).sites] == [("0.act", "")]
+    (site,) = find_sites(nn.Sequential(Scaled()))
+    assert site.name == "0.act"
+    assert site.reason == "its result is rescaled by a constant, and it stays unless it is named as a target"
+    report = rewrite_(nn.Sequential(Scaled()), targets=["gelu"])
+    assert [(site.name, site.reason) for site in report.sites] == [("0.act", "")]
 
 
 def test_the_report_reads_as_json():

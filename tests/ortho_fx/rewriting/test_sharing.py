@@ -1,4 +1,4 @@
-"""What one expansion stands for: an instance, wherever it is called, or each place and each call."""
+"""Sharing of expansions: one for each instance, wherever it is called, or one for each place and each call."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ FIT = ExpansionConfig("tropical_rational", 8, "fit")
 
 
 class Block(nn.Module):
-    """As in a ResNet: one in-place activation, called twice."""
+    """A block as in a ResNet: it calls one in-place activation twice."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def test_an_activation_of_the_whole_process_is_never_changed():
 
 
 class Library(nn.Module):
-    """As transformers' GELUActivation: a leaf that keeps a function."""
+    """A leaf module that keeps a function, like GELUActivation of transformers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Graphs that hold forward and backward: an activation is replaced with its backward, or left with a reason."""
+"""Graphs with forward and backward: an activation is replaced together with its backward, or left with a reason."""
 
 import copy
 
@@ -58,7 +58,7 @@ def step_with(*activations):
 
 
 def assert_is_derivative(graph, record):
-    """The graph's outputs are those of eager autograd, in float64, with the expansions in it."""
+    """Asserts that the graph gives the results of eager autograd with the same expansions, in float64."""
     w, x = weights()
     expansions = [copy.deepcopy(graph.get_submodule(site.name)) for site in record.replaced]
     loss = step_with(*expansions)[0](w, x)

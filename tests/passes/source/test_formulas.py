@@ -1,4 +1,4 @@
-"""Formulas spelled out in a forward are activations, whatever the spelling."""
+"""Formulas in a forward are recognised as activations, however they are written."""
 
 import functools
 import math
@@ -127,7 +127,7 @@ def test_helpers_become_methods_and_compute_what_they_did(compiled):
     assert len(rewrite_(module, CLOSE, example_inputs=x).replaced) == 7
     run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     assert (run(x) - expected).norm() < 0.01 * expected.norm()
-    assert helper(x, "silu") is not None  # the function itself is what it was
+    assert helper(x, "silu") is not None  # the function itself has not changed
     assert torch.equal(helper(x, "silu"), F.silu(x))
     assert type(SHARED) is nn.GELU
 

@@ -1,4 +1,4 @@
-"""Calls in a module's own source: found where they stand, replaced where they stand, and nothing else changed."""
+"""Calls in a module's own source are found and replaced in place, and nothing else changes."""
 
 import copy
 import functools
@@ -64,7 +64,7 @@ def test_every_way_of_calling_is_found_in_order():
 
 
 class Recorder(ExpansionActivation):
-    """Stands in for an expansion: computes the old function, so that a rewritten module must agree with the old."""
+    """Takes the place of an expansion but computes the old function, so a rewritten module must agree with the old."""
 
     def __init__(self, function):
         nn.Module.__init__(self)
@@ -97,7 +97,7 @@ def test_a_rewritten_method_computes_the_same_apart_from_the_calls(training, res
     torch.manual_seed(0)
     expected = module(x, **keywords, power=3)
     torch.manual_seed(0)
-    # The tanh approximation is not what the recorder computes: it differs by less than 1e-2 at the output.
+    # The recorder computes the exact GELU, and the module the tanh approximation; outputs differ by less than 1e-2.
     torch.testing.assert_close(new(x, **keywords, power=3), expected, rtol=0.05, atol=0.05)
     calls = {name: child.calls for name, child in new.named_children() if isinstance(child, Recorder)}
     assert calls == {

@@ -1,4 +1,4 @@
-"""Activations are known by what they compute: classes and functions that nobody listed."""
+"""Unlisted classes and functions are recognised as activations by what they compute."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from ortho_fx.passes.vocabulary.targets import TARGETS, Reference
 
 
 def without_address(value):
-    """The test's name, the same in every process."""
+    """The test's name without addresses, so that it is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
@@ -86,7 +86,7 @@ def gelu(x):
 
 
 def swish(x, inplace: bool = False):
-    """With a docstring and a flag."""
+    """Has a docstring and a flag."""
     return x.mul_(x.sigmoid()) if inplace else x.mul(x.sigmoid())
 
 
