@@ -13,8 +13,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# A test process has one thread: several processes share the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# A test process has one thread: several processes share the cores. Each takes a row of tests, so that most fixtures of a
+# module are made once, and then what is left of the others' rows.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo test quick lint typecheck docs compat clean
 
