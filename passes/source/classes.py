@@ -166,6 +166,11 @@ def asked_in_place(source: Source, key: str) -> bool:
     return any(call.in_place for call in analyse(source).children if call.key == key)
 
 
+def is_discarded(source: Source, key: str) -> bool:
+    """Whether a call of what the module keeps under a name stands alone: it is there to change its input."""
+    return any(call.discarded for call in analyse(source).children if call.key == key)
+
+
 def guards_parameter(module: nn.Module, call: Call) -> bool:
     """Whether the input of a call is made of parameters and buffers of the module alone."""
     if call.function not in POSITIVE or not call.tensors:

@@ -85,12 +85,13 @@ class Call:
 @dataclass(frozen=True)
 class ChildCall:
     """One call of something that the module keeps, `self.act(x)`: what takes its result, whether `inplace` may be
-    asked for, and the attributes of self that are constants in it."""
+    asked for, the attributes of self that are constants in it, and whether nothing takes the result."""
 
     key: str
     uses: tuple[Use, ...]
     in_place: bool
     constants: frozenset[str]
+    discarded: bool = False
 
 
 class CallEditor(ast.NodeTransformer):
@@ -210,7 +211,8 @@ class CallEditor(ast.NodeTransformer):
             in_place = any(self._may_be(keyword.value) for keyword in node.keywords if keyword.arg == "inplace")
             uses, asked = self._asking(lambda: tuple(uses_of(node, self.method)))
             decisive = any(use.other is not None for use in uses)
-            self.children.append(ChildCall(key, uses, in_place, asked if decisive else frozenset()))
+            discarded = isinstance(self.method.scopes.parents.get(node), ast.Expr)
+            self.children.append(ChildCall(key, uses, in_place, asked if decisive else frozenset(), discarded))
 
     def _new(
         self,
