@@ -17,6 +17,7 @@ from ortho_fx.batches import Batch, call
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.observe import copied
 from ortho_fx.passes.revert import revert_expansions
+from ortho_fx.passes.vocabulary.recognise import changes_input
 
 _MODES = ("train", "eval")
 
@@ -90,7 +91,8 @@ def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
     """The replaced in-place activations without which the original model computes something else."""
     original = copied(model).eval()
     reverted = revert_expansions(original, lambda _: True)
-    in_place = [n for n in reverted if getattr(_held(original, n), "inplace", False) is True]
+    # Calls in source that write to their input still do: only modules that were exchanged can differ.
+    in_place = [n for n in reverted if _writes(_held(original, n))]
     if not in_place:
         return
     expected = _run(original, inputs)
@@ -98,12 +100,20 @@ def _mutations(model: nn.Module, inputs: Batch) -> Iterator[str]:
     def differs(names: list[str]) -> bool:
         trial = copy.deepcopy(original)
         for name in names:
-            _held(trial, name).inplace = False
+            _held(trial, name).register_forward_pre_hook(_clone)
         return not all(map(torch.equal, _run(trial, inputs), expected))
 
     # One run tells whether any does, which is rare; only then each is tried alone.
     if differs(in_place):
         yield from (name for name in in_place if differs([name]))
+
+
+def _writes(held: object) -> bool:
+    return isinstance(held, nn.Module) and changes_input(held)
+
+
+def _clone(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.clone() if isinstance(one, Tensor) else one for one in arguments)
 
 
 def _held(model: nn.Module, name: str) -> Any:

@@ -6,18 +6,19 @@ import functools
 import inspect
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ortho_fx.passes.graph.uses import guard_of_called
 from ortho_fx.passes.modules.exchange import attribute_of, module_in
-from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_elsewhere
+from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_by_hooks, kept_elsewhere
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source import asked_in_place, guard_of_child, source_of
 from ortho_fx.passes.source.occurrences import calls, calls_of_child
+from ortho_fx.passes.vocabulary.activates import scripted_in
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.guards import guard_of
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, functions_of, own_classes
 from ortho_fx.passes.vocabulary.recognise import (
     changes_input,
@@ -62,6 +63,8 @@ def _more_than_forward(child: nn.Module) -> str:
 def _guard(owner: nn.Module, key: str, function: str) -> str:
     if isinstance(owner, fx.GraphModule):
         return guard_of_called(owner.graph, key, function)
+    if isinstance(owner, nn.utils.parametrize.ParametrizationList):
+        return guard_of(function, (), of_parameter=True)
     return guard_of_child(source_of(owner), key, function)
 
 
@@ -85,6 +88,7 @@ def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
             yield Occurrence(site, owner, attribute_of(owner, key), reference, guard=guard)
         else:
             yield from _left(prefix, owner, kept_elsewhere(owner, key, value))
+    yield from _left(prefix, owner, kept_by_hooks(owner))
     if not isinstance(owner, fx.GraphModule):
         yield from _left(prefix, owner, kept_by_class(owner))
 
@@ -110,15 +114,6 @@ def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]
         code = owner.graph
     except Exception:  # a container has no forward
         return
-    for node in _script_nodes(code.nodes()):
-        function = node.kind().removeprefix("aten::").removesuffix("_")
-        if node.kind().startswith("aten::") and function in BY_NAME:
-            site = Site(join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
-            yield Occurrence(site, owner, module_in(()))
-
-
-def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for block in node.blocks():
-            yield from _script_nodes(block.nodes())
+    for function in scripted_in(code):
+        site = Site(join(prefix, function), "scripted", function, reason="scripted code cannot be rewritten")
+        yield Occurrence(site, owner, module_in(()))

@@ -30,7 +30,7 @@ from ortho_fx.passes.source.analysis import Source, analyse
 from ortho_fx.passes.source.editor import IN_PLACE, Call, CallEditor
 from ortho_fx.passes.source.methods import Scalar
 from ortho_fx.passes.vocabulary.guards import POSITIVE, guard_of
-from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning
+from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning, own_classes
 
 _SOURCE = "_ortho_fx_source"
 # Metaclasses that do nothing of their author's when a class is made.
@@ -80,8 +80,11 @@ def _with_base(cls: type, old: type, new: type) -> type:
 def _made(cls: type, bases: tuple[type, ...], members: Mapping[str, Any]) -> type:
     """A class like `cls` with these bases; no `__init_subclass__` and no metaclass of somebody's hears of it."""
     meta: Any = abc.ABCMeta if isinstance(cls, abc.ABCMeta) else type
-    made = meta.__new__(type(cls) if meta is abc.ABCMeta else type, cls.__name__, (nn.Module,), dict(members))
-    made.__bases__ = bases
+    heard = any("__init_subclass__" in vars(base) for base in own_classes(cls))
+    own = type(cls) if meta is abc.ABCMeta else type
+    made = meta.__new__(own, cls.__name__, (nn.Module,) if heard else bases, dict(members))
+    if heard:
+        made.__bases__ = bases
     return made
 
 
@@ -152,7 +155,10 @@ def _is_tensor(module: nn.Module, dotted: str) -> bool:
     *path, last = dotted.split(".")[1:]
     for name in path:
         owner = owner._modules.get(name) if isinstance(owner, nn.Module) else None
-    return isinstance(owner, nn.Module) and (last in owner._parameters or last in owner._buffers)
+    if not isinstance(owner, nn.Module):
+        return False
+    listed = isinstance(owner._modules.get(last), nn.ParameterList | nn.ParameterDict)
+    return listed or last in owner._parameters or last in owner._buffers
 
 
 def rewrite_class(source: Source) -> type:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,6 +143,16 @@ def _in_forward(cls: type) -> tuple[str, ...]:
     forward = next((vars(base)["forward"] for base in own_classes(cls) if "forward" in vars(base)), None)
     short = isinstance(forward, types.FunctionType) and len(forward.__code__.co_code) < _LONGEST_FORWARD
     return activations_in(forward) if short else ()  # type: ignore[arg-type]
+
+
+def scripted_in(graph: Any) -> Iterator[str]:
+    """The activations that a scripted graph calls, by their names in the table."""
+    for node in graph.nodes():
+        name = node.kind().removeprefix("aten::").removesuffix("_")
+        if node.kind().startswith("aten::") and name in BY_NAME:
+            yield name
+        for block in node.blocks():
+            yield from scripted_in(block)
 
 
 def read_by(cls: type, name: str) -> bool:
