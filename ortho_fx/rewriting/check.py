@@ -30,8 +30,8 @@ class Check:
         calls: how often each expansion was called in train and in eval mode.
         uncalled: the expansions that neither mode called.
         only_in: those that one mode alone called, with that mode.
-        mutations: the activations that worked in place before they were replaced, and whose changed input the model
-            reads again: the rewritten model computes with the unchanged one.
+        mutations: the modules that worked in place before they were replaced, and whose changed input the model reads
+            again: the rewritten model computes with the unchanged one. Calls in source still work in place.
         not_finite: whether an output of the rewritten model is not finite.
     """
 

@@ -17,9 +17,11 @@ import abc
 import copyreg
 import functools
 import inspect
+import linecache
 import types
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -227,8 +229,20 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         raise OrthoFxError(
             f"{source.cls.__qualname__} has a pickling of its own, so its rewritten form cannot be copied"
         )
-    return (_restore, (source,), *reduced[2:])
+    return (_restore, (source, _texts(source)), *reduced[2:])
 
 
-def _restore(source: Source) -> nn.Module:
+def _texts(source: Source) -> dict[str, str]:
+    """The files of a source that another process may not find: notebooks' cells, and the script that runs."""
+    functions = (method.function for method, _ in analyse(replace(source, replaced=frozenset())).methods)
+    names = {function.__code__.co_filename for function in functions}
+    missing = {name for name in names if source.cls.__module__ == "__main__" or not Path(name).exists()}
+    return {name: text for name in sorted(missing) if (text := "".join(linecache.getlines(name)))}
+
+
+def _restore(source: Source, texts: Mapping[str, str] = types.MappingProxyType({})) -> nn.Module:
+    for name, text in texts.items():
+        if not linecache.getlines(name):
+            # Without a time, for the file not to be looked for again.
+            linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     return nn.Module.__new__(rewrite_class(source))
