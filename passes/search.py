@@ -23,6 +23,7 @@ from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source import source_of, tested_classes
 from ortho_fx.passes.source.occurrences import calls
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.meaning import one_look
 from ortho_fx.passes.vocabulary.recognise import function_of
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTable
@@ -42,7 +43,8 @@ def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True
 
 def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence]:
     """Every activation of the model, whether or not it is a target."""
-    found = list(_find(model, share))
+    with one_look():
+        found = list(_find(model, share))
     return _merge_shared(found) if share else found
 
 
