@@ -10,7 +10,6 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -25,7 +24,6 @@ from ortho_fx import (
     param_groups,
     rewrite_,
 )
-from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OperandError
 
 pytestmark = pytest.mark.slow
@@ -111,7 +109,6 @@ def check_statistics_are_of_all_ranks(rank):
         assert_close(model.act.coefficients, alone.act.coefficients, rtol=1e-12, atol=1e-12)
 
     for init in ("fit", "calibrated"):
-        model = rewritten(ExpansionConfig("hermite", 3, init))
         torch.manual_seed(0)
         model = MLP().double()
         rewrite_(model, ExpansionConfig("hermite", 3, init, "channel"), example_inputs=own)
@@ -142,11 +139,11 @@ def assert_same_on_all_ranks(model):
 def check_one_rank_that_fails_or_differs_is_told_by_all(rank):
     model = rewritten()
     before = copy.deepcopy(model.state_dict())
-    message = error_of(calibrate_, model, [inputs(8, 4), None] if rank else [inputs(8, 4)]) if not rank else None
     if rank:
         with pytest.raises(TypeError):
             calibrate_(model, [None])
     else:
+        message = error_of(calibrate_, model, [inputs(8, 4)])
         assert message.startswith("process 1 of the group could not run its inputs: TypeError: linear()")
     wide = nn.Sequential(rewritten(), rewritten()) if rank else rewritten()
     message = error_of(calibrate_, wide, [inputs(8, 4)])
@@ -407,14 +404,6 @@ def check_plans_without_the_expansions_are_refused(rank):
     )
     assert repr(ExpansionParallel(input_layouts=Shard(1))) == "ExpansionParallel(input_layouts=Shard(dim=1))"
     assert repr(ExpansionParallel(input_layouts=Replicate())) == "ExpansionParallel(input_layouts=Replicate())"
-
-
-def check_other_models_are_left_alone(rank):
-    model = nn.Sequential(nn.Linear(4, 4), HermiteActivation())
-    assert_close(model(torch.ones(2, 4)), model(torch.ones(2, 4)))
-    shared = nn.Sequential(model[1], F.gelu and nn.Linear(4, 4), model[1])
-    shared(torch.ones(2, 4)).sum().backward()
-    assert isinstance(shared[0], ExpansionActivation)
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
