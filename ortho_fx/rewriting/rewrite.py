@@ -139,7 +139,8 @@ def rewrite_(
             of them when omitted, each of which has to call this, and "alone" for this one only.
 
     Raises:
-        OrthoFxError: a model with nothing to replace, a scripted model, a device that is gone, a pattern that matches
+        OrthoFxError: a model with nothing to replace, a scripted model, one that DDP, FSDP or tensor parallelism has
+            wrapped or sharded already, a device that is gone, a pattern that matches
             no site, patterns that disagree on a shared site, a target or a pass that is not known, a config that needs
             example_inputs, or inputs that are constant or not finite. The model is then as it was.
 

@@ -251,6 +251,32 @@ def check_a_call_around_fully_shard_is_refused(rank):
         model.act(inputs(3, 6))
 
 
+def check_models_that_are_wrapped_already_are_refused(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
+
+    told = "act would get parameters that no other process knows of, since {}: call rewrite_ before "
+    advice = "DistributedDataParallel, fully_shard or parallelize_module"
+    inside = nn.Sequential(MLP(), MLP())
+    fully_shard(inside, mesh=mesh())
+    cpu = torch.device("cpu")
+    for model, prefix, held in (
+        (DistributedDataParallel(MLP()), "module.", "the model is wrapped by DistributedDataParallel"),
+        (
+            FullyShardedDataParallel(MLP(), device_id=cpu),
+            "_fsdp_wrapped_module.",
+            "the model is wrapped by FullyShardedDataParallel",
+        ),
+        (nn.Sequential(fully_shard(MLP(), mesh=mesh())), "0.", "0 is wrapped by FSDPModule"),
+        (inside[1], "", "up.weight is sharded"),
+        (parallelize_module(MLP(), mesh(), plan()), "", "up.weight is sharded"),
+    ):
+        before = [type(module) for module in model.modules()]
+        assert error_of(rewrite_, model) == prefix + told.format(held) + advice
+        assert [type(module) for module in model.modules()] == before
+
+
 def check_tensor_parallelism(rank):
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (

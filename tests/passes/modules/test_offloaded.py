@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ortho_fx import ExpansionConfig, OrthoFxError, rewrite_
+from ortho_fx import ExpansionConfig, OrthoFxError, calibrate_, gains, rewrite_
 
 
 def hook(**more):
@@ -43,6 +43,28 @@ def test_models_that_wait_for_their_weights_keep_waiting():
         model = offloaded(None, kept)
         rewrite_(model)
         assert model[1].coefficients.is_meta
+
+
+def test_what_is_offloaded_later_is_not_calibrated():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+    rewrite_(model)
+    coefficients = model[1].coefficients
+    model[1].to("meta")
+
+    def load(module, args):
+        module.coefficients = nn.Parameter(coefficients.detach())
+
+    def unload(module, args, output):
+        module.to("meta")
+
+    model[1].register_forward_pre_hook(load)
+    model[1].register_forward_hook(unload)
+    model(torch.randn(8, 4))
+    told = r"^the parameters of 1 are on the meta device between the calls: calibrate before offloading$"
+    with pytest.raises(OrthoFxError, match=told):
+        calibrate_(model, [torch.randn(8, 4)])
+    with pytest.raises(OrthoFxError, match=r"^1: coefficients is on the meta device, without values$"):
+        gains(model[1])
 
 
 def test_a_hook_that_loads_all_weights_by_name_is_refused():
