@@ -279,12 +279,7 @@ def check_models_that_are_wrapped_already_are_refused(rank):
 
 def check_tensor_parallelism(rank):
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     from ortho_fx.rewriting.parallel import ExpansionParallel
 
@@ -296,8 +291,8 @@ def check_tensor_parallelism(rank):
             reference = rewritten(config, wide)
             expected = outcome(reference, inputs(5, 4))
             # DTensors say by themselves how they are distributed.
-            alone = {**plan(), "up": ColwiseParallel(use_local_output=False)}
-            for chosen in (styles, alone):
+            for local in (True, False) if wide == 6 else (False,):
+                chosen = {**styles, "up": ColwiseParallel(use_local_output=local)}
                 model = parallelize_module(rewritten(config, wide), mesh(), chosen)
                 assert_close(outcome(model, inputs(5, 4)), expected)
             with torch.no_grad():
@@ -335,10 +330,14 @@ def check_tensor_parallelism(rank):
             assert_close(outcome(model, inputs(2, 6, 4)), expected)
 
     # Sums that are still to be made come before what is not linear.
-    parts = rewritten()
-    prepare = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
-    model = parallelize_module(parts, mesh(), {"up": prepare})
+    model = parallelize_module(rewritten(), mesh(), {"act": ExpansionParallel()})
     assert_close(model.act(sum_of_parts(inputs(3, 6))).full_tensor(), rewritten().act(inputs(3, 6)))
+
+    model = parallelize_module(rewritten(), mesh(), {**plan(), "up": ColwiseParallel(use_local_output=False)})
+    assert error_of(model, inputs(5, 4)) == (
+        "act got mixed torch.Tensor and DTensor: its input is a DTensor and coefficients is none. Put "
+        "ortho_fx.rewriting.parallel.ExpansionParallel() for it into the plan of parallelize_module"
+    )
 
 
 def sum_of_parts(x):
