@@ -47,8 +47,8 @@ def expand_shards(activation: Shardable, x: Tensor, operands: Mapping[str, Tenso
         plain = [name for name, operand in operands.items() if operand.requires_grad and not is_distributed(operand)]
         if plain:  # optimizers do not take them beside DTensors either
             raise OperandError(
-                f"{activation.called} got mixed torch.Tensor and DTensor: its input is a DTensor and {plain[0]} is none."
-                " Put ortho_fx.rewriting.parallel.ExpansionParallel() for it into the plan of parallelize_module"
+                f"{activation.called} got mixed torch.Tensor and DTensor: its input is a DTensor and {plain[0]} is "
+                "none. Put ortho_fx.rewriting.parallel.ExpansionParallel() for it into the plan of parallelize_module"
             )
         mesh = x.device_mesh
         # What else there is, such as sums that are still to be made, an elementwise function cannot take.
