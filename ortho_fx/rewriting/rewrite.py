@@ -155,8 +155,9 @@ def rewrite_(
         Every site, with its expansion or the reason why it was left.
 
     Raises:
-        OrthoFxError: a model with nothing to replace, a scripted model, a device that is not available, a pattern that
-            matches no site, patterns that disagree on a shared site, an unknown target or pass, a config that needs
+        OrthoFxError: a model with nothing to replace, a scripted model, a model that DDP, FSDP or tensor
+            parallelism has wrapped or sharded already, a device that is not available, a pattern that matches no site,
+            patterns that disagree on a shared site, an unknown target or pass, a config that needs
             example_inputs, or inputs that are constant or not finite. The model is then unchanged.
 
     Source: the expansions are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
