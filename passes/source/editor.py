@@ -362,7 +362,7 @@ class CallEditor(ast.NodeTransformer):
         if isinstance(function, nn.Module) and held_in(function):
             return self._new("activation", "function", argument, None, problem=_NO_CHILD)
         if isinstance(function, torch.jit.ScriptFunction):
-            called = next((name for name in scripted_in(function.graph)), None)
+            called = next((name for name in scripted_in(function.inlined_graph)), None)
             return None if called is None else self._new(called, "scripted", argument, None, problem=_SCRIPTED)
         if isinstance(function, types.FunctionType | nn.Module) or isinstance(of, types.ModuleType | None):
             return None
