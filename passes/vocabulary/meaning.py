@@ -182,6 +182,9 @@ _look: contextvars.ContextVar[dict[object, _Key] | None] = contextvars.ContextVa
 @contextlib.contextmanager
 def one_look() -> Iterator[None]:
     """Within it, what names mean is taken not to change: each function and each class is looked at once."""
+    if _look.get() is not None:  # one look inside of another is the same
+        yield
+        return
     token = _look.set({})
     try:
         yield
