@@ -17,37 +17,10 @@ from ortho_fx.operators import support
 
 pytestmark = pytest.mark.slow
 
-SERVER = Path(__file__).parents[2] / "future_server.py"
 NAMES = sorted({entry.path for group in torch_private.GROUPS for entry in group.names})
 # Without these names nothing is lost silently: tools that read generated code raise, and the compiler's name has a
 # substitute. So there is no warning.
 SILENT = (torch_private.TOOLS, torch_private.TOOLCHAIN)
-
-
-@pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Runs a case in a process of its own, which has PyTorch and its compiler already."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    # Its text, not its path: with a path, imports would look in tests/ first, which has a folder ortho_fx.
-    command = [sys.executable, "-c", SERVER.read_text()]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def answer(**case):
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-            found = json.loads(process.stdout.readline())
-            assert "failed" not in found, found["failed"]
-            return found
-
-        yield answer
-        process.stdin.close()
 
 
 def groups_of(path):
@@ -92,43 +65,19 @@ def test_a_lowering_that_raises_is_replaced(ask, where):
     assert all(found["reasons"].values()), found["reasons"]
 
 
-@pytest.fixture
-def future(tmp_path, monkeypatch):
-    """The environment of a process in which PyTorch says that it is a release of the future."""
+def test_on_a_release_of_the_future_the_lowering_is_checked_once(ask, cache, tmp_path):
+    # For the process that checks.
     (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.__version__ = type(torch.__version__)('2.99.0')\n")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-
-
-STEP = """
-import json, time, torch
-from ortho_fx import HermiteActivation
-from ortho_fx.bases import BASES
-from ortho_fx.operators import support
-a, x = HermiteActivation(3), torch.randn(8, 16)
-results = []
-for call in (a, torch.compile(a)):
-    y = call(x.requires_grad_())
-    results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *a.parameters()])])
-torch.testing.assert_close(*results)
-print(json.dumps([torch.__version__, support.reason(BASES["hermite"])]))
-"""
-
-
-def step(environment):
-    done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-def test_on_a_release_of_the_future_the_lowering_is_checked_once(future):
-    assert step(future)[0] == ["2.99.0", None]
-    (file,) = Path(future["TORCHINDUCTOR_CACHE_DIR"], "ortho_fx").glob("lowering-*.json")
+    future = {"release": "2.99.0", "path": str(tmp_path)}
+    assert ask(**future) == {"reason": None, "warnings": []}
+    (file,) = (cache / "ortho_fx").glob("lowering-*.json")
     assert json.loads(file.read_text()) == {"hermite": None}
     # Later processes trust the result of the check.
     file.write_text('{"hermite": "the numbers are wrong"}')
-    (version, reason), errors = step(future)
-    assert (version, reason) == ("2.99.0", "the numbers are wrong")
-    assert errors.count("ortho_fx: the numbers are wrong. Without that, ") == 1
+    found = ask(**future)
+    assert found["reason"] == "the numbers are wrong"
+    (warning,) = found["warnings"]
+    assert warning.startswith("ortho_fx: the numbers are wrong. Without that, ")
 
 
 def test_a_check_that_crashes_says_nothing_about_other_processes(monkeypatch, tmp_path):
@@ -161,13 +110,12 @@ def test_the_report_names_what_is_fused(capsys):
     assert json.loads(capsys.readouterr().out)["cpp_compiler"] == report.cpp_compiler
 
 
-def test_the_report_names_what_is_lost():
-    environment = {**os.environ, "ORTHO_FX_ABSENT_NAMES": "torch._inductor.ir.Pointwise"}
-    command = [sys.executable, "-m", "ortho_fx.cli", "doctor"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "fused on cpu: nothing\nplain operations on cpu: hermite: PyTorch" in done.stdout
-    assert f"without {torch_private.INDUCTOR.title}: " in done.stdout
-    assert done.stderr == ""
+def test_the_report_names_what_is_lost(ask):
+    done = ask(command=["doctor"], absent="torch._inductor.ir.Pointwise")
+    assert done["code"] == 0
+    assert "fused on cpu: nothing\nplain operations on cpu: hermite: PyTorch" in done["out"]
+    assert f"without {torch_private.INDUCTOR.title}: " in done["out"]
+    assert done["err"] == ""
 
 
 def test_an_old_pytorch_is_refused_in_one_sentence():
@@ -178,35 +126,44 @@ def test_an_old_pytorch_is_refused_in_one_sentence():
 
 
 NO_COMPILER = """
+import contextlib, io, json, sys, traceback
 import torch
 from torch import nn
+from ortho_fx import cli
 model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
-torch.compile(model, backend="ortho_fx")(torch.randn(4, 8))
+try:
+    torch.compile(model, backend="ortho_fx")(torch.randn(4, 8))
+except Exception as error:
+    results = [traceback.format_exception(error)[-1]]
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(command)
+    results.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
+print(json.dumps(results))
 """
 
 
 def test_a_missing_cpp_compiler_is_named(tmp_path):
     environment = {**os.environ, "CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    commands = [["train", "gpt2"], ["bench"], ["doctor"]]
+    process = [sys.executable, "-c", NO_COMPILER, json.dumps(commands)]
+    done = subprocess.run(process, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
+    error, train, bench, doctor = json.loads(done.stdout)
     said = (
         "no C++ compiler works here (tried 'no-compiler'), and torch.compile needs one on a CPU: install g++ or "
         "clang++, or name one by the environment variable CXX; eager mode works without one"
     )
-    done = subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == f"ortho_fx.rewriting.hook.CompileError: {said}"
-    for arguments, otherwise in (
-        (["train", "gpt2"], "train without compiling: --no-compile, or compile = false in the recipe"),
-        (["bench"], "measure eager mode: --eager"),
-    ):
-        command = [sys.executable, "-m", "ortho_fx.cli", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (2, f"ortho-fx: error: {said}; or {otherwise}\n")
-    command = [sys.executable, "-m", "ortho_fx.cli", "doctor"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert f"C++ compiler: {said}" in done.stdout
+    assert error == f"ortho_fx.rewriting.hook.CompileError: {said}\n"
+    otherwise = "train without compiling: --no-compile, or compile = false in the recipe"
+    for refused, instead in ((train, otherwise), (bench, "measure eager mode: --eager")):
+        assert (refused["code"], refused["err"]) == (2, f"ortho-fx: error: {said}; or {instead}\n")
+    assert doctor["code"] == 0
+    assert f"C++ compiler: {said}" in doctor["out"]
 
 
 def test_the_factor_that_the_warning_names_was_measured():
-    file = SERVER.parents[1] / "benchmarks" / "results" / "lowering_cpu.json"
+    file = Path(__file__).parents[3] / "benchmarks" / "results" / "lowering_cpu.json"
     rows = [row for record in json.loads(file.read_text()).values() for row in record["rows"].values()]
     largest = math.ceil(10 * max(row["plain / own"] for row in rows)) / 10
     assert f"up to {largest} times slower" in torch_private.INDUCTOR.without
