@@ -38,6 +38,7 @@ from ortho_fx.passes.graph.text import graph_text
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.vocabulary import expansions
+from ortho_fx.passes.vocabulary.meaning import one_look
 from ortho_fx.passes.vocabulary.sites import NOTE, Site, format_sites
 from ortho_fx.passes.vocabulary.targets import choose_targets
 
@@ -161,7 +162,8 @@ def run(
             if name == "substitute" and name not in disabled:
                 backups = {owner: copy.deepcopy(owner.graph) for owner in context.graphs}
             if name not in disabled:
-                edits[name] = run_pass(model, context)
+                with one_look():
+                    edits[name] = run_pass(model, context)
             else:
                 _leave_undone(name, context)
             _write(folder, f"{number}_{name}", model)

@@ -9,7 +9,7 @@ without parameters and functions that are nothing but tensor arithmetic are run,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -20,8 +20,10 @@ from ortho_fx.passes.modules.exchange import module_in
 from ortho_fx.passes.modules.fused import fused, scripted
 from ortho_fx.passes.modules.occurrences import attributes, children
 from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.source import source_of, tested_classes
 from ortho_fx.passes.source.occurrences import calls
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.meaning import one_look
 from ortho_fx.passes.vocabulary.recognise import function_of
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTable
@@ -41,7 +43,8 @@ def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True
 
 def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence]:
     """Every activation of the model, whether or not it is a target."""
-    found = list(_find(model, share))
+    with one_look():
+        found = list(_find(model, share))
     return _merge_shared(found) if share else found
 
 
@@ -67,6 +70,7 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
     modules = list(model.named_modules())
     backwards = [owner for _, owner in modules if isinstance(owner, fx.GraphModule) and holds_backward(owner.graph)]
     scripts: list[str] = []
+    tests: list[_Test] = []
     for prefix, owner in modules:
         if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
             continue
@@ -76,10 +80,38 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
             scripts.append(prefix)
             continue
         inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
+        tests += _tests(prefix, owner)
         for occurrence in (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share)):
             if not _is_named(model, occurrence.site.name) and not occurrence.site.reason:
                 occurrence.describe(reason="a name on the way to it is empty or has a dot, by which nothing finds it")
+            elif occurrence.places and not occurrence.site.reason:
+                occurrence.describe(reason=_tested(occurrence, tests))
             yield occurrence
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A module whose code tests whether others, in it, are of a class."""
+
+    prefix: str
+    owner: str
+    cls: type
+
+
+def _tests(prefix: str, owner: nn.Module) -> list[_Test]:
+    if isinstance(owner, fx.GraphModule):
+        return []
+    return [_Test(prefix, type(owner).__name__, cls) for cls in tested_classes(source_of(owner))]
+
+
+def _tested(occurrence: Occurrence, tests: list[_Test]) -> str:
+    """Why the code of a module above would take an expansion for something else; empty where it would not."""
+    owner, key = occurrence.places[0]
+    for test in tests:
+        above = not test.prefix or occurrence.site.name.startswith(f"{test.prefix}.")
+        if above and isinstance(owner._modules[key], test.cls):
+            return f"the code of {test.owner} tests whether it is a {test.cls.__name__}"
+    return ""
 
 
 def _is_named(model: nn.Module, name: str) -> bool:

@@ -134,8 +134,15 @@ class ExpansionActivation(LearnableExpansion):
             raise OrthoFxError(f"{self.called}: {error}") from None
 
     def distinct_values(self) -> tuple[list[Values], list[int]]:
-        """The distinct parameter sets of the groups, in float64, and how many groups have each set."""
+        """The distinct parameter sets of the groups, in float64, and how many groups have each set.
+
+        Raises:
+            OrthoFxError: parameters on the meta device.
+        """
         tensors = {parameter.name: whole(getattr(self, parameter.name)) for parameter in self.basis.parameters}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise OrthoFxError(f"{self.called}: {name} is on the meta device, without values")
         stored = {name: tensor.to("cpu", torch.float64).numpy() for name, tensor in tensors.items()}
         columns = np.concatenate([value.reshape(len(value), -1) for value in stored.values()])
         distinct, counts = np.unique(columns, axis=1, return_counts=True)

@@ -38,12 +38,18 @@ def expand_shards(activation: Shardable, x: Tensor, operands: Mapping[str, Tenso
     """y(x) of a DTensor, or of a local tensor that is distributed as `activation.input_layouts` says.
 
     Raises:
-        OperandError: parameters that are sharded, or not on the mesh that they were put on.
+        OperandError: parameters that are sharded, or no DTensors.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     layouts: tuple[Placement, ...] | None
     if isinstance(x, DTensor):
+        plain = [name for name, operand in operands.items() if operand.requires_grad and not is_distributed(operand)]
+        if plain:  # optimizers do not take them beside DTensors either
+            raise OperandError(
+                f"{activation.called} got mixed torch.Tensor and DTensor: its input is a DTensor and {plain[0]} is "
+                "none. Put ortho_fx.rewriting.parallel.ExpansionParallel() for it into the plan of parallelize_module"
+            )
         mesh = x.device_mesh
         # What else there is, such as sums that are still to be made, an elementwise function cannot take.
         layouts = tuple(p if type(p) in (Shard, Replicate) else Replicate() for p in x.placements)

@@ -53,7 +53,11 @@ class Histogram:
         merged = cls()
         for part in filled:
             merged._merge_moments(part.samples, part.mean, part._squares)
-        if filled and merged.finite:
+        grids = {(part._low, part._width) for part in filled}
+        if len(grids) == 1 and merged.finite:
+            ((merged._low, merged._width),) = grids
+            merged.counts = np.sum([part.counts for part in filled], axis=0)
+        elif filled and merged.finite:
             low, high = (bound(part.interval[end] for part in filled) for end, bound in enumerate((min, max)))
             width = max(max(part._width for part in filled), 2.0 ** math.ceil(math.log2((high - low) / (_BINS - 1))))
             merged._low, merged._width = width * math.floor(low / width), width

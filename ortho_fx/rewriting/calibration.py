@@ -99,8 +99,8 @@ def calibrate_(
 
     Raises:
         OrthoFxError: a model without expansions, no batch, a site whose inputs are constant or not finite, a
-            parametrization that cannot be inverted, or processes that hold different sites; the model is then
-            unchanged.
+            parametrization that cannot be inverted, parameters that are offloaded, or processes that hold different
+            sites; the model is then unchanged.
 
     Source: mean and deviation are merged over batches as by Chan, Golub and LeVeque, 1979.
     """
@@ -131,6 +131,11 @@ def calibrate_expansions(
             raise OrthoFxError(f"the inputs of {name} are not finite")
         if seen.constant:
             raise OrthoFxError(f"the inputs of {name} are constant ({seen.mean:g}): they have no scale to fit to")
+    for name in called:
+        if any(parameter.is_meta for parameter in expansions[name].parameters()):
+            raise OrthoFxError(
+                f"the parameters of {name} are on the meta device between the calls: calibrate before offloading"
+            )
     starts = {name: expansions[name].initial_values(seen) for name, seen in called.items()}
     sites = []
     with _gathered_by_fsdp1(model), unchanged_on_failure(expansions[name] for name in called):

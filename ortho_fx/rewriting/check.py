@@ -18,6 +18,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.modes import keeping_buffers, keeping_modes
 from ortho_fx.passes.observe import copied
 from ortho_fx.passes.revert import revert_expansions
+from ortho_fx.passes.vocabulary.recognise import changes_input
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.rewriting.oracle import Place, Ran
 from ortho_fx.watch import watching
@@ -33,8 +34,8 @@ class Check:
         calls: the number of calls of each expansion in each mode.
         uncalled: the expansions that were called in no mode.
         only_in: the expansions that were called in one mode only, with that mode.
-        mutations: replaced in-place activations whose changed input the original model reads again; the rewritten model
-            reads the unchanged input there.
+        mutations: replaced in-place modules whose changed input the original model reads again; the rewritten model
+            reads the unchanged input there. Calls in source still work in place.
         not_finite: whether an output of the rewritten model is not finite.
         unlisted: the activations that ran and that the report does not name, neither as replaced nor as left. They are
             those that `ortho_fx.rewriting.oracle` sees.
@@ -122,7 +123,8 @@ def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
     """
     original.eval()
     reverted = revert_expansions(original, lambda _: True)
-    in_place = [n for n in reverted if getattr(_held(original, n), "inplace", False) is True]
+    # Calls in source that write to their input still do: only modules that were exchanged can differ.
+    in_place = [n for n in reverted if _writes(_held(original, n))]
     if not in_place:
         return
     expected = _run(original, inputs)
@@ -130,7 +132,7 @@ def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
     def differs(names: list[str]) -> bool:
         trial = copy.deepcopy(original)
         for name in names:
-            _held(trial, name).inplace = False
+            _held(trial, name).register_forward_pre_hook(_clone)
         # NaN is equal to itself here: what is not finite is told apart.
         return not all(map(_equal, _run(trial, inputs), expected))
 
@@ -141,6 +143,14 @@ def _mutations(original: nn.Module, inputs: Batch) -> Iterator[str]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _writes(held: object) -> bool:
+    return isinstance(held, nn.Module) and changes_input(held)
+
+
+def _clone(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.clone() if isinstance(one, Tensor) else one for one in arguments)
 
 
 def _held(model: nn.Module, name: str) -> Any:

@@ -155,8 +155,9 @@ def rewrite_(
         Every site, with its expansion or the reason why it was left.
 
     Raises:
-        OrthoFxError: a model with nothing to replace, a scripted model, a device that is not available, a pattern that
-            matches no site, patterns that disagree on a shared site, an unknown target or pass, a config that needs
+        OrthoFxError: a model with nothing to replace, a scripted model, a model that DDP, FSDP or tensor
+            parallelism has wrapped or sharded already, a device that is not available, a pattern that matches no site,
+            patterns that disagree on a shared site, an unknown target or pass, a config that needs
             example_inputs, or inputs that are constant or not finite. The model is then unchanged.
 
     Source: the expansions are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
@@ -187,20 +188,29 @@ def rewrite_(
 
 def _optimizers_that_miss(model: nn.Module, record: pipeline.Record) -> Iterator[str]:
     """A sentence for each optimizer that a module of the model keeps, and that does not have the new parameters."""
+    kept = [
+        (join(prefix, key), optimizer)
+        for prefix, module in model.named_modules()
+        if not isinstance(module, expansions.Expansion)
+        for key, value in vars(module).items()
+        if key not in OWN_ATTRIBUTES
+        for optimizer in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        )
+        if isinstance(optimizer, torch.optim.Optimizer)
+    ]
+    if not kept:
+        return
     new = [one.expansion for one in record.occurrences if one.expansion is not None]
     ours = {id(parameter) for expansion in new for parameter in expansion.parameters()}
     parameters = {id(parameter) for parameter in model.parameters()} - ours
-    for prefix, module in model.named_modules():
-        for key, value in vars(module).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            for optimizer in held if key not in OWN_ATTRIBUTES else ():
-                if isinstance(optimizer, torch.optim.Optimizer):
-                    has = {id(one) for group in optimizer.param_groups for one in group["params"]}
-                    if has & parameters and not ours <= has:
-                        yield (
-                            f"the optimizer {join(prefix, key)} ({type(optimizer).__name__}) was made before the "
-                            "rewrite and does not have the new parameters, which would not learn: make it anew"
-                        )
+    for name, optimizer in kept:
+        has = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        if has & parameters and not ours <= has:
+            yield (
+                f"the optimizer {name} ({type(optimizer).__name__}) was made before the rewrite and does not have the "
+                "new parameters, which would not learn: make it anew"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,20 @@ from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.modules.offloaded import device_of, loads_all_weights
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
+from ortho_fx.passes.vocabulary.sites import join
+from ortho_fx.sharded import is_sharded
 
 
 def substitute(model: nn.Module, context: Context) -> int:
     """Puts an expansion, with init "stable", in the place of each chosen site; returns how many.
 
     Raises:
-        OrthoFxError: the device of a site is no longer available, or a module is offloaded as a whole.
+        OrthoFxError: the device of a site is no longer available, a module is offloaded as a whole, or the model is
+            already wrapped or sharded for several processes.
     """
     pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
+    if pending:
+        _refuse_wrapped(model, pending[0].site.name)
     starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
     made = [_make(model, context, one, starts[one.config]) for one in pending if one.config is not None]
     for one, expansion in zip(pending, made, strict=True):
@@ -39,6 +44,24 @@ def substitute(model: nn.Module, context: Context) -> int:
     if pending:
         set_nested_paths(model)
     return len(pending)
+
+
+# What has collected the parameters of a model, and would leave new ones alone in every process.
+_WRAPPERS = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
+
+
+def _refuse_wrapped(model: nn.Module, site: str) -> None:
+    for name, module in model.named_modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
+        sharded = [key for key, parameter in module.named_parameters(recurse=False) if is_sharded(parameter)]
+        if wrapper is not None or sharded:
+            held = (
+                f"{name or 'the model'} is wrapped by {wrapper}" if wrapper else f"{join(name, sharded[0])} is sharded"
+            )
+            raise OrthoFxError(
+                f"{site} would get parameters that no other process knows of, since {held}: call rewrite_ before "
+                "DistributedDataParallel, fully_shard or parallelize_module"
+            )
 
 
 def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:

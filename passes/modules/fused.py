@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from ortho_fx.passes.modules.exchange import module_in
 from ortho_fx.passes.occurrence import Occurrence
+from ortho_fx.passes.vocabulary.activates import scripted_in
 from ortho_fx.passes.vocabulary.sites import Site, join
-from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET
+from ortho_fx.passes.vocabulary.targets import EVERY_TARGET
 
 
 def fused(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
@@ -35,17 +35,8 @@ def scripted(prefix: str, owner: torch.jit.ScriptModule) -> Iterator[Occurrence]
     except Exception:  # a container has no forward
         return
     numbers: dict[str, int] = {}
-    for node in _script_nodes(code.nodes()):
-        function = node.kind().removeprefix("aten::").removesuffix("_")
-        if node.kind().startswith("aten::") and function in BY_NAME:
-            number = numbers[function] = numbers.get(function, -1) + 1
-            name = join(prefix, f"{function}_{number}" if number else function)
-            site = Site(name, "scripted", function, reason="scripted code cannot be rewritten")
-            yield Occurrence(site, owner, module_in(()))
-
-
-def _script_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for block in node.blocks():
-            yield from _script_nodes(block.nodes())
+    for function in scripted_in(code):
+        number = numbers[function] = numbers.get(function, -1) + 1
+        name = join(prefix, f"{function}_{number}" if number else function)
+        site = Site(name, "scripted", function, reason="scripted code cannot be rewritten")
+        yield Occurrence(site, owner, module_in(()))

@@ -48,6 +48,13 @@ def kept_by_class(owner: nn.Module) -> Iterator[tuple[str, str, str]]:
                 yield from _in_container(owner, key, key, value, _DEEPEST)
 
 
+def kept_by_hooks(owner: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """What the hooks of a module call."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for number, hook in enumerate(vars(owner)[kind].values()):
+            yield from _told(f"{kind}[{number}]", _called(owner, hook), "it is called by a hook of the module")
+
+
 def _told(name: str, functions: tuple[str, ...], reason: str) -> Iterator[tuple[str, str, str]]:
     for function in functions:
         yield (name if len(functions) == 1 else f"{name}[{function}]"), function, reason

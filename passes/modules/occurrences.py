@@ -12,11 +12,12 @@ from torch import fx, nn
 
 from ortho_fx.passes.graph.uses import guard_of_called
 from ortho_fx.passes.modules.exchange import attribute_of, module_in
-from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_elsewhere
+from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_by_hooks, kept_elsewhere
 from ortho_fx.passes.occurrence import Occurrence
-from ortho_fx.passes.source import asked_in_place, guard_of_child, source_of
+from ortho_fx.passes.source import asked_in_place, guard_of_child, reads_changed_input, source_of
 from ortho_fx.passes.source.occurrences import calls, calls_of_child
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.guards import guard_of
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, functions_of, own_classes
 from ortho_fx.passes.vocabulary.recognise import (
     changes_input,
@@ -39,13 +40,21 @@ def children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]
             if calls:
                 yield from calls
                 continue
-            site = Site(name, "module", function, reason=_more_than_forward(child))
+            reason = _more_than_forward(child) or _missed(owner, key, child)
+            site = Site(name, "module", function, reason=reason)
             guard = _guard(owner, key, function)
             yield Occurrence(site, owner, module_in(places), recognise_module(child), places, guard=guard)
         elif computes_unknown_function(child) and not any(_inside(child)):
             trait = "learns parameters of its own" if any(True for _ in child.parameters()) else "is in no table"
             site = Site(name, "module", type(child).__name__, reason=f"its function {trait}")
             yield Occurrence(site, owner, module_in(places), places=places)
+
+
+def _missed(owner: nn.Module, key: str, child: nn.Module) -> str:
+    """Why the code of the owner would miss what a child did; empty where it would not."""
+    if isinstance(owner, fx.GraphModule) or not getattr(child, "inplace", False):
+        return ""
+    return reads_changed_input(source_of(owner), key)
 
 
 def _more_than_forward(child: nn.Module) -> str:
@@ -61,6 +70,8 @@ def _more_than_forward(child: nn.Module) -> str:
 def _guard(owner: nn.Module, key: str, function: str) -> str:
     if isinstance(owner, fx.GraphModule):
         return guard_of_called(owner.graph, key, function)
+    if isinstance(owner, nn.utils.parametrize.ParametrizationList):
+        return guard_of(function, (), of_parameter=True)
     return guard_of_child(source_of(owner), key, function)
 
 
@@ -84,6 +95,7 @@ def attributes(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
             yield Occurrence(site, owner, attribute_of(owner, key), reference, guard=guard)
         else:
             yield from _left(prefix, owner, kept_elsewhere(owner, key, value))
+    yield from _left(prefix, owner, kept_by_hooks(owner))
     if not isinstance(owner, fx.GraphModule):
         yield from _left(prefix, owner, kept_by_class(owner))
 

@@ -4,6 +4,7 @@ This is the last of the three front ends: it handles what modules and graphs can
 """
 
 from ortho_fx.passes.source.analysis import Source
+from ortho_fx.passes.source.children import tested_classes
 from ortho_fx.passes.source.classes import _restore as _restore  # pickles name it here
 from ortho_fx.passes.source.classes import (
     asked_in_place,
@@ -11,6 +12,7 @@ from ortho_fx.passes.source.classes import (
     find_calls,
     guard_of_child,
     guards_parameter,
+    reads_changed_input,
     rewrite_class,
     set_class,
     source_of,
@@ -25,7 +27,9 @@ __all__ = [
     "find_calls",
     "guard_of_child",
     "guards_parameter",
+    "reads_changed_input",
     "rewrite_class",
     "set_class",
     "source_of",
+    "tested_classes",
 ]

@@ -17,9 +17,11 @@ import abc
 import copyreg
 import functools
 import inspect
+import linecache
 import types
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from ortho_fx.passes.source.editor import IN_PLACE, Call, CallEditor
 from ortho_fx.passes.source.methods import Scalar
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.guards import POSITIVE, guard_of
-from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning
+from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning, own_classes
 
 _SOURCE = "_ortho_fx_source"
 # Metaclasses that do nothing of their author's when a class is made.
@@ -106,8 +108,11 @@ def _with_base(cls: type, old: type, new: type) -> type:
 def _made(cls: type, bases: tuple[type, ...], members: Mapping[str, Any]) -> type:
     """A class like `cls` with these bases; no `__init_subclass__` and no metaclass of somebody's hears of it."""
     meta: Any = abc.ABCMeta if isinstance(cls, abc.ABCMeta) else type
-    made = meta.__new__(type(cls) if meta is abc.ABCMeta else type, cls.__name__, (nn.Module,), dict(members))
-    made.__bases__ = bases
+    heard = any("__init_subclass__" in vars(base) for base in own_classes(cls))
+    own = type(cls) if meta is abc.ABCMeta else type
+    made = meta.__new__(own, cls.__name__, (nn.Module,) if heard else bases, dict(members))
+    if heard:
+        made.__bases__ = bases
     return made
 
 
@@ -166,6 +171,17 @@ def asked_in_place(source: Source, key: str) -> bool:
     return any(call.in_place for call in analyse(source).children if call.key == key)
 
 
+def reads_changed_input(source: Source, key: str) -> str:
+    """Why the code may read the input of a child that changes it in place; empty where no call of it stands alone."""
+    analysis = analyse(source)
+    if any(call.discarded for call in analysis.children if call.key == key):
+        return "it is called to change its input, and nothing takes its result"
+    entries = (method for method, _ in analysis.methods if method.cls is not None and method.name == "forward")
+    if any(not (method.available and method.self_name) for method in entries):
+        return f"it changes its input in place, and whether {source.cls.__name__} reads that again cannot be seen"
+    return ""
+
+
 def guards_parameter(module: nn.Module, call: Call) -> bool:
     """Whether the input of a call is made of parameters and buffers of the module alone."""
     if call.function not in POSITIVE or not call.tensors:
@@ -178,7 +194,10 @@ def _is_tensor(module: nn.Module, dotted: str) -> bool:
     *path, last = dotted.split(".")[1:]
     for name in path:
         owner = owner._modules.get(name) if isinstance(owner, nn.Module) else None
-    return isinstance(owner, nn.Module) and (last in owner._parameters or last in owner._buffers)
+    if not isinstance(owner, nn.Module):
+        return False
+    listed = isinstance(owner._modules.get(last), nn.ParameterList | nn.ParameterDict)
+    return listed or last in owner._parameters or last in owner._buffers
 
 
 def rewrite_class(source: Source) -> type:
@@ -248,7 +267,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         raise OrthoFxError(
             f"{source.cls.__qualname__} has a pickling of its own, so its rewritten form cannot be copied"
         )
-    return (_restore, (source,), *reduced[2:])
+    return (_restore, (source, _texts(source)), *reduced[2:])
 
 
 def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
@@ -260,5 +279,17 @@ def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
         self._modules[key] = expansion
 
 
-def _restore(source: Source) -> nn.Module:
+def _texts(source: Source) -> dict[str, str]:
+    """The files of a source that another process may not find: notebooks' cells, and the script that runs."""
+    functions = (method.function for method, _ in analyse(replace(source, replaced=frozenset())).methods)
+    names = {function.__code__.co_filename for function in functions}
+    missing = {name for name in names if source.cls.__module__ == "__main__" or not Path(name).exists()}
+    return {name: text for name in sorted(missing) if (text := "".join(linecache.getlines(name)))}
+
+
+def _restore(source: Source, texts: Mapping[str, str] = types.MappingProxyType({})) -> nn.Module:
+    for name, text in texts.items():
+        if not linecache.getlines(name):
+            # Without a time, for the file not to be looked for again.
+            linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     return nn.Module.__new__(rewrite_class(source))

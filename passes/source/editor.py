@@ -17,19 +17,20 @@ from torch import nn
 from ortho_fx.passes.source.formulas import formula_of, written_on_the_way
 from ortho_fx.passes.source.methods import Method, is_getattr
 from ortho_fx.passes.source.uses import uses_of
-from ortho_fx.passes.vocabulary.activates import activates, held_in
+from ortho_fx.passes.vocabulary.activates import activates, held_in, scripted_in
 from ortho_fx.passes.vocabulary.elementwise import bends
 from ortho_fx.passes.vocabulary.formula import Formula
 from ortho_fx.passes.vocabulary.guards import POSITIVE, Use, guard_of, number
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, is_plain
 from ortho_fx.passes.vocabulary.recognise import changes_input, recognise
-from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, Reference, Target
+from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, OPERATOR, PACKET, Reference, Target, overloads_of
 
 _CHOSEN_LATER = "which activation it calls is known only when it runs"
 _HANDED_ON = "it is handed on as a function, and where that is called is not known"
 _BY_NAME = "it is called by getattr, whose object is not known"
 _OF_OTHERS = "it is built where it is called, and only activations of PyTorch are built to see what they compute"
 _NO_CHILD = "it is a part of an object that is no child of the module"
+_SCRIPTED = "scripted code cannot be rewritten"
 _OUT = "it writes to the tensor that out= names"
 _ON_THE_WAY = "it changes its input in place on the way to its result"
 _YES = ast.Constant(True)
@@ -85,12 +86,13 @@ class Call:
 @dataclass(frozen=True)
 class ChildCall:
     """One call of something that the module keeps, `self.act(x)`: what takes its result, whether `inplace` may be
-    asked for, and the attributes of self that are constants in it."""
+    asked for, the attributes of self that are constants in it, and whether nothing takes the result."""
 
     key: str
     uses: tuple[Use, ...]
     in_place: bool
     constants: frozenset[str]
+    discarded: bool = False
 
 
 class CallEditor(ast.NodeTransformer):
@@ -210,7 +212,8 @@ class CallEditor(ast.NodeTransformer):
             in_place = any(self._may_be(keyword.value) for keyword in node.keywords if keyword.arg == "inplace")
             uses, asked = self._asking(lambda: tuple(uses_of(node, self.method)))
             decisive = any(use.other is not None for use in uses)
-            self.children.append(ChildCall(key, uses, in_place, asked if decisive else frozenset()))
+            discarded = isinstance(self.method.scopes.parents.get(node), ast.Expr)
+            self.children.append(ChildCall(key, uses, in_place, asked if decisive else frozenset(), discarded))
 
     def _new(
         self,
@@ -289,7 +292,8 @@ class CallEditor(ast.NodeTransformer):
         if isinstance(node, ast.Subscript):
             return self._attributes_in(node.value)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            return self._attributes_in(node.func.value)
+            of_tensor = self.method.resolve(node.func) is UNRESOLVED
+            return self._attributes_in(node.func.value if of_tensor else node.args[0] if node.args else None)
         return frozenset()
 
     def _asking(self, look: Callable[[], Any]) -> tuple[Any, frozenset[str]]:
@@ -327,7 +331,8 @@ class CallEditor(ast.NodeTransformer):
 
     def _in_place(self, node: ast.Call, function: object) -> ast.expr | None:
         """What says whether a call of a function writes to its input; None where it does not."""
-        if function in EVERY_TARGET.in_place:
+        operator = overloads_of(function)[0] if isinstance(function, PACKET) else function
+        if function in EVERY_TARGET.in_place or (isinstance(operator, OPERATOR) and operator._schema.is_mutable):
             return _YES
         position = _position_of_inplace(function)
         asked = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"]
@@ -356,6 +361,9 @@ class CallEditor(ast.NodeTransformer):
         of = function.__self__ if bound else function
         if isinstance(function, nn.Module) and held_in(function):
             return self._new("activation", "function", argument, None, problem=_NO_CHILD)
+        if isinstance(function, torch.jit.ScriptFunction):
+            called = next((name for name in scripted_in(function.inlined_graph)), None)
+            return None if called is None else self._new(called, "scripted", argument, None, problem=_SCRIPTED)
         if isinstance(function, types.FunctionType | nn.Module) or isinstance(of, types.ModuleType | None):
             return None
         cls = of if isinstance(of, type) else type(of)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source.calls import call_in
+from ortho_fx.passes.source.children import goes_through_children
 from ortho_fx.passes.source.classes import class_problem, find_calls, guard_of_child, guards_parameter, source_of
 from ortho_fx.passes.source.editor import Call
 from ortho_fx.passes.vocabulary.guards import guard_of
@@ -17,10 +18,12 @@ from ortho_fx.passes.vocabulary.sites import Site, join
 
 def calls(prefix: str, owner: nn.Module) -> Iterator[Occurrence]:
     source = source_of(owner)
-    for call in find_calls(source):
+    found = find_calls(source)
+    shared = goes_through_children(owner, source) if found else ""
+    for call in found:
         if call.attribute in source.replaced or call.function in source.split:
             continue
-        reason = _own_problem(owner, call) or call.problem or class_problem(source.cls)
+        reason = _own_problem(owner, call) or call.problem or class_problem(source.cls) or shared
         name = join(prefix, call.attribute)
         site = Site(name, call.kind, call.function, location=call.location, reason=reason)
         guard = call.guard

@@ -79,7 +79,12 @@ class Scopes:
         """The one place that gives a name its value; None where there are several, or none in the function."""
         binder = self.binder(node)
         bindings = [] if binder is None else binder.bindings[node.id]
-        return bindings[0] if len(bindings) == 1 else None
+        # The same import in several places counts as one.
+        imports = {
+            ast.unparse(b.statement) if b.statement is not None else None for b in bindings if b.kind == "import"
+        }
+        same = len(imports) == 1 and all(binding.kind == "import" for binding in bindings)
+        return bindings[0] if len(bindings) == 1 or same else None
 
     def stands_for(self, new: ast.AST, old: ast.AST) -> None:
         """Lets a node that was made anew be looked up like another."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ortho_fx.passes.vocabulary.elementwise import bends
@@ -63,12 +65,15 @@ def _names(function: types.FunctionType, depth: int) -> Iterator[str]:
         yield from _names(inner, depth)
     if is_plain(inner) or depth == 0:
         return
+    classes = {cls.__name__: target for cls, target in EVERY_TARGET.modules.items()}
     for name, value in _meant(inner):
         target = EVERY_TARGET.of_function(value)
         if target is not None:
             yield target.name
         elif name in EVERY_TARGET.methods:
             yield EVERY_TARGET.methods[name].name
+        elif name in classes:
+            yield classes[name].name
         elif bends(name):
             # An attribute of a module, as in F.gelu, or a part of a formula.
             yield name.rstrip("_") if name.rstrip("_") in BY_NAME else "activation"
@@ -76,6 +81,9 @@ def _names(function: types.FunctionType, depth: int) -> Iterator[str]:
             yield from _in_function(value, depth - 1)
         else:
             yield from held_in(value)
+    names = names_in(inner.__code__)
+    if "getattr" in names and any(inner.__globals__.get(name) in (F, nn) for name in names):
+        yield "activation"
 
 
 def _meant(function: types.FunctionType) -> Iterator[tuple[str, object]]:
@@ -142,6 +150,16 @@ def _in_forward(cls: type) -> tuple[str, ...]:
     forward = next((vars(base)["forward"] for base in own_classes(cls) if "forward" in vars(base)), None)
     short = isinstance(forward, types.FunctionType) and len(forward.__code__.co_code) < _LONGEST_FORWARD
     return activations_in(forward) if short else ()  # type: ignore[arg-type]
+
+
+def scripted_in(graph: Any) -> Iterator[str]:
+    """The activations that a scripted graph calls, by their names in the table."""
+    for node in graph.nodes():
+        name = node.kind().removeprefix("aten::").removesuffix("_")
+        if node.kind().startswith("aten::") and name in BY_NAME:
+            yield name
+        for block in node.blocks():
+            yield from scripted_in(block)
 
 
 def read_by(cls: type, name: str) -> bool:

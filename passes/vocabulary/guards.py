@@ -26,7 +26,7 @@ _KEEP_SIGN = frozenset(
     {
         *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "t"),
         *("expand", "expand_as", "repeat", "tril", "triu", "contiguous", "getitem", "clone", "detach", "float"),
-        *("double", "to", "type_as", "sum", "mean", "amax", "alias"),
+        *("double", "to", "type_as", "sum", "mean", "amax", "alias", "clamp", "clamp_min", "clip"),
     }
 )
 _DEEPEST = 5
@@ -90,7 +90,7 @@ def _need(use: Use, *, alone: bool) -> str:
         return "what a positive constant is added to"
     if name == "reciprocal" or (name in _DIVISIONS and not first):
         return "a divisor"
-    if name in _POWERS and first and (use.other is None or not float(use.other).is_integer()):
+    if name in _POWERS and first and (use.other is None or use.other < 0 or not float(use.other).is_integer()):
         return "the base of a power"
     return "a cumulative sum" if name in _RUNNING and first else ""
 

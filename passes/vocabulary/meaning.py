@@ -7,6 +7,8 @@ defined again. So a cache is keyed on the objects that the names stand for, `mea
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
 import functools
 import inspect
 import types
@@ -15,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from ortho_fx.passes.vocabulary.targets import cached_elsewhere
+from ortho_fx.passes.vocabulary.targets import PACKET, cached_elsewhere
 
 UNRESOLVED: Any = object()
 # Their code is run where a name has to be looked up in a lazy module, or a map has to build its item.
@@ -47,6 +49,8 @@ def attribute(base: object, name: str) -> Any:
         if name in vars(base):
             return vars(base)[name]
         return _asked(base, name) if vars(base).get("__name__", "").split(".")[0] == "torch" else UNRESOLVED
+    if isinstance(base, PACKET):
+        return _asked(base, name)
     if not isinstance(base, type):
         return UNRESOLVED
     value = inspect.getattr_static(base, name, UNRESOLVED)
@@ -171,8 +175,34 @@ def own_classes(cls: type) -> Iterator[type]:
     return (base for base in cls.__mro__ if not is_plain(base))
 
 
-def meaning(thing: types.FunctionType | type) -> tuple[tuple[Hashable, ...], list[object]]:
+_Key = tuple[tuple[Hashable, ...], list[object]]
+_look: contextvars.ContextVar[dict[object, _Key] | None] = contextvars.ContextVar("look", default=None)
+
+
+@contextlib.contextmanager
+def one_look() -> Iterator[None]:
+    """Within it, what names mean is taken not to change: each function and each class is looked at once."""
+    if _look.get() is not None:  # one look inside of another is the same
+        yield
+        return
+    token = _look.set({})
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
+def meaning(thing: types.FunctionType | type) -> _Key:
     """A key that changes where a function's or a class' code, or what it names, does; and what has to live as long."""
+    known = _look.get()
+    if known is None:
+        return _meaning(thing)
+    if thing not in known:
+        known[thing] = _meaning(thing)
+    return known[thing]
+
+
+def _meaning(thing: types.FunctionType | type) -> _Key:
     found = _Meaning()
     if isinstance(thing, type):
         found.cls(thing)

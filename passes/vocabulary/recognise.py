@@ -210,11 +210,13 @@ def _shaped(module: nn.Module, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 def computes_unknown_function(module: nn.Module) -> bool:
     """Whether a leaf module of a class from outside of PyTorch computes a nonlinear function of each element."""
+    if not _is_leaf(module):
+        return False
     parameters = list(module.parameters())
     if any(isinstance(p, nn.UninitializedParameter) or p.is_meta for p in parameters):  # it cannot be run
         return False
     small = sum(p.numel() for p in parameters) <= 4096
-    return small and _is_leaf(module) and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
+    return small and _of_class(type(module), _Unhashed(module))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)

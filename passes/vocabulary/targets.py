@@ -132,6 +132,10 @@ class TargetTable:
         self.functions |= dict.fromkeys((*target.functions, *target.in_place), target)
         self.in_place.update(target.in_place)
         self.methods |= dict.fromkeys(target.methods, target)
+        for name in target.methods:
+            self.functions[getattr(Tensor, name)] = target
+            if name.endswith("_"):
+                self.in_place.add(getattr(Tensor, name))
 
     def of_node(self, node: fx.Node) -> Target | None:
         """The target of a graph node that calls a function, an ATen operator or a method; None for other nodes."""
@@ -140,6 +144,8 @@ class TargetTable:
         return self.methods.get(str(node.target)) if node.op == "call_method" else None
 
     def of_function(self, function: object) -> Target | None:
+        if isinstance(function, PACKET):
+            function = next(iter(overloads_of(function)), None)
         if isinstance(function, OPERATOR):
             target = BY_NAME.get(_operator_name(function)) if function.namespace == "aten" else None
             return target if target is not None and target.name in self.names else None
@@ -151,6 +157,14 @@ class TargetTable:
 
 # The class of operators in a graph, such as torch.ops.aten.relu.default.
 OPERATOR = type(torch.ops.aten.relu.default)
+# The class of all its overloads, such as torch.ops.aten.relu.
+PACKET = type(torch.ops.aten.relu)
+
+
+def overloads_of(packet: Any) -> list[Any]:
+    """The overloads of an operator."""
+    return [getattr(packet, name) for name in packet.overloads()]
+
 
 EVERY_TARGET = TargetTable(TARGETS)
 _caches: list[Any] = []

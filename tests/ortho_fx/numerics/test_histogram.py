@@ -49,3 +49,32 @@ def test_constants_and_what_is_not_finite_are_known():
     empty = Histogram()
     empty.add(torch.empty(0))
     assert empty.samples == 0
+
+
+def test_merged_parts_are_as_one():
+    numbers = torch.randn(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chunks = numbers[:1000], 100 * numbers[1000:2000] + 7, numbers[2000:] - 1e-3, numbers[:0]
+    whole, parts = Histogram(), [Histogram() for _ in chunks]
+    for chunk, part in zip(chunks, parts, strict=True):
+        whole.add(chunk)
+        part.add(chunk)
+    merged = Histogram.merged(parts)
+    assert merged.samples == merged.counts.sum() == 3000
+    np.testing.assert_allclose([merged.mean, merged.std], [whole.mean, whole.std], rtol=1e-12)
+    joined = torch.cat(chunks)
+    # Every number within a bin of where it is: the counts below any point are those below it, but for its neighbours.
+    for point in np.linspace(*merged.interval, 50):
+        width = merged.edges[1] - merged.edges[0]
+        below = merged.counts[merged.edges[1:] <= point].sum()
+        assert (joined < point - 2 * width).sum() <= below <= (joined < point + 2 * width).sum()
+
+    # Equal grids are added up exactly, and one part that has seen all is all.
+    twice = Histogram.merged([whole, whole])
+    assert np.array_equal(twice.counts, 2 * whole.counts)
+    assert (twice.mean, twice.std, twice.interval) == (whole.mean, whole.std, whole.interval)
+    alone = Histogram.merged([Histogram(), whole])
+    assert (alone.mean, alone.std) == (whole.mean, whole.std)
+    assert Histogram.merged([Histogram(), Histogram()]).samples == 0
+    infinite = Histogram()
+    infinite.add(torch.tensor([torch.inf, 1.0]))
+    assert not Histogram.merged([whole, infinite]).finite

@@ -86,3 +86,14 @@ def test_a_model_that_was_put_back_has_nothing_to_check():
     revert_(model)
     with pytest.raises(OrthoFxError, match=r"^Branches holds no expansion to check: call rewrite_ first$"):
         report.check(torch.randn(2, 4))
+
+
+class ChangingLeaf(nn.Module):
+    def forward(self, x):
+        return x.relu_()
+
+
+def test_a_module_of_somebodys_that_works_in_place_is_named():
+    model = Reader(True)
+    model.act = ChangingLeaf()
+    assert rewrite_(model, FIT).check(torch.randn(5, 4)).mutations == ("act",)

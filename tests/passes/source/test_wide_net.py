@@ -366,3 +366,37 @@ def test_what_was_listed_does_not_change_what_is_put_back():
     revert_(module)
     assert type(module) is Two
     assert torch.equal(module(x), expected)
+
+
+def test_hooks_scripted_functions_operators_and_parametrizations_are_listed():
+    scripted = torch.jit.script(activated_sum)
+
+    class Positive(nn.Module):
+        def forward(self, x):
+            return F.relu(x)
+
+    class Many(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_forward_hook(lambda module, inputs, output: F.silu(output).flip(0))
+            nn.utils.parametrize.register_parametrization(self.linear, "weight", Positive())
+
+        def forward(self, x):
+            x = scripted(self.linear(x), x)
+            return self.act(torch.ops.aten.relu(x) + torch.Tensor.relu(x))
+
+    sites = {site.name: site.reason for site in find_sites(Many())}
+    assert sites == {
+        "relu_expansion_0": "",
+        "relu_expansion_1": "",
+        "mish_expansion_0": "scripted code cannot be rewritten",
+        "_forward_hooks[0]": "it is called by a hook of the module",
+        "act": "",
+        "linear.parametrizations.weight.0": (
+            "it keeps a parameter positive, and it stays unless it is named as a target"
+        ),
+    }
+
+
+def activated_sum(x, y):
+    return F.mish(x + y)
