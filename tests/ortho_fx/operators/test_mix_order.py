@@ -65,7 +65,7 @@ every_granularity = pytest.mark.parametrize("granularity", ["layer", "channel"])
 
 def build(model, kind, granularity):
     channels = CHANNELS if granularity == "channel" else None
-    activation = make_activation(config_of(kind, 2, granularity=granularity), channels=channels, channel_dim=-1)
+    activation = make_activation(config_of(kind, 3, granularity=granularity), channels=channels, channel_dim=-1)
     built, generator = MODELS[model](activation), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in built.parameters():
