@@ -176,8 +176,10 @@ def reads_changed_input(source: Source, key: str) -> str:
     analysis = analyse(source)
     if any(call.discarded for call in analysis.children if call.key == key):
         return "it is called to change its input, and nothing takes its result"
-    entries = (method for method, _ in analysis.methods if method.cls is not None and method.name == "forward")
-    if any(not (method.available and method.self_name) for method in entries):
+    if any(call.reread for call in analysis.children if call.key == key):
+        return "it changes its input in place, and that is read again"
+    methods = (method for method, _ in analysis.methods if method.cls is not None)
+    if any(not (method.available and method.self_name) for method in methods):
         return f"it changes its input in place, and whether {source.cls.__name__} reads that again cannot be seen"
     return ""
 

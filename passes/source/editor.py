@@ -86,13 +86,15 @@ class Call:
 @dataclass(frozen=True)
 class ChildCall:
     """One call of something that the module keeps, `self.act(x)`: what takes its result, whether `inplace` may be
-    asked for, the attributes of self that are constants in it, and whether nothing takes the result."""
+    asked for, the attributes of self that are constants in it, whether nothing takes the result, and whether the input
+    is read again by a name of its own."""
 
     key: str
     uses: tuple[Use, ...]
     in_place: bool
     constants: frozenset[str]
     discarded: bool = False
+    reread: bool = False
 
 
 class CallEditor(ast.NodeTransformer):
@@ -213,7 +215,31 @@ class CallEditor(ast.NodeTransformer):
             uses, asked = self._asking(lambda: tuple(uses_of(node, self.method)))
             decisive = any(use.other is not None for use in uses)
             discarded = isinstance(self.method.scopes.parents.get(node), ast.Expr)
-            self.children.append(ChildCall(key, uses, in_place, asked if decisive else frozenset(), discarded))
+            self.children.append(
+                ChildCall(key, uses, in_place, asked if decisive else frozenset(), discarded, self._is_reread(node))
+            )
+
+    def _is_reread(self, call: ast.Call) -> bool:
+        """Whether the code reads the input of a call afterwards, under its name or under another that it was given."""
+        argument = _first_argument(call)
+        statement: ast.AST | None = call
+        while statement is not None and not isinstance(statement, ast.stmt):
+            statement = self.method.scopes.parents.get(statement)
+        if not isinstance(argument, ast.Name) or not isinstance(statement, ast.stmt):
+            return False
+        names = {argument.id}
+        inside = list(ast.walk(self.method.definition))
+        stored = (n.lineno for n in inside if isinstance(n, ast.Name) and n.id == argument.id and _is_store(n))
+        # What had the name before its last value is another tensor.
+        since = max((line for line in stored if line < statement.lineno), default=0)
+        for node in inside:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.lineno >= since:
+                value = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+                if isinstance(value, ast.Name) and value.id == argument.id:
+                    names.add(node.targets[0].id)
+        written = statement.targets if isinstance(statement, ast.Assign) else []
+        names -= {target.id for target in written if isinstance(target, ast.Name)}
+        return any(any(True for _ in self.method.scopes.later_loads(statement, name)) for name in names)
 
     def _new(
         self,
@@ -483,6 +509,10 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def _bends(node: ast.AST) -> bool:
     return (isinstance(node, ast.Attribute) and bends(node.attr)) or (isinstance(node, ast.Name) and bends(node.id))
+
+
+def _is_store(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Store)
 
 
 def _first_argument(node: ast.Call) -> ast.expr | None:

@@ -46,8 +46,9 @@ class Reader(nn.Module):
 
     def forward(self, x):
         x = x + 1
+        kept = [x]  # a list is no name that the search follows
         y = self.act(x)
-        y = y - x if self.again else y * 2
+        y = y - kept[0] if self.again else y * 2
         return self.other(y)
 
 

@@ -34,7 +34,7 @@ def copies(model):
     yield pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", F.gelu, nn.GELU()], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.gelu, nn.GELU()], ids=["relu", "gelu", "function", "module"])
 def test_padded_inputs_of_encoders(activation):
     model, batch = encoder(activation), padded()
     kept = ~batch["src_key_padding_mask"]
@@ -113,7 +113,7 @@ def test_copies_keep_expansions_that_a_setstate_would_hide(cls):
         assert model[0].act is act
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.GELU()], ids=str)
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.GELU()], ids=["relu", "gelu", "module"])
 def test_copies_of_decoder_layers(activation):
     torch.manual_seed(0)
     model = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, activation=activation, batch_first=True).eval()

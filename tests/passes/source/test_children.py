@@ -108,3 +108,36 @@ def test_a_module_that_is_called_for_its_change_in_place_stays():
     ]
     assert [site.name for site in report.replaced] == ["other"]
     assert model(x).shape == expected.shape
+
+
+class Rereads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.linear = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.linear(x)
+        kept = x
+        x = self.act(x)
+        return x + kept
+
+
+class UnderItsName(Rereads):
+    def forward(self, x):
+        x = self.linear(x)
+        y = self.act(x)
+        return y + x
+
+
+class Residual(Rereads):
+    def forward(self, x):
+        kept = x
+        x = self.linear(x)
+        x = self.act(x)
+        return x * kept
+
+
+@pytest.mark.parametrize(("cls", "left"), [(Rereads, True), (UnderItsName, True), (Residual, False)])
+def test_a_module_whose_changed_input_is_read_again_stays(cls, left):
+    (site,) = find_sites(cls())
+    assert site.reason == ("it changes its input in place, and that is read again" if left else "")
