@@ -233,7 +233,8 @@ class CallEditor(ast.NodeTransformer):
         # What had the name before its last value is another tensor.
         since = max((line for line in stored if line < statement.lineno), default=0)
         for node in inside:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.lineno >= since:
+            earlier = isinstance(node, ast.Assign) and since <= node.lineno < statement.lineno
+            if earlier and isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 value = node.value.value if isinstance(node.value, ast.Subscript) else node.value
                 if isinstance(value, ast.Name) and value.id == argument.id:
                     names.add(node.targets[0].id)

@@ -137,7 +137,15 @@ class Residual(Rereads):
         return x * kept
 
 
-@pytest.mark.parametrize(("cls", "left"), [(Rereads, True), (UnderItsName, True), (Residual, False)])
+class Later(Rereads):
+    def forward(self, x):
+        x = self.act(self.linear(x) + x)
+        x = self.act(x)
+        later = x
+        return x + later
+
+
+@pytest.mark.parametrize(("cls", "left"), [(Rereads, True), (UnderItsName, True), (Residual, False), (Later, False)])
 def test_a_module_whose_changed_input_is_read_again_stays(cls, left):
     (site,) = find_sites(cls())
     assert site.reason == ("it changes its input in place, and that is read again" if left else "")
