@@ -1,7 +1,7 @@
 """Benchmarks: time, memory and kernels of activations and training steps, compared with GELU."""
 
-from ortho_fx.bench.config import BenchConfig
+from ortho_fx.bench.config import DEFAULT_EXPANSIONS, BenchConfig
 from ortho_fx.bench.measure import bench
 from ortho_fx.bench.report import Report
 
-__all__ = ["BenchConfig", "Report", "bench"]
+__all__ = ["DEFAULT_EXPANSIONS", "BenchConfig", "Report", "bench"]

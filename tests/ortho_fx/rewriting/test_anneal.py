@@ -186,7 +186,7 @@ def test_expansions_from_before_are_left_alone():
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be an integer above zero; got 0"),
-        ({"reach": 0.0}, "reach must be above zero; got 0.0"),
+        ({"reach": 0.0}, "reach must be a number above zero; got 0.0"),
         ({"batches": []}, "batches is empty: the fits need inputs"),
         ({"degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
         ({"batches": [data(), torch.full((4, 4), torch.nan)]}, "the inputs of 1 are not finite"),
