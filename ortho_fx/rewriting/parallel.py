@@ -23,11 +23,11 @@ from ortho_fx.errors import OrthoFxError
 
 
 class ExpansionParallel(ParallelStyle):
-    """What is done with an expansion that `parallelize_module` meets under its name.
+    """The entry for an expansion in a plan of `parallelize_module`.
 
-    The parameters become DTensors that every process has whole, as the other parameters of the model become DTensors.
-    A plain input is taken for this process' part of a tensor, and the output is plain as well. An input that is a
-    DTensor tells by itself how it is distributed, and the output is distributed like it.
+    The parameters become DTensors, of which every process has the whole. A plain input counts as this process' part of
+    a tensor, and the output is plain as well. A DTensor input says itself how it is distributed, and the output is
+    distributed in the same way.
 
     Args:
         input_layouts: how a plain input is distributed. `Shard(-1)`, the output of `ColwiseParallel`, when omitted;

@@ -15,8 +15,6 @@ import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
-from torch import nn
-
 from ortho_fx.passes.vocabulary.targets import PACKET, cached_elsewhere
 
 UNRESOLVED: Any = object()
@@ -248,7 +246,3 @@ def cached_by_meaning(
         return kept
 
     return decorate
-
-
-def is_module_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
