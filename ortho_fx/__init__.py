@@ -23,11 +23,15 @@ from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
 from ortho_fx.register import register_basis
+from ortho_fx.rewriting import loading
 from ortho_fx.rewriting.anneal import Annealing
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.check import Check
+from ortho_fx.rewriting.like import rewrite_like_
 from ortho_fx.rewriting.optimizer import param_groups
 from ortho_fx.rewriting.rewrite import RevertReport, RewriteReport, find_sites, revert_, rewrite_
+from ortho_fx.rewriting.save import ExpansionsFile, save_expansions
+from ortho_fx.rewriting.sources import expansion_config
 from ortho_fx.version import __version__
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "CompileSupport",
     "ExpansionActivation",
     "ExpansionConfig",
+    "ExpansionsFile",
     "Export",
     "Fit",
     "FourierActivation",
@@ -55,6 +60,7 @@ __all__ = [
     "__version__",
     "calibrate_",
     "compile_support",
+    "expansion_config",
     "export_onnx",
     "export_program",
     "find_sites",
@@ -67,5 +73,9 @@ __all__ = [
     "register_basis",
     "revert_",
     "rewrite_",
+    "rewrite_like_",
+    "save_expansions",
     "to_polynomial",
 ]
+
+loading.explain()

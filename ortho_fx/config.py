@@ -14,6 +14,8 @@ from ortho_fx.errors import OrthoFxError
 INITS = ("stable", "paper", "calibrated", "fit")
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
+# "hermite", "hermite3" and "hermite 3".
+_SHORT = re.compile("(.*?) ?([0-9]+)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,25 @@ class ExpansionConfig:
             raise OrthoFxError(f"{channels} channels do not divide into {groups} groups")
         return groups
 
+    @classmethod
+    def of(cls, value: object) -> ExpansionConfig:
+        """The config that a short form means: a config, a basis ("hermite"), one with its degree ("hermite3"), a map.
+
+        Raises:
+            OrthoFxError: another value, or a wrong setting.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            name, degree = _SHORT.fullmatch(value).groups()  # type: ignore[union-attr]
+            # A registered basis may end with a digit.
+            return cls(value) if value in BASES or degree is None else cls(name, int(degree))
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise OrthoFxError(
+            f'an expansion is an ExpansionConfig, a name such as "hermite3" or a map of fields; got {value!r}'
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, with a version, for checkpoints."""
         return {"version": VERSION, **asdict(self)}
@@ -124,6 +145,83 @@ class ExpansionConfig:
         if self.clamp is not None:
             parts.append(f"clamp {self.clamp:g}")
         return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """The expansion of one site, in enough detail to make it again without inputs.
+
+    Attributes:
+        expansion: the config.
+        channels: number of channels of a granularity other than "layer".
+        channel_dim: their dimension; None if it follows from the input's shape.
+        form: the form of a frozen expansion; None for one that learns.
+        sizes: the shape of each constant of a frozen expansion.
+    """
+
+    expansion: ExpansionConfig
+    channels: int | None = None
+    channel_dim: int | None = None
+    form: str | None = None
+    sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, those of the config beside the others."""
+        values = self.expansion.to_dict()
+        if self.channels is not None:
+            values |= {"channels": self.channels, "channel_dim": self.channel_dim}
+        if self.form is not None:
+            values["frozen"] = {"form": self.form, "sizes": {name: list(shape) for name, shape in self.sizes}}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiteConfig:
+        """The description from the values of `to_dict`.
+
+        Raises:
+            OrthoFxError: no map, an unknown or wrong field, or another version.
+        """
+        if not isinstance(values, Mapping):
+            raise OrthoFxError(f"the config of a site must be a map of its fields; got {type(values).__name__}")
+        rest = dict(values)
+        channels, channel_dim, frozen = (rest.pop(name, None) for name in ("channels", "channel_dim", "frozen"))
+        config = ExpansionConfig.from_dict(rest)
+        for name, number in (("channels", channels), ("channel_dim", channel_dim)):
+            if number is not None and not is_integer(number):
+                raise OrthoFxError(f"{name} must be an integer; got {number!r}")
+        config.groups(channels)
+        if frozen is None:
+            return cls(config, channels, channel_dim)
+        try:
+            sizes = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in frozen["sizes"].items())
+            return cls(config, channels, channel_dim, str(frozen["form"]), sizes)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise OrthoFxError(f"frozen must hold the form and the sizes of its constants; got {frozen!r}") from None
+
+
+def configs_of(value: object) -> ExpansionConfig | Mapping[str, ExpansionConfig | None] | None:
+    """What `rewrite_` takes as a config, with `ExpansionConfig.of` of every short form in it.
+
+    A map is a config if it has a basis, or no other keys than fields, and holds no configs.
+
+    Raises:
+        OrthoFxError: a value that is no config.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return ExpansionConfig.of(value)
+    allowed = {field.name for field in fields(ExpansionConfig)} | {"version"}
+    held = [one for one in value.values() if isinstance(one, ExpansionConfig | Mapping)]
+    if value and not held and ("basis" in value or set(value) <= allowed):
+        return ExpansionConfig.of(value)
+    found = {}
+    for pattern, one in value.items():
+        try:
+            found[pattern] = None if one is None else ExpansionConfig.of(one)
+        except OrthoFxError as error:
+            raise OrthoFxError(f"the config of {pattern!r}: {error}") from None
+    return found
 
 
 def what_ties() -> str:

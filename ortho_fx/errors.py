@@ -12,3 +12,7 @@ class OperandError(OrthoFxError, RuntimeError):
 
     It is a RuntimeError too, as what PyTorch's own operators raise then.
     """
+
+
+class StateDictError(OrthoFxError, RuntimeError):
+    """A state dict that does not fit the model; a RuntimeError as well, which `load_state_dict` raises."""

@@ -20,6 +20,7 @@ MOVED = {
     "ortho_fx.passes.find": "ortho_fx.passes.search",
     "ortho_fx.passes.substitute": "ortho_fx.passes.vocabulary.expansions",
     "ortho_fx.passes.targets": "ortho_fx.passes.vocabulary.targets",
+    "ortho_fx.models.files": "ortho_fx.tensor_files",
     "ortho_fx.models.expansion_files": "ortho_fx.models.weights.expansions",
     "ortho_fx.models.images": "ortho_fx.models.data.images",
     "ortho_fx.models.layouts": "ortho_fx.models.weights.layouts",

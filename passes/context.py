@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from ortho_fx.batches import Batch
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.expansions import Maker
@@ -47,6 +47,7 @@ class Context:
         occurrences: the sites, in the order of the model's modules and of the nodes of a graph.
         earlier: how many expansions the model held before.
         process_group: the processes whose example_inputs count; all of them for None, "alone" for this one only.
+        known: what is known of sites before any run, by name: their channels need no example_inputs.
         unchanged: a copy of the model from before the first edit; None if no inputs have to be measured.
     """
 
@@ -60,4 +61,5 @@ class Context:
     occurrences: list[Occurrence] = field(default_factory=list)
     earlier: int = 0
     process_group: ProcessGroup | str | None = None
+    known: Mapping[str, SiteConfig] = field(default_factory=dict)
     unchanged: nn.Module | None = None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from ortho_fx.batches import Batch
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.context import ConfigMap, Context, shares
 from ortho_fx.passes.graph.choose import choose
@@ -120,6 +120,7 @@ def run(
     graphs: str | os.PathLike[str] | None = None,
     maker: expansions.Maker | None = None,
     process_group: ProcessGroup | str | None = None,
+    known: Mapping[str, SiteConfig] | None = None,
 ) -> Record:
     """Takes a model through `PASSES`, in place.
 
@@ -130,6 +131,7 @@ def run(
         until: the last pass to run; all passes run when omitted. A run that ends before substitute changes only notes.
         graphs: a folder for the graphs before and after each pass: 0_before.txt, 1_find.txt and so on.
         maker: makes and calibrates expansions; ortho_fx's own when omitted.
+        known: what is known of sites from an earlier rewrite, by name; their channels then need no example_inputs.
 
     Returns:
         The record of the run: the number of edits of each pass, and every site.
@@ -149,6 +151,7 @@ def run(
         maker=maker or expansions.provided(),
         replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),
         process_group=process_group,
+        known=known or {},
         graphs=tuple(module for module in modules if isinstance(module, fx.GraphModule)),
         earlier=sum(isinstance(module, expansions.Expansion) for module in modules),
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models.files import read_json
 from ortho_fx.models.weights.expansions import SavedExpansions, load_expansions
+from ortho_fx.tensor_files import read_json
 
 Row = dict[str, Any]
 

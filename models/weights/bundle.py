@@ -28,10 +28,10 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file, reason
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
-from ortho_fx.models.files import errors_naming, read_safetensors, safetensors_library
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.targets import choose_targets
+from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library
 
 VERSION = 1
 ModelConfig = GPT2Config | ConvNeXtConfig

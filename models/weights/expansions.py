@@ -20,9 +20,9 @@ from ortho_fx.activations.expansion import ExpansionActivation, make_activation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file, reason
-from ortho_fx.models.files import errors_naming, read_safetensors, safetensors_library
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import BY_NAME, Reference
+from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library
 
 _FORMAT, _VERSION = "ortho_fx expansions", "1"
 

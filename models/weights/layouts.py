@@ -23,9 +23,9 @@ from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import gpt2
 from ortho_fx.models.convnext import ConvNeXtConfig
-from ortho_fx.models.files import TensorFile, errors_naming, files_of, read_json, read_tensors
 from ortho_fx.models.gpt2 import GPT2Config
 from ortho_fx.models.weights.bundle import ModelConfig, SiteExpansion, Weights, described, shortened
+from ortho_fx.tensor_files import TensorFile, errors_naming, files_of, read_json, read_tensors
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ortho_fx import torch_private
 from ortho_fx.activations import nested, originals, shards, torchortho
 from ortho_fx.activations.channels import channel_dim_of
 from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OperandError, OrthoFxError
 from ortho_fx.numerics.fit import FittedExpansion, fit_expansion
 from ortho_fx.numerics.histogram import Histogram
@@ -121,6 +121,9 @@ class ExpansionActivation(LearnableExpansion):
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
         return values, fitted
+
+    def site_config(self) -> SiteConfig:
+        return SiteConfig(self.config, self.channels, self.channel_dim)
 
     def set_parameters(self, values: Values) -> None:
         """Copies these values (arrays by name) into the parameters and buffers, the same for every group.

@@ -19,6 +19,7 @@ from ortho_fx.activations.expansion import ExpansionActivation, one_input, refus
 from ortho_fx.arguments import checked_model
 from ortho_fx.bases import basis_named
 from ortho_fx.bases.folded import FORMS
+from ortho_fx.config import SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.moments import Array, Bounds
 from ortho_fx.operands import check_operands
@@ -131,10 +132,7 @@ class FrozenExpansion(Expansion):
         super().__init__()
         if type(expansion).forward is not ExpansionActivation.forward:
             raise OrthoFxError("it is still annealed: call finish() of its Annealing before freeze_")
-        self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
-        self.site = expansion.site
-        if hasattr(expansion, "_replaced"):  # the activation that the expansion had replaced
-            self._replaced = expansion._replaced
+        self._succeed(expansion)
         first = getattr(expansion, expansion.basis.parameters[0].name)
         dtype = _at_least_float32(first.dtype)
         values, interval = _finite_values(expansion)
@@ -152,7 +150,6 @@ class FrozenExpansion(Expansion):
         self._constants = tuple(constants)
         bounds = expansion.bounds
         self.register_buffer("bounds", None if bounds is None else whole(bounds).to(dtype, copy=True))
-        self.train(expansion.training)
 
     def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         """As that of the expansion."""
@@ -168,6 +165,37 @@ class FrozenExpansion(Expansion):
         if x.is_nested:
             return nested.expand_parts(self, x, constants)
         return self.expand(x, constants, 1 if self.channels is None else channel_dim_of(self, x))
+
+    def site_config(self) -> SiteConfig:
+        sizes = tuple((name, tuple(getattr(self, name).shape)) for name in self._constants)
+        return SiteConfig(self.config, self.channels, self.channel_dim, self.form, sizes)
+
+    def _succeed(self, expansion: ExpansionActivation) -> None:
+        self.config, self.channels, self.channel_dim = expansion.config, expansion.channels, expansion.channel_dim
+        self.site = expansion.site
+        if hasattr(expansion, "_replaced"):  # the activation that the expansion had replaced
+            self._replaced = expansion._replaced
+        self.train(expansion.training)
+
+    @classmethod
+    def like(cls, expansion: ExpansionActivation, site: SiteConfig) -> FrozenExpansion:
+        """The frozen expansion that a description names, in the place of an expansion; its constants are NaN.
+
+        Raises:
+            OrthoFxError: an unknown form, or no constants.
+        """
+        if site.form is None or not (site.form == _FORMULA or site.form in FORMS) or not site.sizes:
+            raise OrthoFxError(f"{expansion.called}: no frozen form {site.form!r} with constants {dict(site.sizes)}")
+        frozen = cls.__new__(cls)
+        Expansion.__init__(frozen)
+        frozen._succeed(expansion)
+        frozen.config, frozen.form, frozen._constants = site.expansion, site.form, tuple(name for name, _ in site.sizes)
+        first = getattr(expansion, expansion.basis.parameters[0].name)
+        dtype, bounds = _at_least_float32(first.dtype), expansion.bounds
+        for name, shape in site.sizes:
+            frozen.register_buffer(name, torch.full(shape, torch.nan, device=first.device, dtype=dtype))
+        frozen.register_buffer("bounds", None if bounds is None else torch.full_like(bounds, torch.nan, dtype=dtype))
+        return frozen
 
     def expand(self, x: Tensor, operands: Mapping[str, Tensor], dim: int) -> Tensor:
         """The function of x with these constants, by name, and the channels in this dimension."""

@@ -93,7 +93,7 @@ def _image_size(settings: Mapping[str, Any], channels: int) -> int:
 
 def _settings(weights: Path) -> Mapping[str, Any]:
     """The settings of the run that made these weights; empty if they are unknown."""
-    from ortho_fx.models.files import files_of, safetensors_library
+    from ortho_fx.tensor_files import files_of, safetensors_library
 
     file = files_of(weights)[0]
     if file.suffix != ".safetensors":

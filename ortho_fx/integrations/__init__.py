@@ -1,1 +1,1 @@
-"""What makes expansions at home in other libraries, one file for each; each imports its library only when it is used."""
+"""What makes expansions at home in other libraries: one file for each library, and only that file imports it."""

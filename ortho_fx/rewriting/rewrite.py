@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from torch import nn
 from ortho_fx.activations.expansion import make_activation
 from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, configs_of
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import pipeline
-from ortho_fx.passes.context import ConfigMap, shares
+from ortho_fx.passes.context import shares
 from ortho_fx.passes.observe import observe
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import find_occurrences
@@ -119,8 +119,9 @@ def find_sites(
 
 def rewrite_(
     model: nn.Module,
-    config: ExpansionConfig | ConfigMap | None = None,
+    config: ExpansionConfig | str | Mapping[str, Any] | None = None,
     *,
+    basis: str | None = None,
     targets: Iterable[str] | None = None,
     sharing: str = "instance",
     example_inputs: Batch | None = None,
@@ -138,8 +139,11 @@ def rewrite_(
     Args:
         model: any module; a `torch.fx.GraphModule`, such as that of an exported program, is rewritten in its graph.
         config: one config for every site (`ExpansionConfig()` when omitted), or a map from patterns of site names to
-            configs. A pattern is an exact name, a glob ("blocks.*.act"), or "re:" with a regular expression for the
-            whole name. The first pattern that matches decides. Sites with the config None or without a match are left.
+            configs. A config may be an `ExpansionConfig`, a name ("fourier", or "hermite3" for degree 3), or a map of
+            the fields of `ExpansionConfig`. A pattern is an exact name, a glob ("blocks.*.act"), or "re:" with a
+            regular expression for the whole name. The first pattern that matches decides. Sites with the config None or
+            without a match are left.
+        basis: the basis, for a call without a config: `rewrite_(model, basis="fourier")`.
         targets: activation functions by name; by default all that are not gates.
         sharing: "instance" (a module that stands in several places, or is called several times, becomes one expansion)
             or "site" (each place, and each call in the owner's source, gets its own expansion).
@@ -169,9 +173,13 @@ def rewrite_(
         1     module  gelu      hermite 3  4
         1 replaced, 0 left, 4 new parameters
     """
+    if basis is not None:
+        if config is not None:
+            raise OrthoFxError(f"the basis {basis!r} comes on top of a config: put it into the config")
+        config = ExpansionConfig(basis)
     record = pipeline.run(
         _checked(model),
-        config,
+        configs_of(config),
         targets=targets,
         sharing=sharing,
         example_inputs=example_inputs,

@@ -10,6 +10,7 @@ from torch import nn
 
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.context import ConfigMap, Context
 from ortho_fx.passes.observe import copied, observe
 from ortho_fx.passes.occurrence import Observation, Occurrence, merged_observation
@@ -34,7 +35,11 @@ def choose(model: nn.Module, context: Context) -> int:
             one.describe(reason=reason)
     configs = _configs([one.site for one in context.occurrences], context.config, strict=not context.earlier)
     chosen = {id(one): config for one, config in zip(context.occurrences, configs, strict=True)}
-    wanted = [chosen[id(one)] for one in pending if not one.site.reason]
+    for one in pending:
+        site = context.known.get(one.site.name)
+        if site is not None:
+            one.seen = Observation(Histogram(), site.channels, site.channel_dim, problem="")
+    wanted = [chosen[id(one)] for one in pending if not one.site.reason and one.seen is None]
     if context.example_inputs is None:
         for config in wanted:
             check_needs_no_example(config)

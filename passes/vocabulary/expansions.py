@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ortho_fx import torch_private
 from ortho_fx.bases import Basis
 from ortho_fx.batches import Batch
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.fit import FittedExpansion
 from ortho_fx.numerics.histogram import Histogram
@@ -26,6 +26,10 @@ from ortho_fx.sharded import is_same_memory, is_sharded
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor.placement_types import Placement
+
+
+# The key in the metadata of a state dict under which each expansion stores its `SiteConfig`.
+CONFIG_KEY = "ortho_fx"
 
 
 class Expansion(nn.Module):
@@ -42,10 +46,16 @@ class Expansion(nn.Module):
     # Where the state dict that it was last part of had it.
     _prefix: str = ""
 
+    config: ExpansionConfig
+
     @property
     def called(self) -> str:
         """What errors call it."""
         return self.site or type(self).__name__
+
+    def site_config(self) -> SiteConfig:
+        """What it takes to make an expansion like this one."""
+        raise NotImplementedError
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As that of every module; of one in several places, each has tensors of its own, which files need."""
@@ -57,7 +67,34 @@ class Expansion(nn.Module):
             self._prefix = prefix
             return result
         result.update((key, result[key].clone()) for key in twins)
+        metadata = getattr(result, "_metadata", {}).get(prefix[:-1], {})
+        if CONFIG_KEY in metadata:
+            metadata[CONFIG_KEY]["same_as"] = self._prefix[:-1]
         return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # PyTorch keeps versions here, beside the tensors; `torch.save` and `torch.load` keep them too.
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[CONFIG_KEY] = self.site_config().to_dict()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        other = _difference(local_metadata.get(CONFIG_KEY), self.site_config())
+        if other:
+            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {other}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def named_parameters(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Parameter]]:
         if torch_private.is_called_by_fully_shard() and any(map(is_sharded, self._parameters.values())):
@@ -72,10 +109,25 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[str]:
     return [key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)]
 
 
+def _difference(saved: Any, own: SiteConfig) -> str:
+    """What would make saved tensors another function here although their shapes fit; empty where nothing does."""
+    if not isinstance(saved, Mapping):
+        return ""
+    settings = {
+        "basis": own.expansion.basis,
+        "channels": own.channels,
+        "channel_dim": own.channel_dim,
+    }
+    for name, value in settings.items():
+        given = saved.get(name)
+        if None not in (given, value) and given != value:
+            return f"the state dict has {name} {given!r}, and the model {value!r}"
+    return ""
+
+
 class LearnableExpansion(Expansion):
     """An expansion with parameters, which the passes initialise and lower."""
 
-    config: ExpansionConfig
     basis: ClassVar[Basis]
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:

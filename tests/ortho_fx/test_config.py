@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from ortho_fx import ExpansionConfig, OrthoFxError
+from ortho_fx.config import SiteConfig, configs_of
 
 
 def test_degree_defaults_by_basis():
@@ -48,3 +51,42 @@ def test_unknown_fields_and_versions_are_named():
         ExpansionConfig.from_dict({"degre": 3})
     with pytest.raises(OrthoFxError, match="version 2; this release reads version 1"):
         ExpansionConfig.from_dict({"version": 2})
+
+
+def test_short_forms():
+    config = ExpansionConfig("hermite", 4)
+    assert [ExpansionConfig.of(value) for value in (config, "hermite4", "hermite 4", config.to_dict())] == [config] * 4
+    assert ExpansionConfig.of("tropical_rational") == ExpansionConfig("tropical_rational")
+    with pytest.raises(OrthoFxError, match=r"^degree of hermite must be an integer from 1 to 32; got 99$"):
+        ExpansionConfig.of("hermite99")
+
+
+def test_a_map_is_a_config_or_maps_patterns_to_configs():
+    fourier = ExpansionConfig("fourier", 4)
+    assert configs_of({"basis": "fourier", "degree": 4}) == fourier
+    assert configs_of({"degree": 4}) == ExpansionConfig("hermite", 4)
+    assert configs_of({"act": "fourier4", "degree": fourier}) == {"act": fourier, "degree": fourier}
+    assert configs_of({"act": {"basis": "fourier", "degree": 4}, "*": None}) == {"act": fourier, "*": None}
+
+
+def test_the_config_of_a_site_is_read_as_it_was_written():
+    channels = SiteConfig(ExpansionConfig("fourier", granularity="group:2"), 8, -1)
+    frozen = SiteConfig(ExpansionConfig(clamp=2.0), form="polynomial", sizes=(("monomial_coefficients", (4,)),))
+    for each in (SiteConfig(ExpansionConfig()), channels, frozen):
+        assert SiteConfig.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": "8"}, "channels must be an integer; got '8'"),
+        ({"channels": 7}, "7 channels do not divide into 2 groups"),
+        ({"channels": None}, "granularity 'group:2' needs the number of channels"),
+        ({"frozen": {"form": "waves"}}, "frozen must hold the form and the sizes of its constants; got {'form': 'wave"),
+    ],
+)
+def test_a_wrong_config_of_a_site_is_named(change, message):
+    values = SiteConfig(ExpansionConfig("fourier", granularity="group:2"), 8, -1).to_dict()
+    with pytest.raises(OrthoFxError) as caught:
+        SiteConfig.from_dict(values | change)
+    assert str(caught.value).startswith(message)

@@ -170,8 +170,18 @@ def test_a_state_dict_loads_into_a_freshly_rewritten_model():
         ),
         ((torch.relu,), "the model must be a torch.nn.Module; got builtin_function_or_method"),
         ((Block(), {"mlp*": ExpansionConfig()}), "pattern 'mlp*' matches no site; sites are silu_expansion_0, act"),
-        ((Block(), {"act": "hermite"}), "the config of 'act' must be an ExpansionConfig or None; got 'hermite'"),
-        ((Block(), "hermite"), "config must be an ExpansionConfig or a map of names to them; got str"),
+        (
+            (Block(), {"act": "hermit"}),
+            "the config of 'act': basis must be one of hermite, fourier, tropical, tropical_rational; got 'hermit'",
+        ),
+        (
+            (Block(), 3),
+            'an expansion is an ExpansionConfig, a name such as "hermite3" or a map of fields; got 3',
+        ),
+        (
+            (Block(), {"basis": "hermite", "degre": 3}),
+            "unknown option 'degre'; options are basis, degree, init, granularity, clamp, tied",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message):

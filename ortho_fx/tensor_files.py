@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,10 @@ _IN_A_FOLDER = (
 )
 # Keys under which other libraries store the state dict in a file that holds more.
 _WRAPPINGS = ("model", "state_dict")
+
+
+# Chooses from the names in a file those of the tensors to read.
+Only = Callable[[Iterable[str]], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def safetensors_library() -> Any:
     return safetensors
 
 
-def read_safetensors(path: Path) -> TensorFile:
-    """The content of a safetensors file; the tensors are copies.
+def read_safetensors(path: Path, only: Only = iter) -> TensorFile:
+    """The content of a safetensors file, or of these tensors in it; the tensors are copies.
 
     Raises:
         OrthoFxError: no file, or one that is not safetensors.
@@ -67,20 +71,22 @@ def read_safetensors(path: Path) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             # Copies, since the tensors are mapped into memory: they would change with the file.
-            return TensorFile({name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {})
+            return TensorFile(
+                {name: file.get_tensor(name).clone() for name in only(file.keys())}, file.metadata() or {}
+            )
     except (safetensors.SafetensorError, OSError) as error:
         raise OrthoFxError(f"{path} is not a readable safetensors file: {reason(error)}") from None
 
 
-def read_tensors(path: Path) -> TensorFile:
-    """The state dict in a .safetensors, .bin, .pth or .pt file, with its metadata.
+def read_tensors(path: Path, only: Only = iter) -> TensorFile:
+    """The state dict in a .safetensors, .bin, .pth or .pt file, with its metadata; `only` chooses from safetensors.
 
     Raises:
         OrthoFxError: no file, another ending, or a file that cannot be read, holds more than plain values, or holds no
             state dict.
     """
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_safetensors(path, only)
     if path.suffix not in _PICKLED:
         raise OrthoFxError(f"weights are files in .safetensors, {', '.join(_PICKLED)}; got {path}")
     _check_exists(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ortho_fx import OrthoFxError
-from ortho_fx.models.files import files_of, read_json, read_safetensors, read_tensors
+from ortho_fx.tensor_files import files_of, read_json, read_safetensors, read_tensors
 
 
 def test_a_state_dict_is_unwrapped(tmp_path):
