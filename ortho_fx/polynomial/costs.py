@@ -69,6 +69,14 @@ class PolynomialSite:
     monomial: tuple[tuple[float, ...], ...]
     chebyshev: tuple[tuple[float, ...], ...]
 
+    @property
+    def openfhe(self) -> tuple[tuple[float, ...], ...]:
+        """The Chebyshev coefficients as OpenFHE's `EvalChebyshevSeries(x, coefficients, low, high)` takes them.
+
+        It counts half of the first one: y = c_0 / 2 + sum_{k > 0} c_k T_k. Its `EvalPoly` takes `monomial` as it is.
+        """
+        return tuple((2 * one[0], *one[1:]) for one in self.chebyshev)
+
 
 @dataclass(frozen=True)
 class PolynomialReport:
@@ -98,7 +106,8 @@ class PolynomialReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "left": [{"name": name, "reason": reason} for name, reason in self.left]}
+        sites = [{**asdict(site), "openfhe": site.openfhe} for site in self.sites]
+        return {**asdict(self), "sites": sites, "left": [{"name": name, "reason": reason} for name, reason in self.left]}
 
     def __str__(self) -> str:
         header = ("name", "degree", "calls", "ct mul", "pt mul", "depth", "levels", "min", "max", "mean", "std")

@@ -217,6 +217,12 @@ def test_the_table_and_the_plain_values():
     values = json.loads(json.dumps(report.to_dict()))
     assert len(values["sites"][1]["monomial"]) == 6
     assert values["sites"][0]["cost"]["depth"] == 1
+    # OpenFHE counts half of the first coefficient of a Chebyshev series.
+    site = report.sites[0]
+    first, *others = values["sites"][0]["openfhe"][0]
+    halved = np.polynomial.Chebyshev([first / 2, *others], domain=[site.low, site.high])
+    points = np.linspace(site.low, site.high, 9)
+    np.testing.assert_allclose(halved(points), np.polynomial.Polynomial(site.monomial[0])(points), atol=1e-12)
 
 
 def test_errors_name_what_is_missing():
