@@ -107,7 +107,11 @@ class PolynomialReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         sites = [{**asdict(site), "openfhe": site.openfhe} for site in self.sites]
-        return {**asdict(self), "sites": sites, "left": [{"name": name, "reason": reason} for name, reason in self.left]}
+        return {
+            **asdict(self),
+            "sites": sites,
+            "left": [{"name": name, "reason": reason} for name, reason in self.left],
+        }
 
     def __str__(self) -> str:
         header = ("name", "degree", "calls", "ct mul", "pt mul", "depth", "levels", "min", "max", "mean", "std")
