@@ -87,4 +87,5 @@ class Occurrence:
 
     def describe(self, **changes: Any) -> None:
         """Changes fields of the site."""
-        self.site = replace(self.site, **changes)
+        if any(getattr(self.site, name) != value for name, value in changes.items()):
+            self.site = replace(self.site, **changes)

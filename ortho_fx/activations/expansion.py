@@ -60,6 +60,8 @@ class ExpansionActivation(LearnableExpansion):
 
     basis: ClassVar[Basis]
     bounds: Tensor | None
+    channels: int | None = None
+    channel_dim: int | None = None
 
     def __init__(
         self,
@@ -82,8 +84,10 @@ class ExpansionActivation(LearnableExpansion):
         # In a tuple, so that a module does not become a submodule: its parameters are not the expansion's.
         self._reference = (reference,)
         groups = self.config.groups(channels)
-        self.channels = None if groups is None else channels
-        self.channel_dim = channel_dim
+        if groups is not None:
+            self.channels = channels
+        if channel_dim is not None:
+            self.channel_dim = channel_dim
         assert self.config.degree is not None
         for parameter in self.basis.parameters:
             size = parameter.size(self.config.degree, tied)
@@ -117,7 +121,9 @@ class ExpansionActivation(LearnableExpansion):
             fitted = _fit(self.reference, self.config, inputs)
             values = dict(fitted.parameters)
         else:
-            values = self.basis.rescale(initial_parameters(self.config), mean, std)
+            values = dict(initial_parameters(self.config))
+            if inputs is not None:
+                values = self.basis.rescale(values, mean, std)
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
         return values, fitted

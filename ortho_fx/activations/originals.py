@@ -63,7 +63,8 @@ def unchanged_on_failure(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _shard(module: nn.Module) -> None:
     # The root that fully_shard wraps keeps its parameters gathered after a forward pass. A state dict holds the
     # original ones, and whoever asks for it has them put back.
-    module.state_dict(keep_vars=True)
+    if any(one._state_dict_pre_hooks for one in module.modules()):
+        module.state_dict(keep_vars=True)
 
 
 def _for_groups(start: Tensor, target: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def _start(one: Occurrence) -> None:
     expansion, config = one.expansion, one.config
     assert expansion is not None
     assert config is not None
-    expansion.config, one.started = config, True
+    one.started = True
+    if expansion.config != config:
+        expansion.config = config
     if config.init in ("stable", "calibrated"):  # made "stable"; `_calibrate` follows
         return
     seen = None

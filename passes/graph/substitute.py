@@ -78,7 +78,7 @@ def _make(model: nn.Module, context: Context, one: Occurrence, config: Expansion
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that the device exists
         raise OrthoFxError(f"{one.site.name} cannot be placed on {device}: {error}") from None
     expansion.site = one.site.name
-    return expansion.train(one.owner.training)
+    return expansion if one.owner.training else expansion.eval()
 
 
 def _placement(model: nn.Module, one: Occurrence) -> tuple[torch.device | None, torch.dtype | None]:

@@ -45,14 +45,14 @@ def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
     cls = _underlying(module)
     known = cls.__dict__.get(_SOURCE)
     if known is not None:
-        return replace(known, split=known.split | split)
+        return replace(known, split=known.split | split) if split else known
     asked = analyse(Source(cls, split=split)).asked
     values = ((name, _value(module, name)) for name in asked)
     # Plain values only: a source is hashed, to look up its rewritten class.
     constants = frozenset((name, value) for name, value in values if isinstance(value, Scalar))
     source = Source(cls, constants, split)
     used = analyse(source).used
-    return replace(source, constants=frozenset((name, value) for name, value in constants if name in used))
+    return Source(cls, frozenset((name, value) for name, value in constants if name in used), split)
 
 
 def set_class(module: nn.Module, cls: type) -> None:
