@@ -171,7 +171,9 @@ class Run:
         with (
             contextlib.closing(batches),
             _Signals() as signals,
-            Progress(title, self.steps, self.task.unit, shown=self.leads) as progress,
+            Progress(
+                title, self.steps, self.task.unit, first=first, compiles=config.compile, shown=self.leads
+            ) as progress,
         ):
             for note in self.notes:
                 progress.line(note)
@@ -202,7 +204,7 @@ class Run:
             self.average.update(done)
         rate = progress.step(done, taken.loss, self.batch_size * self.unit_size)
         if done % config.eval_every == 0 or done == self.steps:
-            measured = self.validate()
+            measured = self.validate(progress)
             row |= measured
             self._measure_sites(log, done)
             shown = "  ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in measured.items())
@@ -230,15 +232,18 @@ class Run:
             explain_divergence(self.model, lambda: sum(losses(*part) for part in parts), self.monitor.rows, what, step)
         )
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, progress: Progress) -> dict[str, float]:
         """Mean loss in nats over the validation data; for images also the accuracy."""
+        batches = self.data.validation_batches(self.validation_size)
+        progress.validating(0, batches)
         self.optimization.shared.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             (rows,) = self.processes.rows(self.validation_size, 1)
             held = load_validation(self.data, size=self.validation_size, rows=rows, workers=self.workers, pin=self.pin)
-            for part in held:
+            for done, part in enumerate(held, 1):
                 totals += self.optimization.evaluate(*self._on_device(part))
+                progress.validating(done, batches)
         self.optimization.shared.train()
         loss, correct, count = self.processes.total(totals).tolist()
         measured = {"validation_loss": loss / count}

@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.polynomial import Chebyshev, HermiteE
@@ -19,7 +19,7 @@ from numpy.polynomial import Polynomial as Powers
 from torch import Tensor, fx, nn
 
 from ortho_fx.arguments import checked_model
-from ortho_fx.batches import Batch, call
+from ortho_fx.batches import Batch, batches_of, call, why_empty
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.search import find_occurrences
@@ -41,6 +41,9 @@ from ortho_fx.polynomial.graph import (
 )
 from ortho_fx.tables import table
 from ortho_fx.watch import watching
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,9 @@ class PolynomialReport:
         return "\n".join(lines)
 
 
-def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialReport:
+def polynomial_report(
+    model: nn.Module, batches: Iterable[Batch] | DataLoader[Any], *, limit: int | None = None
+) -> PolynomialReport:
     """Reports degrees, multiplications, depth, ranges and coefficients of a model's Hermite activations.
 
     A polynomial of degree n is evaluated with baby steps and giant steps, at depth ceil(log2(n)) and with
@@ -150,13 +155,16 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
 
     Args:
         model: a model with Hermite activations.
-        batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+        batches: a DataLoader, or an iterable with a tensor, a tuple of positional arguments or a map of keyword
+            arguments for each call of the model. Of a DataLoader's items the model gets its inputs, as in `calibrate_`.
+        limit: the most batches that are used; all of them when omitted.
 
     Returns:
         The costs of each activation and of the whole model.
 
     Raises:
-        OrthoFxError: a model without expansions, no batch, or inputs of a site that are not finite.
+        OrthoFxError: a model without expansions, no batch, a batch that the model cannot be called with, or inputs of a
+            site that are not finite.
 
     Source: Paterson and Stockmeyer, SIAM Journal on Computing 2(1), 1973.
     """
@@ -165,7 +173,7 @@ def polynomial_report(model: nn.Module, batches: Iterable[Batch]) -> PolynomialR
     }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
-    seen = _observe(model, expansions, batches)
+    seen = _observe(model, expansions, batches, limit)
     sites, left = [], {}
     for name, inputs in seen.items():
         try:
@@ -209,7 +217,9 @@ class _Inputs:
             self.low, self.high = min(low, self.low), max(high, self.high)
 
 
-def _observe(model: nn.Module, expansions: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, _Inputs]:
+def _observe(
+    model: nn.Module, expansions: Mapping[str, nn.Module], batches: Iterable[Batch], limit: int | None
+) -> dict[str, _Inputs]:
     """The inputs of every expansion that the model calls, in the order of their first calls."""
     seen: dict[str, _Inputs] = {}
     batch = -1
@@ -218,10 +228,11 @@ def _observe(model: nn.Module, expansions: Mapping[str, nn.Module], batches: Ite
         seen.setdefault(name, _Inputs()).add(x, batch)
 
     with torch.no_grad(), watching(expansions, see):
-        for batch, values in enumerate(batches):  # noqa: B007 `see` reads it
+        for batch, values in enumerate(batches_of(model, batches, limit)):  # noqa: B007 `see` reads it
             call(model, values)
     if not seen:
-        raise OrthoFxError("no batch reached an expansion: batches is empty, or the model calls none of them")
+        why = why_empty(batches) if batch < 0 else "the model calls none of them"
+        raise OrthoFxError(f"no batch reached an expansion: {why}")
     for name, inputs in seen.items():
         if not inputs.histogram.finite:
             raise OrthoFxError(f"the inputs of {name} are not finite")

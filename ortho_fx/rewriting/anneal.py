@@ -13,8 +13,9 @@ one layer become larger in the next. So a penalty is added for inputs outside of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation, HermiteActivation, one_input
 from ortho_fx.arguments import checked_model, is_integer, is_number
-from ortho_fx.batches import Batch
+from ortho_fx.batches import Batch, batches_of, why_empty
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.rewrite import RewriteReport, rewrite_
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 class AnnealedActivation(HermiteActivation):
@@ -80,8 +84,10 @@ class Annealing:
     Args:
         model: any module; its activations are found as in `rewrite_`.
         degree: the degree of the polynomials, from 1 to 32; 2 and 3 are usual.
-        batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model. The
-            model runs on them without gradients, in its current mode (train or eval).
+        batches: a DataLoader, or an iterable with a tensor, a tuple of positional arguments or a map of keyword
+            arguments for each call of the model. Of a DataLoader's items the model gets its inputs, as in `calibrate_`.
+            The model runs on them once, without gradients, in its current mode (train or eval).
+        limit: the most batches that are used; all of them when omitted.
         steps: the number of calls of `step` until s = 1; one or more.
         reach: inputs within this number of standard deviations from the measured mean add nothing to `penalty`.
         granularity: "layer", "channel" or "group:N", as in `ExpansionConfig`.
@@ -105,7 +111,8 @@ class Annealing:
         model: nn.Module,
         *,
         degree: int = 2,
-        batches: Iterable[Batch],
+        batches: Iterable[Batch] | DataLoader[Any],
+        limit: int | None = None,
         steps: int,
         reach: float = 3.0,
         granularity: str = "layer",
@@ -117,13 +124,14 @@ class Annealing:
         if not is_number(reach) or reach <= 0:
             raise OrthoFxError(f"reach must be a number above zero; got {reach!r}")
         config = ExpansionConfig("hermite", degree, "fit", granularity)
-        batches = list(batches)
-        if not batches:
-            raise OrthoFxError("batches is empty: the fits need inputs")
+        given = batches_of(model, batches, limit)
+        first = next(given, None)
+        if first is None:
+            raise OrthoFxError(f"the fits need inputs, and {why_empty(batches)}")
         earlier = {id(module) for module in model.modules()}
-        self.report = rewrite_(model, config, targets=targets, example_inputs=batches[0])
+        self.report = rewrite_(model, config, targets=targets, example_inputs=first)
         try:
-            self._start(model, batches, reach, earlier)
+            self._start(model, itertools.chain([first], given), reach, earlier)
         except BaseException:
             revert_expansions(model, lambda module: id(module) not in earlier)
             raise

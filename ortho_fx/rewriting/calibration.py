@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch import nn
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.activations.originals import unchanged_on_failure
 from ortho_fx.arguments import checked_model
-from ortho_fx.batches import Batch, call
+from ortho_fx.batches import Batch, batches_of, call, why_empty
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
@@ -30,6 +30,7 @@ from ortho_fx.watch import watching
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class Calibration:
 
 
 def calibrate_(
-    model: nn.Module, batches: Iterable[Batch], *, process_group: ProcessGroup | str | None = None
+    model: nn.Module,
+    batches: Iterable[Batch] | DataLoader[Any],
+    *,
+    limit: int | None = None,
+    process_group: ProcessGroup | str | None = None,
 ) -> Calibration:
     """Runs a model on batches, and initialises each expansion for its inputs: f(x) = sigma f_1((x - mu) / sigma).
 
@@ -90,7 +95,11 @@ def calibrate_(
 
     Args:
         model: a model with expansions.
-        batches: a tensor, a tuple of positional arguments or a map of keyword arguments for each call of the model.
+        batches: a DataLoader, or an iterable with a tensor, a tuple of positional arguments or a map of keyword
+            arguments for each call of the model. Of a DataLoader's items the model gets its inputs, on its device: the
+            leading items of a tuple, as many as forward has positional parameters without a default, and at least one;
+            or those keys of a dict that forward takes.
+        limit: the most batches that are used; all of them when omitted.
         process_group: the processes that hold the same model, such as those of data parallelism beside pipeline
             stages; all of them when omitted, and "alone" for this one only.
 
@@ -98,9 +107,9 @@ def calibrate_(
         The measured inputs of each expansion, and the expansions that were not called.
 
     Raises:
-        OrthoFxError: a model without expansions, no batch, a site whose inputs are constant or not finite, a
-            parametrization that cannot be inverted, parameters that are offloaded, or processes that hold different
-            sites; the model is then unchanged.
+        OrthoFxError: a model without expansions, no batch, a batch that the model cannot be called with, a site whose
+            inputs are constant or not finite, a parametrization that cannot be inverted, parameters that are offloaded,
+            or processes that hold different sites; the model is then unchanged.
 
     Source: mean and deviation are merged over batches as by Chan, Golub and LeVeque, 1979.
     """
@@ -109,7 +118,7 @@ def calibrate_(
     }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to calibrate: call rewrite_ first")
-    return calibrate_expansions(model, expansions, batches, process_group)
+    return calibrate_expansions(model, expansions, batches, process_group, limit)
 
 
 def calibrate_expansions(
@@ -117,15 +126,26 @@ def calibrate_expansions(
     expansions: Mapping[str, LearnableExpansion],
     batches: Iterable[Batch],
     process_group: ProcessGroup | str | None = None,
+    limit: int | None = None,
 ) -> Calibration:
     """As `calibrate_`, for some of the model's expansions, by their names."""
-    seen_by_each = measured(lambda: _inputs(model, expansions, batches), process_group)
+    given, came = batches_of(model, batches, limit), 0
+
+    def measure() -> dict[str, Histogram]:
+        """What the batches of this process bring to each expansion."""
+        nonlocal came
+        inputs = {name: Histogram() for name in expansions}
+        with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
+            for came, batch in enumerate(given, 1):  # noqa: B007 the text of an error reads it
+                call(model, batch)
+        return inputs
+
+    seen_by_each = measured(measure, process_group)
     inputs = {name: Histogram.merged([each[name] for each in seen_by_each]) for name in expansions}
     called = {name: seen for name, seen in inputs.items() if seen.samples}
     if not called:
-        raise OrthoFxError(
-            "no batch reached an expansion: batches is empty, the model calls none of them, or it is on the meta device"
-        )
+        why = "the model calls none of them, or it is on the meta device" if came else why_empty(batches)
+        raise OrthoFxError(f"no batch reached an expansion: {why}")
     for name, seen in called.items():
         if not seen.finite:
             raise OrthoFxError(f"the inputs of {name} are not finite")
@@ -145,17 +165,6 @@ def calibrate_expansions(
         _, fitted = starts[name]
         sites.append(SiteStatistics(name, seen.mean, seen.std, seen.samples, fitted.rmse if fitted else None))
     return Calibration(tuple(sites), tuple(name for name in expansions if name not in called))
-
-
-def _inputs(
-    model: nn.Module, expansions: Mapping[str, LearnableExpansion], batches: Iterable[Batch]
-) -> dict[str, Histogram]:
-    """What the batches of this process bring to each expansion."""
-    inputs = {name: Histogram() for name in expansions}
-    with torch.no_grad(), watching(expansions, lambda name, x, _: inputs[name].add(x)):
-        for batch in batches:
-            call(model, batch)
-    return inputs
 
 
 def _gathered_by_fsdp1(model: nn.Module) -> AbstractContextManager[None]:

@@ -187,7 +187,7 @@ def test_expansions_from_before_are_left_alone():
     [
         ({"steps": 0}, "steps must be an integer above zero; got 0"),
         ({"reach": 0.0}, "reach must be a number above zero; got 0.0"),
-        ({"batches": []}, "batches is empty: the fits need inputs"),
+        ({"batches": []}, "the fits need inputs, and batches is empty"),
         ({"degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
         ({"batches": [data(), torch.full((4, 4), torch.nan)]}, "the inputs of 1 are not finite"),
         ({"targets": ["silu"]}, "no activation of Sequential can be replaced: 1: it is not among the targets"),
