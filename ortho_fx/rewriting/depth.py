@@ -200,12 +200,17 @@ _LISTS = (nn.Sequential, nn.ModuleList)
 
 
 def _items(module: nn.Module) -> Iterator[nn.Module]:
-    """The items of a list, and those of lists in it."""
-    for child in module.children():
+    """The items of a list, and those of lists in it, without their wrappers."""
+    for child in map(_unwrapped_module, module.children()):
         if isinstance(child, _LISTS):
             yield from _items(child)
         else:
             yield child
+
+
+def _unwrapped_module(module: nn.Module) -> nn.Module:
+    inside = next((module._modules[key] for key in _WRAPPERS if key in module._modules), None)
+    return module if inside is None else _unwrapped_module(inside)
 
 
 def _repeats(items: Sequence[nn.Module]) -> bool:
