@@ -3,37 +3,29 @@
     pip install timm scikit-learn
     python examples/timm_training.py [--model resnet10t] [--basis hermite] [--degree 3] [--epochs 3] [--keep]
 
-The weights are random: nothing is downloaded. timm's `create_optimizer_v2` takes parameter groups, so those of
-`param_groups` keep the expansions from decaying and may give them a learning rate of their own. timm's schedules
-multiply the rate of each group and keep their proportions. `--keep` trains the model as it is, to compare with.
+The weights are random: nothing is downloaded. timm's `create_optimizer_v2` asks the model which parameters must not
+decay, and a rewritten model names its expansions. For expansions with a learning rate of their own, hand over the
+groups of `ortho_fx.param_groups` instead of the model. `--keep` trains the model as it is, to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx import ExpansionConfig, calibrate_, param_groups, rewrite_
+from ortho_fx import ExpansionConfig, calibrate_, rewrite_
 
 LEARNING_RATE, WEIGHT_DECAY, BATCH, SIZE = 2e-3, 0.05, 64, 32
 
 
-def make_learnable(
-    model: nn.Module, batch: Tensor, config: ExpansionConfig | None, lr: float = LEARNING_RATE
-) -> list[dict[str, Any]]:
-    """Rewrites the activations, calibrates them to their inputs on this batch, and returns the optimizer's groups.
-
-    Without a config the activations stay as they are.
-    """
-    if config is not None:
-        print(rewrite_(model, config))
-        # In training mode a new batch normalisation uses the batch's own statistics, as at the start of the training.
-        calibrate_(model.train(), [batch])
-    return param_groups(model, lr=lr, weight_decay=WEIGHT_DECAY)
+def make_learnable(model: nn.Module, batch: Tensor, config: ExpansionConfig) -> None:
+    """Rewrites the activations, and calibrates them to their inputs on this batch."""
+    print(rewrite_(model, config))
+    # In training mode a new batch normalisation uses the batch's own statistics, as at the start of the training.
+    calibrate_(model.train(), [batch])
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,8 +49,9 @@ def train(name: str, config: ExpansionConfig | None, epochs: int) -> None:
     torch.manual_seed(0)
     images, classes, held, held_classes = digits()
     model = timm.create_model(name, num_classes=10, in_chans=1)
-    groups = make_learnable(model, images[:BATCH], config)
-    optimizer = create_optimizer_v2(groups, opt="adamw", lr=LEARNING_RATE)
+    if config is not None:
+        make_learnable(model, images[:BATCH], config)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     updates = len(images) // BATCH
     schedule, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=epochs, step_on_epochs=False, updates_per_epoch=updates

@@ -10,6 +10,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.graph.nodes import restore_nodes
 from ortho_fx.passes.graph.operators import raise_calls
 from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
+from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.source.calls import restore_call
 from ortho_fx.passes.vocabulary.expansions import Substitute
 
@@ -31,6 +32,7 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
     for _, owner, key in places:
         restore(owner, key)
     set_nested_paths(model)
+    set_no_weight_decay(model)
     return tuple(name for name, _, _ in places)
 
 

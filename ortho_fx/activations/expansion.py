@@ -48,6 +48,7 @@ class ExpansionActivation(LearnableExpansion):
             elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
         reference: the function that init="fit" fits: any elementwise function that autograd differentiates.
         device, dtype: of the parameters, as in `torch.nn` modules.
+        inplace: has no effect: the output is always a new tensor. Libraries pass it to every activation.
 
     Raises:
         OrthoFxError: a wrong setting at construction; at the call, an input that is not floating point or has
@@ -76,6 +77,7 @@ class ExpansionActivation(LearnableExpansion):
         reference: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)

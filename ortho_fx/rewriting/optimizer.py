@@ -2,66 +2,118 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.arguments import checked_model, is_number
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.modules.undecayed import KEYWORDS, learned_parameters, names_of
+from ortho_fx.passes.vocabulary.sites import join
+from ortho_fx.rewriting.depth import layers_of, unwrapped
+
+_KINDS = ("decay", "no_decay", "expansions")
 
 
 def param_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, expansion_lr: float | None = None
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    expansion_lr: float | None = None,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for `torch.optim`: weights with decay, parameters without, and expansions with their own learning rate.
+    r"""Groups for `torch.optim`: weights with decay, parameters without, and expansions with their own learning rate.
 
     Matrices and convolution kernels decay. Biases, scales, the parameters of normalisations, and all parameters of
-    expansions do not: decay would pull an activation towards zero. Parameters that need no gradient are left out,
-    shared parameters are listed once, and empty groups are dropped.
+    expansions do not: decay would pull an activation towards zero. Nor do those that the model, or a module inside of
+    it, names in `no_weight_decay()` or finds by a part of the name in `no_weight_decay_keywords()`. Parameters that
+    need no gradient are left out, shared parameters are listed once, and empty groups are dropped. The model may be
+    wrapped by DDP, sharded by `fully_shard`, or compiled.
+
+    With `layer_decay` the rates fall towards the input. In layer l of 0 .. L the rate is
+
+        lr * layer_decay ** (L - l)
+
+    and that of an expansion there is expansion_lr * layer_decay ** (L - l). The layers are those of
+    `group_matcher(coarse=False)` if the model, or one module inside of it, has that method of timm's; the rates of
+    weights are then those of timm. In other models the layers are the blocks of the longest nn.ModuleList or
+    nn.Sequential with two or more of one class: `h` in GPT-2, `layers` in Llama, `layer1` to `layer4` in ResNet. Lists
+    of one module follow each other, and those inside of a block do not count. What comes before the blocks, such as
+    embeddings, is layer 0; what is between two blocks is in the layer of the second; what comes behind them, such as a
+    head, is in layer L.
 
     Args:
         model: a model, rewritten or not.
-        lr: learning rate of the model's own parameters.
+        lr: learning rate of the model's own parameters, in layer L.
         weight_decay: decay of matrices and convolution kernels.
-        expansion_lr: learning rate of the expansions; `lr` when omitted.
+        expansion_lr: learning rate of the expansions, in layer L; `lr` when omitted.
+        layer_decay: above 0 and at most 1; every layer has the same rate when omitted.
 
     Returns:
-        Up to three dicts with "name", "params" (a list of parameters), "lr" and "weight_decay".
+        Dicts with "name", "params" (a list of parameters), "lr" and "weight_decay". The names are "decay", "no_decay"
+        and "expansions", and with `layer_decay` "layer_0.decay", "layer_0.no_decay" and so on.
 
     Raises:
-        OrthoFxError: a rate or a decay below zero, or a lazy module that has not been called yet.
+        OrthoFxError: a rate or a decay out of range, a lazy module that has not been called yet, names in
+            `no_weight_decay` that are not strings, or with `layer_decay` a model whose layers are not known.
+
+    Source: the decay of rates by layer is that of Clark et al., arXiv 2003.10555, and of Bao et al., arXiv 2106.08254.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("expansion_lr", expansion_lr)):
         if value is not None and not (is_number(value) and value >= 0):
             raise OrthoFxError(f"{name} must be a number, zero or more; got {value!r}")
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "expansions": []}
-    # Those of a parametrization are inside of the expansion, in modules of PyTorch's.
-    learned = {
-        id(parameter)
-        for module in checked_model(model).modules()
-        if isinstance(module, ExpansionActivation)
-        for parameter in module.parameters()
-    }
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            if isinstance(parameter, nn.UninitializedParameter):
-                raise OrthoFxError(f"{prefix}.{name} has no shape yet: call the model once, for its lazy modules")
-            seen.add(id(parameter))
-            if id(parameter) in learned:
-                group = "expansions"
-            elif name == "bias" or parameter.dim() < 2 or "norm" in type(module).__name__.lower():
-                group = "no_decay"
-            else:
-                group = "decay"
-            groups[group].append(parameter)
-    rates = {"decay": lr, "no_decay": lr, "expansions": lr if expansion_lr is None else expansion_lr}
-    decays = {"decay": weight_decay, "no_decay": 0.0, "expansions": 0.0}
-    return [
-        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decays[name]}
-        for name, parameters in groups.items()
-        if parameters
+    if layer_decay is not None and not (is_number(layer_decay) and 0 < layer_decay <= 1):
+        raise OrthoFxError(f"layer_decay must be a number above 0 and at most 1; got {layer_decay!r}")
+    learned, named = learned_parameters(checked_model(model)), _named(model)
+    layers, last = ({}, 0) if layer_decay is None else layers_of(model)
+    groups: dict[tuple[int, str], list[nn.Parameter]] = {}
+    own = [
+        (prefix, module, name, parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
     ]
+    seen: set[int] = set()
+    for prefix, module, name, parameter in own:
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise OrthoFxError(f"{join(prefix, name)} has no shape yet: call the model once, for its lazy modules")
+        seen.add(id(parameter))
+        matrix = parameter.dim() > 1 and name != "bias" and "norm" not in type(module).__name__.lower()
+        if id(parameter) in learned:
+            kind = "expansions"
+        else:
+            kind = "decay" if matrix and id(parameter) not in named else "no_decay"
+        groups.setdefault((layers.get(id(parameter), last), kind), []).append(parameter)
+    rates = {"decay": lr, "no_decay": lr, "expansions": lr if expansion_lr is None else expansion_lr}
+    return [
+        {
+            "name": kind if layer_decay is None else f"layer_{layer}.{kind}",
+            "params": groups[layer, kind],
+            "lr": rates[kind] * (1.0 if layer_decay is None else layer_decay ** (last - layer)),
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+        }
+        for layer in range(last + 1)
+        for kind in _KINDS
+        if (layer, kind) in groups
+    ]
+
+
+def _named(model: nn.Module) -> set[int]:
+    """The ids of the parameters that the model, or a module inside of it, names as not to be decayed.
+
+    The names of each module count from that module, so wrappers around it do not matter. A name may be a pattern, as
+    in timm.
+    """
+    found: set[int] = set()
+    for prefix, module in model.named_modules():
+        names, words = names_of(module, called=prefix), names_of(module, KEYWORDS, prefix)
+        if not names and not words:
+            continue
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            for one in (name, unwrapped(name)):
+                if one in names or any(word in one for word in words) or any(fnmatchcase(one, n) for n in names):
+                    found.add(id(parameter))
+    return found

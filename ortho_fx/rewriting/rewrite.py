@@ -133,8 +133,8 @@ def rewrite_(
     Activation modules are replaced, both PyTorch's and those of libraries: a leaf module without parameters is
     identified by the values that it computes. A module may also call an activation in its own methods, or write out its
     formula there. It then gets a subclass of its class, whose methods call an expansion instead. Parameters take the
-    device and the dtype of neighbouring parameters. Call `rewrite_` before you make the optimizer, DDP or FSDP. A
-    second call changes nothing.
+    device and the dtype of neighbouring parameters. The model's `no_weight_decay()`, which other libraries ask for,
+    names them too. Call `rewrite_` before you make the optimizer, DDP or FSDP. A second call changes nothing.
 
     Args:
         model: any module; a `torch.fx.GraphModule`, such as that of an exported program, is rewritten in its graph.

@@ -19,6 +19,7 @@ from ortho_fx.passes.context import Context
 from ortho_fx.passes.graph.pairs import is_operator_graph
 from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.modules.offloaded import device_of, loads_all_weights
+from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 from ortho_fx.passes.vocabulary.sites import join
@@ -43,6 +44,7 @@ def substitute(model: nn.Module, context: Context) -> int:
         one.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
     if pending:
         set_nested_paths(model)
+        set_no_weight_decay(model)
     return len(pending)
 
 

@@ -72,9 +72,15 @@ def keep_in_copies(owner: nn.Module) -> None:
     attribute, and put the old one there, which then hides the child. So the module gets a subclass of its class.
     """
     cls = type(owner)
-    plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
+    plain = copies_by_state(owner) and cls.__reduce_ex__ is not _reduce
     if plain and cls.__setstate__ not in _HARMLESS:
         set_class(owner, rewrite_class(source_of(owner)))
+
+
+def copies_by_state(module: nn.Module) -> bool:
+    """Whether copies and pickles of a module are made first, and then get its attributes."""
+    cls = type(module)
+    return cls.__reduce_ex__ in (object.__reduce_ex__, _reduce) and cls.__reduce__ is object.__reduce__
 
 
 def set_class_for_children(owner: nn.Module) -> None:
