@@ -17,16 +17,14 @@ from typing import Any
 from torch import nn
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.modules.undecayed import COMPILED, learned_parameters
-from ortho_fx.passes.vocabulary.sites import join
+from ortho_fx.passes.modules.undecayed import learned_parameters
+from ortho_fx.passes.vocabulary.sites import WRAPPERS, join, plain_name
 
 # Layers are sorted by such keys.
 _Key = tuple[float, ...]
 _TOP: _Key = (math.inf,)
 # By timm's convention the last number of a key that belongs to the layer before it.
 _WITH_PREVIOUS = 99999
-# What wrappers inside of a model put into the names of its parameters.
-_WRAPPERS = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def layers_of(model: nn.Module) -> tuple[dict[int, int], int]:
@@ -66,11 +64,6 @@ def layers_of(model: nn.Module) -> tuple[dict[int, int], int]:
     return layers, max(number.values(), default=0)
 
 
-def unwrapped(name: str) -> str:
-    """The name that a parameter has without the wrappers inside of the model."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _matched(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that have a `group_matcher`."""
     if inspect.getattr_static(module, "group_matcher", None) is not None:
@@ -84,7 +77,7 @@ def _matcher_keys(prefix: str, matched: nn.Module, model: nn.Module) -> dict[int
     """The keys by a module's `group_matcher`; what comes before the module is in layer 0, and after it in the last."""
     ask: Any = matched.group_matcher
     key_of = _reader(matched, ask(coarse=False))
-    inside = {id(parameter): key_of(unwrapped(name)) for name, parameter in matched.named_parameters()}
+    inside = {id(parameter): key_of(plain_name(name)) for name, parameter in matched.named_parameters()}
     keys: dict[int, _Key] = {}
     entered = False
     for _, parameter in model.named_parameters():
@@ -209,7 +202,7 @@ def _items(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unwrapped_module(module: nn.Module) -> nn.Module:
-    inside = next((module._modules[key] for key in _WRAPPERS if key in module._modules), None)
+    inside = next((module._modules[key] for key in WRAPPERS if key in module._modules), None)
     return module if inside is None else _unwrapped_module(inside)
 
 

@@ -20,9 +20,10 @@ from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import list_occurrences
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.passes.vocabulary.targets import BY_NAME
 from ortho_fx.rewriting.rewrite import RewriteReport
-from ortho_fx.rewriting.sources import Source, plain_name, read_source
+from ortho_fx.rewriting.sources import Source, read_source
 from ortho_fx.sharded import is_sharded, whole
 
 

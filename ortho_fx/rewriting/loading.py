@@ -16,7 +16,8 @@ from torch import nn
 
 from ortho_fx.errors import StateDictError
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY, Expansion
-from ortho_fx.rewriting.sources import expansion_keys, plain_name, plain_names
+from ortho_fx.passes.vocabulary.sites import plain_name
+from ortho_fx.rewriting.sources import expansion_keys, plain_names
 
 _SHOWN = 3
 

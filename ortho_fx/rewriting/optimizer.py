@@ -10,8 +10,8 @@ from torch import nn
 from ortho_fx.arguments import checked_model, is_number
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.modules.undecayed import KEYWORDS, learned_parameters, names_of
-from ortho_fx.passes.vocabulary.sites import join
-from ortho_fx.rewriting.depth import layers_of, unwrapped
+from ortho_fx.passes.vocabulary.sites import join, plain_name
+from ortho_fx.rewriting.depth import layers_of
 
 _KINDS = ("decay", "no_decay", "expansions")
 
@@ -113,7 +113,7 @@ def _named(model: nn.Module) -> set[int]:
         if not names and not words:
             continue
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            for one in (name, unwrapped(name)):
+            for one in (name, plain_name(name)):
                 if one in names or any(word in one for word in words) or any(fnmatchcase(one, n) for n in names):
                     found.add(id(parameter))
     return found

@@ -21,11 +21,10 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY, Expansion
+from ortho_fx.passes.vocabulary.sites import COMPILED, plain_name
 from ortho_fx.tensor_files import errors_naming, files_of, read_json, read_tensors
 
 VERSION = 1
-# Path components that wrappers add to the names of a model's modules and parameters.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Keys under which other libraries store the map in a larger one.
 _NESTED = ("expansions", "ortho_fx", "quantization_config")
 
@@ -122,11 +121,6 @@ def read_source(source: object) -> Source:
     return _of_map(source)
 
 
-def plain_name(name: str) -> str:
-    """A qualified name without the components of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with the names of the model inside wrappers."""
     named = {plain_name(key): value for key, value in state.items()}
@@ -142,8 +136,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
+        elif COMPILED in model._modules:
+            model = model.get_submodule(COMPILED)
         else:
             return model
 

@@ -24,11 +24,9 @@ from torch import nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.source.classes import copies_by_state
 from ortho_fx.passes.vocabulary.expansions import Expansion, LearnableExpansion
-from ortho_fx.passes.vocabulary.sites import join
+from ortho_fx.passes.vocabulary.sites import COMPILED, join
 
 NAME, KEYWORDS = "no_weight_decay", "no_weight_decay_keywords"
-# What torch.compile puts before the names of the module that it wraps.
-COMPILED = "_orig_mod"
 
 
 class NoWeightDecay:
@@ -79,11 +77,13 @@ def set_no_weight_decay(model: nn.Module) -> None:
     Left are modules with something else of this name than a method, and those that copy themselves in another way than
     by their attributes, such as graph modules.
     """
-    for module in model.modules():
+    holds: dict[nn.Module, bool] = {}
+    _note_holders(model, holds)
+    for module, holds_one in holds.items():
         own = vars(module).get(NAME)
         if isinstance(module, Expansion):
             continue
-        if not any(isinstance(one, Expansion) and "_replaced" in vars(one) for one in module.modules()):
+        if not holds_one:
             if isinstance(own, NoWeightDecay):
                 del vars(module)[NAME]
                 if own.before is not None:
@@ -94,6 +94,15 @@ def set_no_weight_decay(model: nn.Module) -> None:
             if held is None or callable(held):
                 # Past a __setattr__ of the module's own, which may refuse.
                 vars(module)[NAME] = NoWeightDecay(module, own)
+
+
+def _note_holders(module: nn.Module, holds: dict[nn.Module, bool]) -> bool:
+    """Notes of every module in this one whether it holds an expansion that replaced an activation."""
+    if module not in holds:
+        holds[module] = isinstance(module, Expansion) and "_replaced" in vars(module)
+        # A list: every child is to be noted.
+        holds[module] |= any([_note_holders(child, holds) for child in module._modules.values() if child is not None])
+    return holds[module]
 
 
 def learned_parameters(model: nn.Module) -> set[int]:

@@ -10,6 +10,11 @@ from ortho_fx.tables import table
 # The key in a graph node's `meta` under which the passes store its `Site`.
 NOTE = "ortho_fx"
 
+# What torch.compile puts before the names of the module that it wraps.
+COMPILED = "_orig_mod"
+# What wrappers put into the names of a model's modules and parameters.
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -43,6 +48,11 @@ class Site:
 def join(prefix: str, key: str) -> str:
     """The qualified name of a child of the module named `prefix`; the prefix is empty for the model itself."""
     return f"{prefix}.{key}" if prefix else key
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the components of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def format_sites(sites: Sequence[Site]) -> str:
