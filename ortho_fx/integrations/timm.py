@@ -68,17 +68,14 @@ class _Table(dict[str, Any]):
 
 
 def _config(name: str) -> ExpansionConfig | None:
-    """The config that a name stands for, in small letters as timm asks; None if it is none of ours.
+    """The config that a name stands for; None if it is none of ours.
 
     Raises:
         OrthoFxError: a degree that the basis does not have.
     """
-    digits = len(name) - len(name.rstrip("0123456789"))
-    for basis in BASES:
-        # A basis of somebody's may end with a digit.
-        if name in (basis.lower(), basis.lower() + name[len(name) - digits :]):
-            return ExpansionConfig.of(basis + name[len(basis) :])
-    return None
+    # A basis of somebody's may end with a digit.
+    known = name in BASES or name.rstrip("0123456789") in BASES
+    return ExpansionConfig.of(name) if known else None
 
 
 def _layer(name: str, config: ExpansionConfig) -> Callable[..., Any]:

@@ -57,6 +57,15 @@ def test_repr_names_degree_and_init():
     assert repr(TIED(degree=4)) == "FourierActivation(degree=4, init='stable', tied=True)"
 
 
+@pytest.mark.parametrize("cls", [*CLASSES, functools.partial(HermiteActivation, 5)])
+def test_inplace_is_taken_and_has_no_effect(cls):
+    x = torch.randn(16)
+    before, activation = x.clone(), cls(inplace=True)
+    assert torch.equal(activation(x), cls()(x))
+    assert torch.equal(x, before)
+    assert repr(activation) == repr(cls(inplace=False)) == repr(cls())
+
+
 def test_tied_frequencies_are_one_parameter():
     assert {name: p.numel() for name, p in TIED(4).named_parameters()} == {
         "constant": 1,

@@ -17,9 +17,13 @@ from ortho_fx import (
     TropicalRationalActivation,
     find_sites,
     param_groups,
+    register_basis,
     rewrite_,
 )
+from ortho_fx.bases import HERMITE
+from ortho_fx.bases.basis import Parameter
 from ortho_fx.integrations.timm import enable
+from tests.kinds import bases_from_outside
 
 timm = pytest.importorskip("timm")
 from timm.layers import create_act, create_act_layer, get_act_fn, get_act_layer  # noqa: E402
@@ -69,6 +73,17 @@ def test_names_become_expansions():
     assert get_act_fn("relu") is nn.functional.relu
 
 
+def test_a_basis_that_is_registered_later_has_names():
+    enable()
+    with bases_from_outside():
+        parameters = (Parameter("coefficients", offset=1),)
+        cls = register_basis(type(HERMITE)("forest2", "Forest2", parameters, range(1, 9), 3))
+        assert type(create_act_layer("forest2", inplace=True)) is type(cls(inplace=True)) is cls
+        assert create_act_layer("forest24").config.degree == 4
+        model = vit(act_layer="forest24")
+    assert {type(one) for one in expansions(model)} == {cls}
+
+
 def test_names_that_are_not_ours_stay_errors():
     enable()
     with pytest.raises(KeyError, match="hermit3"):
@@ -106,6 +121,24 @@ def test_a_model_is_made_with_expansions(make, act_layer):
     assert len(expansions(model)) == len([site for site in find_sites(make()) if not site.reason])
     model(IMAGES).sum().backward()
     assert all(one.coefficients.grad is not None for one in expansions(model))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "nest_tiny"])
+def test_models_that_call_what_they_get_take_the_layer_of_a_name(name):
+    enable()
+    with torch.device("meta"):
+        with pytest.raises(TypeError):
+            timm.create_model(name, act_layer="hermite3")
+        model = timm.create_model(name, act_layer=get_act_layer("hermite3"))
+    assert len(expansions(model)) > 2
+
+
+def test_models_that_take_no_activation_are_rewritten():
+    with torch.device("meta"):
+        with pytest.raises(TypeError, match="act_layer"):
+            timm.create_model("swin_tiny_patch4_window7_224", act_layer=HermiteActivation)
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    assert len(rewrite_(model).replaced) == len(expansions(model)) == 12
 
 
 def decayed(optimizer):
