@@ -8,6 +8,7 @@ has a name, and a basis that is registered later has one too.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -73,9 +74,12 @@ def _config(name: str) -> ExpansionConfig | None:
     Raises:
         OrthoFxError: a degree that the basis does not have.
     """
+    if name in BASES:
+        return ExpansionConfig(name)
     # A basis of somebody's may end with a digit.
-    known = name in BASES or name.rstrip("0123456789") in BASES
-    return ExpansionConfig.of(name) if known else None
+    starts = [basis for basis in BASES if name.startswith(basis) and re.fullmatch("[0-9]+", name[len(basis) :])]
+    basis = max(starts, key=len, default=None)
+    return None if basis is None else ExpansionConfig(basis, int(name[len(basis) :]))
 
 
 def _layer(name: str, config: ExpansionConfig) -> Callable[..., Any]:
