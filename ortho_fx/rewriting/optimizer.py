@@ -57,7 +57,8 @@ def param_groups(
 
     Raises:
         OrthoFxError: a rate or a decay out of range, a lazy module that has not been called yet, names in
-            `no_weight_decay` that are not strings, or with `layer_decay` a model whose layers are not known.
+            `no_weight_decay` that are not strings, parameters that FullyShardedDataParallel keeps as pieces without
+            their shapes, or with `layer_decay` a model whose layers are not known.
 
     Source: the decay of rates by layer is that of Clark et al., arXiv 2003.10555, and of Bao et al., arXiv 2106.08254.
     """
@@ -67,6 +68,7 @@ def param_groups(
     if layer_decay is not None and not (is_number(layer_decay) and 0 < layer_decay <= 1):
         raise OrthoFxError(f"layer_decay must be a number above 0 and at most 1; got {layer_decay!r}")
     learned, named = learned_parameters(checked_model(model)), _named(model)
+    _refuse_pieces(model, weight_decay)
     layers, last = ({}, 0) if layer_decay is None else layers_of(model)
     groups: dict[tuple[int, str], list[nn.Parameter]] = {}
     own = [
@@ -117,3 +119,23 @@ def _named(model: nn.Module) -> set[int]:
                 if one in names or any(word in one for word in words) or any(fnmatchcase(one, n) for n in names):
                     found.add(id(parameter))
     return found
+
+
+def _refuse_pieces(model: nn.Module, weight_decay: float) -> None:
+    """Raises where FullyShardedDataParallel hides which parameters are matrices, or which are those of expansions."""
+    parameters = {
+        name: parameter
+        for module in model.modules()
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+        for name, parameter in module.named_parameters()
+    }
+    if any(name.endswith("_flat_param") for name in parameters):
+        raise OrthoFxError(
+            "FullyShardedDataParallel keeps weights and expansions in one parameter, which has one rate and one decay: "
+            "wrap the model with use_orig_params=True, or use fully_shard"
+        )
+    if weight_decay and parameters and all(parameter.dim() < 2 for parameter in parameters.values()):
+        raise OrthoFxError(
+            "FullyShardedDataParallel keeps parameters without their shapes, so a matrix looks like a bias: call "
+            "param_groups inside of FullyShardedDataParallel.summon_full_params(model), or use fully_shard"
+        )

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +61,14 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class Checkpointed(nn.Module):
+    """A wrapper with the name of PyTorch's checkpoint_wrapper."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self._checkpoint_wrapped_module = inside
 
 
 def per_channel(model):
@@ -206,7 +213,7 @@ def test_wrappers_change_no_group(settings):
     assert by_name(DistributedDataParallel(torch.compile(per_channel(Network()))), **settings) == expected
     model = per_channel(Network())
     for number in range(4):
-        model.blocks[number] = torch.compile(checkpoint_wrapper(model.blocks[number]))
+        model.blocks[number] = torch.compile(Checkpointed(model.blocks[number]))
     assert by_name(model, **settings) == expected
     model = per_channel(Network())
     mesh = init_device_mesh("cpu", (1,))
@@ -215,3 +222,20 @@ def test_wrappers_change_no_group(settings):
     fully_shard(model, mesh=mesh)
     assert type(model.position).__name__ == "DTensor"
     assert by_name(model, **settings) == by_name(torch.compile(model), **settings) == expected
+
+
+class FullyShardedDataParallel(nn.Module):
+    """A stand-in with the name of PyTorch's, whose parameters have lost their shapes."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.zeros(8)))
+
+
+def test_pieces_without_shapes_are_refused():
+    with pytest.raises(OrthoFxError, match=r"in one parameter, .* wrap the model with use_orig_params=True"):
+        param_groups(nn.Sequential(FullyShardedDataParallel("_flat_param")), lr=0.1)
+    pieces = FullyShardedDataParallel("weight")
+    assert len(param_groups(pieces, lr=0.1)) == 1
+    with pytest.raises(OrthoFxError, match=r"a matrix looks like a bias: call param_groups inside of FullyShardedData"):
+        param_groups(pieces, lr=0.1, weight_decay=0.1)
