@@ -3,6 +3,7 @@
 #   processes.
 # make quick: style, and the tests that take little time: those that are not marked slow, and a few that compile.
 # make docs: build the documentation into build/site.
+# make completions: write ortho_fx/cli/completions.json anew, from which a shell's completions come.
 # make compat: check every supported release of PyTorch, each in an environment of its own, an hour in all, for the
 #   table in README.md. make compat RELEASES="2.14.1 2.15.0" checks these alone.
 # make compat-2.13.0: check one release, and write the record into build/.
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # module are made once, and then what is left of the others' rows.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test quick lint typecheck docs compat clean
+.PHONY: install demo test quick lint typecheck docs completions compat clean
 
 install: $(INSTALLED)
 
@@ -46,6 +47,9 @@ typecheck: install build/typed
 
 docs: install build/typed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+completions: install
+	$(BIN)/python -c "from ortho_fx.cli import make_parser, suggestions; suggestions.write(make_parser())"
 
 compat:
 	$(PYTHON) benchmarks/compat.py run $(if $(RELEASES),--releases $(RELEASES))

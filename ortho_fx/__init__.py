@@ -1,5 +1,10 @@
 """ortho_fx: learnable activations for any PyTorch model, as fast as the ones that they replace."""
 
+from ortho_fx.cli import completion
+
+if completion.asked():  # by a shell, in which the import of PyTorch would be a wait of seconds
+    completion.answer()
+
 from ortho_fx import (
     moved,  # noqa: F401
     torch_private,  # noqa: F401  -- first of all: it refuses a PyTorch that is too old

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
-from ortho_fx.cli import bench, compare, data, doctor, export, fit, plot, sites, train
+from ortho_fx.cli.completion import PLUGINS
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.version import __version__
@@ -37,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _load_plugins() -> None:
     """Imports the modules that installed packages name in our entry points: they register bases and activations."""
-    for group in ("ortho_fx.bases", "ortho_fx.activations"):
+    import importlib.metadata
+
+    for group in PLUGINS:
         for entry in importlib.metadata.entry_points(group=group):
             try:
                 entry.load()
@@ -46,17 +47,26 @@ def _load_plugins() -> None:
 
 
 def _complete(parser: Parser) -> None:
-    """Answers a shell's request for completions and exits, if argcomplete is installed."""
+    """Answers a shell's request for completions and exits, if argcomplete is installed.
+
+    The command has answered before, without PyTorch, unless a plugin is installed; see `ortho_fx.cli.completion`.
+    """
     if "_ARGCOMPLETE" in os.environ:
         try:
             import argcomplete
         except ImportError:
             return
+        from ortho_fx.cli.suggestions import suggest
+
+        suggest(parser)
         argcomplete.autocomplete(parser)
 
 
 def make_parser() -> Parser:
     """The parser of all commands. Its result holds the command's function as `run`."""
+    # Imported here, because they import PyTorch, and completions are answered without it.
+    from ortho_fx.cli import bench, compare, data, doctor, export, fit, plot, sites, train
+
     parser = Parser(
         prog="ortho-fx",
         description="Learnable activations for PyTorch models.",

@@ -16,7 +16,7 @@ from ortho_fx.activations.freeze import freeze_
 from ortho_fx.cli.parser import Commands, Parser
 from ortho_fx.errors import OrthoFxError
 
-_ENDINGS = (".onnx", ".pt2")
+ENDINGS = (".onnx", ".pt2")
 _DIGITS, _MNIST, _PHOTOGRAPHS = 8, 28, 224
 
 
@@ -43,8 +43,8 @@ def add(commands: Commands[Parser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     out = Path(parsed.out)
-    if out.suffix not in _ENDINGS:
-        raise OrthoFxError(f"OUT must end in {' or '.join(_ENDINGS)}; got {parsed.out}")
+    if out.suffix not in ENDINGS:
+        raise OrthoFxError(f"OUT must end in {' or '.join(ENDINGS)}; got {parsed.out}")
     for option in ("batch_size", "image_size"):
         value = getattr(parsed, option)
         if value is not None and value < 1:

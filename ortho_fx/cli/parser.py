@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from ortho_fx.config import what_ties
 from ortho_fx.errors import OrthoFxError
 
 Commands = argparse._SubParsersAction
@@ -13,6 +12,8 @@ Commands = argparse._SubParsersAction
 
 def tied_help() -> str:
     """The `--help` text of --tied, which names the bases that support it."""
+    from ortho_fx.config import what_ties  # not above, because completions are answered without PyTorch
+
     return f"make the {what_ties()} multiples of one that learns"
 
 
