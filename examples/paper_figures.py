@@ -4,8 +4,8 @@
     python examples/paper_figures.py boundaries       what small networks learn on three sets of points in the plane
     python examples/paper_figures.py activations RUN  every activation of a run, before and after its training
 
-`fits` and `boundaries` write to examples/pictures, or to --out. `activations` is what `ortho-fx plot RUN` does: RUN is
-the directory that `ortho-fx train` made, and the pictures go to its plots/ where --out names no other.
+Pictures go to runs/paper_figures, or to the folder that --out names. `activations` is what `ortho-fx plot RUN` does, and
+RUN is the directory that `ortho-fx train` made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ortho_fx.models.runs.plots import plot_runs
 
 matplotlib.use("agg")
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path("runs/paper_figures")
 FUNCTIONS = {"GELU": F.gelu, "SiLU": F.silu, "ReLU": F.relu}
 FITS = (ExpansionConfig("hermite", 8), ExpansionConfig("fourier", 6), ExpansionConfig("tropical_rational", 6))
 NETWORKS = {
@@ -182,14 +182,14 @@ def main(arguments: list[str] | None = None) -> None:
     boundaries.add_argument("--steps", type=int, default=600)
     activations = commands.add_parser("activations")
     activations.add_argument("directory", type=Path, metavar="RUN")
-    activations.add_argument("--out", type=Path)
+    activations.add_argument("--out", type=Path, default=PICTURES)
     parsed = parser.parse_args(arguments)
     if parsed.command == "fits":
         drawn = draw_fits(parsed.out)
     elif parsed.command == "boundaries":
         drawn = draw_boundaries(parsed.out, parsed.steps)
     else:
-        drawn = plot_runs([read_run(parsed.directory)], parsed.out or parsed.directory / "plots")
+        drawn = plot_runs([read_run(parsed.directory)], parsed.out)
     for path in drawn:
         print(path)
 

@@ -1,6 +1,6 @@
 """A physics-informed network whose loss holds exact second derivatives of learnable activations, eager and compiled.
 
-    python examples/pinn.py poisson | burgers [--steps 2000] [--seeds 3] [--eager] [--out examples]
+    python examples/pinn.py poisson | burgers [--steps 2000] [--seeds 3] [--eager] [--out runs/pinn]
 
 `poisson` is u'' = f on [0, 1] with the solution sin(pi x) + 0.3 sin(5 pi x). `burgers` is u_t + u u_x = nu u_xx with
 nu = 0.1 / pi, started from -sin(pi x) on [-1, 1]; its exact solution is Cole and Hopf's integral, by Gauss-Hermite
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results/ and pictures/")
+    parser.add_argument("--out", type=Path, default=Path("runs/pinn"), help="folder of results/ and pictures/")
     parsed = parser.parse_args(arguments)
     rows = run(parsed.problem, parsed.steps, parsed.seeds, parsed.out, parsed.eager)
     path = parsed.out / "results" / "pinn.json"
@@ -254,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         "activations": rows,
     }
     path.write_text(json.dumps(results, indent=1) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -191,3 +191,13 @@ def test_timm_digits_are_normalised():
     assert (len(images), len(held)) == (len(classes), len(held_classes)) == (1347, 450)
     assert abs(images.mean()) < 0.05
     assert abs(images.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("pinn", "poisson --steps 1 --seeds 1 --eager"), ("paper_figures", "fits")]
+)
+def test_examples_write_to_a_folder_of_their_own(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load(name).main(command.split())
+    written = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(written) == {("runs", name)}
