@@ -4,8 +4,8 @@
     python examples/paper_figures.py boundaries       what small networks learn on three sets of points in the plane
     python examples/paper_figures.py activations RUN  every activation of a run, before and after its training
 
-Pictures go to runs/paper_figures, or to the folder that --out names. `activations` is what `ortho-fx plot RUN` does, and
-RUN is the directory that `ortho-fx train` made.
+Pictures go to runs/paper_figures, or to the folder of --out. `activations` is what `ortho-fx plot RUN` does: RUN
+is the directory that `ortho-fx train` made.
 """
 
 from __future__ import annotations
