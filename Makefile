@@ -3,6 +3,8 @@
 #   processes.
 # make quick: style, and the tests that take little time: those that are not marked slow, and a few that compile.
 # make docs: build the documentation into build/site.
+# make wheel: build dist/*.whl, and check it in an environment that holds it, PyTorch and numpy alone. TORCH="torch==2.13.0"
+#   takes another release than the newest.
 # make completions: write ortho_fx/cli/completions.json anew, from which a shell's completions come.
 # make compat: check every supported release of PyTorch, each in an environment of its own, an hour in all, for the
 #   table in README.md. make compat RELEASES="2.14.1 2.15.0" checks these alone.
@@ -10,6 +12,7 @@
 PYTHON ?= python3
 RELEASES ?=
 WORKERS ?= 2
+TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -18,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 # module are made once, and then what is left of the others' rows.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test quick lint typecheck docs completions compat clean
+.PHONY: install demo test quick lint typecheck docs completions wheel compat clean
 
 install: $(INSTALLED)
 
@@ -50,6 +53,13 @@ docs: install build/typed
 
 completions: install
 	$(BIN)/python -c "from ortho_fx.cli import make_parser, suggestions; suggestions.write(make_parser())"
+
+wheel:
+	rm -rf dist build/lib build/bdist.* build/wheel && $(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip wheel --quiet --no-deps -w dist .
+	build/wheel/bin/pip install --quiet "$(TORCH)" dist/*.whl
+	build/wheel/bin/python tests/wheel.py dist/*.whl
+	rm -rf build/wheel
 
 compat:
 	$(PYTHON) benchmarks/compat.py run $(if $(RELEASES),--releases $(RELEASES))

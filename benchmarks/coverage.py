@@ -1,7 +1,7 @@
 """Coverage on real models: what `rewrite_` replaces, what it leaves and why, and what it misses.
 
     OMP_NUM_THREADS=1 python benchmarks/coverage.py [--library timm|transformers] [--only PATTERN] [--limit N] [--again]
-    python benchmarks/coverage.py --summary          # needs timm and transformers: pip install "ortho-fx[bench]"
+    python benchmarks/coverage.py --summary          # needs timm and transformers: pip install -e ".[bench]"
 
 An oracle that knows nothing of the rewrite (oracle.py) records every activation that a model runs, in train and in
 eval. After `rewrite_` each of them must be gone, or be in the report with a reason; any other is an unexplained miss.

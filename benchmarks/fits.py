@@ -1,6 +1,6 @@
 """Fits of known activations, compared with those of torchortho: how close they are, and how long they take.
 
-    OMP_NUM_THREADS=1 python benchmarks/fits.py          # needs torchortho: pip install "ortho-fx[bench]"
+    OMP_NUM_THREADS=1 python benchmarks/fits.py          # needs torchortho: pip install -e ".[bench]"
 
 torchortho does not state the interval of its fits, so both are measured under the same three weights: uniform on
 [-3, 3] and on [-5, 5], and N(0, 1). Ours is fitted under the weight with which it is measured, once in value alone and

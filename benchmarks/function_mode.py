@@ -1,7 +1,7 @@
 """A function mode in the place of edited source: what it replaces in real models, where it is wrong, what it costs.
 
     OMP_NUM_THREADS=1 python benchmarks/function_mode.py [--part cases|coverage|cost] [--only PATTERN]
-    # coverage needs timm and transformers: pip install "ortho-fx[bench]"
+    # coverage needs timm and transformers: pip install -e ".[bench]"
 
 The source front end edits the code of a module's methods. The trial here leaves code alone: while the forward of a
 module (the owner) runs, a `TorchFunctionMode` answers each call of an activation by an expansion, named by the function

@@ -1,6 +1,6 @@
 """How fast and how large expansions are beside F.gelu: alone, in an MLP block, in training steps, and to compile.
 
-    python benchmarks/speed.py [--only SECTION ...] [--quick]    # torchortho too, with pip install "ortho-fx[bench]"
+    python benchmarks/speed.py [--only SECTION ...] [--quick]    # torchortho too, with pip install -e ".[bench]"
 
 Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, and with an
 expansion for each channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks.

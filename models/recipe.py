@@ -223,7 +223,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ImportError:
-            raise OrthoFxError("recipes need tomli before Python 3.11: pip install 'ortho-fx[train]'") from None
+            raise OrthoFxError("recipes need tomli before Python 3.11: pip install tomli") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -334,7 +334,7 @@ def _naming(model: nn.Module, what: str) -> Iterator[None]:
     except OrthoFxError:
         raise
     except ModuleNotFoundError as error:
-        raise OrthoFxError(f"ONNX files need {error.name}: pip install 'ortho-fx[onnx]'") from None
+        raise OrthoFxError(f"ONNX files need {error.name}: pip install onnx onnxscript onnxruntime") from None
     except Exception as error:
         first: BaseException = error
         while first.__cause__ is not None:
@@ -358,5 +358,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
         import onnxscript  # noqa: F401, for torch.onnx
     except ImportError:
-        raise OrthoFxError("ONNX files need onnxscript and onnxruntime: pip install 'ortho-fx[onnx]'") from None
+        raise OrthoFxError(
+            "ONNX files need onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
+        ) from None
     return onnxruntime

@@ -60,7 +60,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise OrthoFxError('plots need matplotlib: pip install "ortho-fx[train]"') from None
+        raise OrthoFxError("plots need matplotlib: pip install matplotlib") from None
     # The backend "agg" writes files on machines without a display too.
     from matplotlib import pyplot
 

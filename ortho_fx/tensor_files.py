@@ -56,7 +56,7 @@ def safetensors_library() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise OrthoFxError("weights are safetensors files: pip install 'ortho-fx[train]'") from None
+        raise OrthoFxError("weights are safetensors files: pip install safetensors") from None
     return safetensors
 
 

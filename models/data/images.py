@@ -188,7 +188,7 @@ class Digits(_InMemory):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise OrthoFxError("the digits come with scikit-learn: pip install 'ortho-fx[train]'") from None
+            raise OrthoFxError("the digits come with scikit-learn: pip install scikit-learn") from None
         images, targets = load_digits(return_X_y=True)
         pixels, labels = images.reshape(-1, 1, 8, 8).astype(np.uint8), targets.astype(np.int64)
         held = np.arange(len(pixels)) % 7 == 6
@@ -297,7 +297,7 @@ class ImageFolder(Images):
         try:
             import PIL.Image  # noqa: F401
         except ImportError:
-            raise OrthoFxError("images are decoded with Pillow: pip install 'ortho-fx[train]'") from None
+            raise OrthoFxError("images are decoded with Pillow: pip install pillow") from None
         self.root = Path(root)
         train, validation = (_list_images(self.root / split) for split in ("train", "val"))
         if train.keys() != validation.keys():

@@ -318,5 +318,5 @@ def _import_tokenizers() -> Any:
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError:
-        raise OrthoFxError("tokens other than bytes need tokenizers: pip install 'ortho-fx[train]'") from None
+        raise OrthoFxError("tokens other than bytes need tokenizers: pip install tokenizers") from None
     return tokenizers
