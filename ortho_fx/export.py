@@ -358,7 +358,5 @@ def _onnxruntime() -> Any:
         import onnxruntime
         import onnxscript  # noqa: F401, for torch.onnx
     except ImportError:
-        raise OrthoFxError(
-            "ONNX files need onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
-        ) from None
+        raise OrthoFxError("ONNX files need libraries: pip install onnx onnxscript onnxruntime") from None
     return onnxruntime

@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, language_model, im
         "argument --dynamic-batch: not allowed with argument --batch-size"
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert error_of(capsys, "run", "a.onnx") == ("ONNX files need libraries: pip install onnx onnxscript onnxruntime")
+    assert error_of(capsys, "run", "a.onnx") == "ONNX files need libraries: pip install onnx onnxscript onnxruntime"
     plain = ConvNeXt(ConvNeXtConfig(1, 3, 2, (1,), (4,)))
     save_weights(plain, directory / "model.safetensors", {})
     assert error_of(capsys, "run", "a.pt2", "--freeze") == "ConvNeXt holds no expansion to freeze: call rewrite_ first"
