@@ -36,17 +36,20 @@ def call(model: nn.Module, batch: Batch) -> Any:
     """Calls the model with a tensor, a tuple of positional arguments or a map of keyword arguments.
 
     Raises:
-        OrthoFxError: the model raised an error for a tuple or a map; the message says what it was called with.
+        OrthoFxError: the model raised an error for anything but a tensor; the message says what it was called with.
     """
-    # To PyTorch a packed sequence is a tuple, to a model it is one input.
-    several = isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
-    if not several and not isinstance(batch, Mapping):
-        return model(batch)
     try:
-        return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        # To PyTorch a packed sequence is a tuple, to a model it is one input.
+        if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+            return model(*batch)
+        return model(batch)
     except (OrthoFxError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if isinstance(batch, Tensor):
+            raise
         raise OrthoFxError(
             f"{type(model).__name__} was called with {_described(batch)} and raised {type(error).__name__}: {error}. A "
             "tuple stands for positional arguments, and a dict for keyword arguments. Leave out what forward does not "

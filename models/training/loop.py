@@ -209,7 +209,12 @@ class Run:
             self._measure_sites(log, done)
             shown = "  ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in measured.items())
             used = f"  {row['mfu']:.0%} of peak" if "mfu" in row else ""
-            progress.line(f"step {done:>5}  loss {taken.loss:.4f}  {shown}  {rate:,.0f} {self.task.unit}/s{used}")
+            step_text, loss = f"step {done:>5}", f"loss {taken.loss:.4f}"
+            progress.line(
+                f"{step_text}  {loss}  {shown}  {rate:,.0f} {self.task.unit}/s{used}",
+                f"{step_text}  {loss}  {shown}",
+                f"{step_text}  {shown}",
+            )
         self._note(row)
         log.row(row)
         if self.skipped > config.skip_bad_steps:

@@ -92,10 +92,12 @@ class Progress:
         if self._clock is not None:
             self._clock += time.perf_counter() - since
 
-    def line(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+    def line(self, text: str, *shorter: str) -> None:
+        """Prints a line, above the bar if there is one; on a terminal the first of the texts that fits into a line."""
         if self._live is not None:
-            self._live.console.print(text, highlight=False, markup=False)
+            console = self._live.console
+            fits = (one for one in (text, *shorter) if len(one) <= console.width)
+            console.print(next(fits, (text, *shorter)[-1]), highlight=False, markup=False)
         elif self.shown:
             print(text, flush=True)
 

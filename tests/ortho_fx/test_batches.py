@@ -183,6 +183,8 @@ def test_a_call_that_fails_says_what_it_was_called_with():
         call(nn.Linear(4, 4), {"x": X})
     with pytest.raises(OrthoFxError, match=r"Linear was called with \(Pair\) and raised TypeError"):
         call(nn.Linear(4, 4), next(batches_of(Takes(lambda batch: batch), loader(item(Pair)))))
+    with pytest.raises(OrthoFxError, match=r"Linear was called with DataLoader and raised TypeError"):
+        call(nn.Linear(4, 4), loader())
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         call(nn.Linear(3, 3), X)
 

@@ -62,9 +62,11 @@ def test_a_terminal_of_40_columns_shows_one_line(monkeypatch):
         progress.step(1, 10.0, 10)
         progress.step(2, 9.0, 10)
         progress.line("step 2  [loss] 9.0")
+        progress.line("a line that is too long " * 3, "a shorter one")
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", terminal.getvalue())]
     assert any("0/1500 compiling 0:00" in line for line in lines)
     assert "step 2  [loss] 9.0" in lines
+    assert "a shorter one" in lines
     assert any("2/1500 loss 9.0000" in line for line in lines)
     assert max(map(len, lines)) < 40
 
@@ -83,5 +85,5 @@ def test_a_pipe_gets_lines_alone(capsys):
         with Progress("run", 2, "tokens", shown=shown) as progress:
             progress.step(1, 1.0, 10)
             progress.validating(1, 2)
-            progress.line("a line")
+            progress.line("a line", "a")
     assert capsys.readouterr().out == "a line\n"
