@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from torch import nn
@@ -40,9 +40,10 @@ _MOST = 256
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Two calls of one function that exclude each other, by their names.
+    """Two calls that exclude each other, by their names: of one function, or one of them a child's.
 
     Attributes:
+        functions: what each calls.
         matched: whether they compute the same and have the same place in the order of their branches.
         steady: whether one module always comes to the same of the two.
         layers: what of the module the branch of each goes through.
@@ -50,6 +51,7 @@ class Alternatives:
 
     one: str
     other: str
+    functions: tuple[str, str]
     matched: bool
     steady: bool
     layers: tuple[frozenset[Chain], frozenset[Chain]]
@@ -85,6 +87,24 @@ def groups_of(
     }
     alone = [names for names in _joined(list(by_name), apart - together) if len(names) > 1]
     return [[by_name[name] for name in names] for names in groups], alone
+
+
+def beside_children(owner: nn.Module, source: Source, functions: Mapping[str, str]) -> dict[str, list[str]]:
+    """The calls that stand in a branch where another branch calls a child, each with these children.
+
+    `functions` says which function each child computes. Calls and children with a counterpart of their own kind do not
+    count.
+    """
+    pairs = alternatives(replace(source.plain, split=frozenset(functions)))
+    paired = {name for pair in pairs if pair.matched for name in (pair.one, pair.other)}
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        ends = ((pair.one, pair.functions[0]), (pair.other, pair.functions[1]))
+        for (call, function), (child, key) in (ends, ends[::-1]):
+            beside = functions.get(key) == function and function not in functions and not {call, child} & paired
+            if beside and not pair.steady and pair.are_one_computation(owner) and key not in found.get(call, []):
+                found.setdefault(call, []).append(key)
+    return found
 
 
 def _joined(names: Sequence[str], pairs: Iterable[frozenset[str]]) -> list[list[str]]:
@@ -135,13 +155,15 @@ class _Reader:
 
     def read(self) -> Iterator[Alternatives]:
         for one, other in combinations(self.calls, 2):
-            forks = self._forks(one, other) if one.function == other.function else []
+            comparable = one.function == other.function or "call" in (one.kind, other.kind)
+            forks = self._forks(one, other) if comparable else []
             if forks:
                 first, second = ([pair[side] for pair in forks] for side in (0, 1))
                 steady = all(is_steady(branch.node, self.methods[way[depth][0]]) for branch, way, depth in first)
                 yield Alternatives(
                     one.attribute,
                     other.attribute,
+                    (one.function, other.function),
                     matched=self._match(one, other, forks),
                     steady=steady,
                     layers=(frozenset(self._layers(first)), frozenset(self._layers(second))),

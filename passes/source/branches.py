@@ -11,6 +11,7 @@ from ortho_fx.passes.source.methods import Method
 _LOOPS: tuple[type[ast.AST], ...] = (ast.For, ast.AsyncFor, ast.While)
 _COMPREHENSIONS: tuple[type[ast.AST], ...] = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _FUNCTIONS: tuple[type[ast.AST], ...] = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_NEGATED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.IsNot: ast.Is, ast.NotEq: ast.Eq, ast.NotIn: ast.In}
 # Functions by which a test can look at a module, and that give the same for it at any time.
 _STEADY = ("isinstance", "hasattr", "getattr", "len")
 
@@ -47,14 +48,15 @@ def fork(one: ast.AST, other: ast.AST, method: Method) -> tuple[Branch, Branch] 
 
     Two places in a loop whose turns may take different branches exclude each other in no pass.
     """
-    arms, others = _arms(one, method), dict(_arms(other, method))
-    for node, arm in arms:
-        if node in others and others[node] != arm:
-            if _varies(node, other, method):
-                return None
-            return Branch(node, arm, tuple(_ways(node)[arm])), Branch(
-                node, others[node], tuple(_ways(node)[others[node]])
-            )
+    decided = {}
+    for node, arm in _arms(other, method):
+        question, answer = _decided(node, arm, method)
+        decided[question] = answer, Branch(node, arm, tuple(_ways(node)[arm]))
+    for node, arm in _arms(one, method):
+        question, answer = _decided(node, arm, method)
+        if question in decided and decided[question][0] != answer:
+            branches = Branch(node, arm, tuple(_ways(node)[arm])), decided[question][1]
+            return None if _varies(node, other, method) else branches
     return _left_before(one, other, method) or _reversed(_left_before(other, one, method))
 
 
@@ -104,6 +106,29 @@ def _ways(node: ast.AST) -> list[list[ast.AST]]:
 def _test(node: ast.AST) -> ast.AST:
     assert isinstance(node, ast.If | ast.IfExp | ast.Match)
     return node.subject if isinstance(node, ast.Match) else node.test
+
+
+def _decided(node: ast.AST, arm: int, method: Method) -> tuple[object, int]:
+    """What a fork asks and what the answer is in one of its ways; `if not step` and `if step` ask the same.
+
+    A fork whose question may have another answer at another time asks one of its own.
+    """
+    question, turned = _test(node), False
+    while isinstance(question, ast.UnaryOp) and isinstance(question.op, ast.Not):
+        question, turned = question.operand, not turned
+    text = ast.dump(question)
+    if isinstance(question, ast.Compare) and len(question.ops) == 1 and type(question.ops[0]) in _NEGATED:
+        plain = ast.Compare(question.left, [_NEGATED[type(question.ops[0])]()], question.comparators)
+        text, turned = ast.dump(plain), not turned
+    lasting = not isinstance(node, ast.Match) and all(_lasts(part, method) for part in ast.walk(question))
+    return (text, arm ^ turned) if lasting else (node, arm)
+
+
+def _lasts(part: ast.AST, method: Method) -> bool:
+    """Whether a part of an expression has the same value throughout a function."""
+    if isinstance(part, ast.Name):
+        return method.scopes.binder(part) is None or method.scopes.only_binding(part) is not None
+    return not isinstance(part, ast.Call | ast.Subscript | ast.NamedExpr | ast.Await)
 
 
 def _left_before(one: ast.AST, other: ast.AST, method: Method) -> tuple[Branch, Branch] | None:

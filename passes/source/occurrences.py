@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ortho_fx.passes.occurrence import Occurrence
-from ortho_fx.passes.source.alternatives import groups_of
+from ortho_fx.passes.source.alternatives import beside_children, groups_of
 from ortho_fx.passes.source.analysis import Source
 from ortho_fx.passes.source.calls import call_in
 from ortho_fx.passes.source.children import goes_through_children
@@ -33,6 +33,7 @@ def calls(prefix: str, owner: nn.Module, sharing: str = "instance") -> Iterator[
         together, apart = groups_of(owner, source, members, share=sharing == "instance")
         groups += together
         notes |= _notes(source, apart)
+    notes |= _notes(source, _with_children(owner, source, [c for c in found if not reasons[c.attribute]]))
     for call, *others in sorted(groups, key=lambda group: found.index(group[0])):
         name = call.attribute
         site = Site(
@@ -44,6 +45,16 @@ def calls(prefix: str, owner: nn.Module, sharing: str = "instance") -> Iterator[
         )
         put = call_in(owner, name, sharing=[other.attribute for other in others])
         yield Occurrence(site, owner, put, call.reference, guard=guards[name], advice=notes.get(name, ""))
+
+
+def _with_children(owner: nn.Module, source: Source, found: list[Call]) -> list[list[str]]:
+    """The calls whose other branch calls a child that computes the same, after the names of these children."""
+    called = {call.function for call in found}
+    children = owner._modules.items() if called else ()
+    functions = {key: function_of(child) for key, child in children if child is not None}
+    same = {key: function for key, function in functions.items() if function in called}
+    beside = beside_children(owner, source, same) if same else {}
+    return [[*keys, call] for call, keys in beside.items()]
 
 
 def _guard(owner: nn.Module, call: Call) -> str:

@@ -150,6 +150,15 @@ class EveryTurn(Base):
         return x
 
 
+class AskedAgain(Base):
+    def forward(self, x, step=False):
+        if step:
+            x = F.silu(self.a(x))
+        if not step:
+            x = F.silu(self.a(x) + 0)
+        return F.silu(self.b(x))
+
+
 class Spelled(Base):
     def forward(self, x, step=False):
         x = self.a(x)
@@ -180,6 +189,7 @@ SHARED = {
     Functions: [2],
     HalfFunction: [3, 3],
     EveryTurn: [2],
+    AskedAgain: [2, 1],
     Spelled: [2],
     FormOfItsOwn: [2],
 }
@@ -265,6 +275,15 @@ class LaterTurn(Base):
         return x
 
 
+class AnsweredAnew(Base):
+    def forward(self, x, step=False):
+        if not step:
+            x, step = F.silu(self.a(x)), True
+        if step:
+            x = F.silu(self.a(x))
+        return x
+
+
 class BothInOneTest(Base):
     def forward(self, x, step=False):
         if F.silu(self.a(x)).sum() > 0:
@@ -272,7 +291,17 @@ class BothInOneTest(Base):
         return x
 
 
-APART = [OtherLayers, OtherItems, OtherTurns, ByASetting, OtherFunctions, OneAfterTheOther, LaterTurn, BothInOneTest]
+APART = [
+    OtherLayers,
+    OtherItems,
+    OtherTurns,
+    ByASetting,
+    OtherFunctions,
+    OneAfterTheOther,
+    LaterTurn,
+    AnsweredAnew,
+    BothInOneTest,
+]
 
 
 @pytest.mark.parametrize("cls", APART)
@@ -325,6 +354,27 @@ class Child(Base):
         if step:
             return self.act(self.a(x))
         return self.act(self.a(x) + 0)
+
+
+class ChildAndCall(Child):
+    def forward(self, x, step=False):
+        if step:
+            return F.silu(self.a(x))
+        return self.act(self.a(x))
+
+
+class ChildAndCallInBoth(Child):
+    def forward(self, x, step=False):
+        if step:
+            return self.act(self.b(F.silu(self.a(x))))
+        return self.act(self.b(F.silu(self.a(x) + 0)))
+
+
+def test_a_child_in_one_branch_and_a_call_in_the_other_are_noted():
+    with pytest.warns(UserWarning, match="^ortho_fx: ChildAndCall calls act and silu_expansion_0 in branches that"):
+        report = rewrite_(ChildAndCall(), HERMITE)
+    assert len(report.notes) == 1
+    assert rewrite_(ChildAndCallInBoth(), HERMITE).notes == ()
 
 
 @pytest.mark.parametrize(("cls", "sharing"), [(Arms, "call"), (Arms, "site"), (Child, "site")])
