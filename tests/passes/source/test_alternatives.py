@@ -427,7 +427,7 @@ def test_weights_of_a_shared_expansion_load_into_a_fresh_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [Arms, Methods, Functions])
-def test_the_hook_and_dynamo_take_shared_expansions(cls):
+def test_dynamo_takes_shared_expansions(cls):
     model, x = cls(), torch.randn(3, 4)
     perturbed(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
