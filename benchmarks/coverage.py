@@ -59,9 +59,9 @@ def explanation(place: Place, left: Iterable[Site]) -> str | None:
     """
     for site in left:
         names = (site.name, *site.aliases)
-        file, _, number = site.location.rpartition(":")
-        line = int(number) if number.isdigit() else -1
-        in_line = any(file == name and first <= line <= last for name, first, last, _ in place.frames)
+        in_line = any(
+            file == name and first <= line <= last for name, first, last, _ in place.frames for file, line in site.lines
+        )
         kept = site.kind == "attribute" and site.function == place.operator
         owned = place.module in [name.rpartition(".")[0] for name in names]
         if place.module in names or (owned and (in_line or kept)):

@@ -169,8 +169,7 @@ def fates(sites: dict[str, Site], called: dict[str, int], logs: Iterable[Log]) -
 
 
 def stands_in(site: Site, frames: Frames) -> bool:
-    file, _, line = site.location.rpartition(":")
-    return any(file == name and first <= int(line) <= last for name, first, last, _ in frames)
+    return any(file == name and first <= line <= last for name, first, last, _ in frames for file, line in site.lines)
 
 
 def measure_model(spec: Spec) -> dict[str, Any]:

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 ConfigMap = Mapping[str, ExpansionConfig | None]
 
 
-def shares(sharing: str) -> bool:
-    """Whether an activation that several places share becomes one expansion.
+SHARINGS = ("instance", "call", "site")
+
+
+def checked_sharing(sharing: str) -> str:
+    """The argument `sharing` of `ortho_fx.rewrite_`.
 
     Raises:
-        OrthoFxError: `sharing` is neither "instance" nor "site".
+        OrthoFxError: it is none of `SHARINGS`.
     """
-    if sharing not in ("instance", "site"):
-        raise OrthoFxError(f"sharing must be instance or site; got {sharing!r}")
-    return sharing == "instance"
+    if sharing not in SHARINGS:
+        raise OrthoFxError(f"sharing must be instance, call or site; got {sharing!r}")
+    return sharing
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class Context:
     Attributes:
         config: one config, or a map from patterns of site names to configs.
         table: the activation functions to replace.
-        share: whether an activation that several places share becomes one expansion.
+        sharing: which places share an expansion, as in `ortho_fx.rewrite_`.
         example_inputs: the inputs for a run of a copy of the model; None if no config needs them.
         maker: makes expansions, and initialises them for measured inputs.
         replaces: whether the run includes `substitute`; a model with nothing to replace is then an error.
@@ -53,7 +56,7 @@ class Context:
 
     config: ExpansionConfig | ConfigMap | None
     table: TargetTable
-    share: bool
+    sharing: str
     example_inputs: Batch | None
     maker: Maker
     replaces: bool = True

@@ -71,13 +71,13 @@ class _LastLayer:
                 module.register_forward_hook(lambda *_, dim=dim: setattr(self, "channel_dim", dim))
 
 
-def observe(model: nn.Module, table: TargetTable, batch: Batch, *, share: bool = True) -> list[Observation]:
+def observe(model: nn.Module, table: TargetTable, batch: Batch, *, sharing: str = "instance") -> list[Observation]:
     """Runs a copy of the model on a batch; returns one observation for each occurrence, in order."""
     model = copied(model)
     layers = _LastLayer()
     layers.watch(model)
     probes = []
-    for occurrence in find_occurrences(model, table, share=share):
+    for occurrence in find_occurrences(model, table, sharing=sharing):
         probe = _Probe(occurrence.reference, layers)
         probes.append(probe)
         if not occurrence.site.reason:

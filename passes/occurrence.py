@@ -54,6 +54,7 @@ class Occurrence:
         match: the nodes of the activation in a graph.
         backward: the backward node of the activation in the same graph; it is replaced together with the activation.
         nodes: the graph nodes that carry the site as a note.
+        advice: what a user of the rewritten model has to know of it besides; empty if nothing.
         guard: why it is no activation unless the targets name it; empty where it is one.
         config: the chosen config; None before `choose`, and for a site that is left.
         seen: the inputs measured in a copy of the model; None if no config needs them.
@@ -71,6 +72,7 @@ class Occurrence:
     backward: fx.Node | None = None
     nodes: tuple[fx.Node, ...] = ()
     guard: str = ""
+    advice: str = ""
     config: ExpansionConfig | None = None
     seen: Observation | None = None
     expansion: LearnableExpansion | None = None

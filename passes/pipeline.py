@@ -28,7 +28,7 @@ from torch import fx, nn
 from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.passes.context import ConfigMap, Context, shares
+from ortho_fx.passes.context import ConfigMap, Context, checked_sharing
 from ortho_fx.passes.graph.choose import choose
 from ortho_fx.passes.graph.find import find
 from ortho_fx.passes.graph.initialise import initialise
@@ -95,6 +95,12 @@ class Record:
     def left(self) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.reason)
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What a user of the rewritten model has to know besides."""
+        told = (one.advice for one in self.occurrences if one.expansion is not None)
+        return tuple(dict.fromkeys(filter(None, told)))
+
     def __str__(self) -> str:
         width = max(map(len, PASSES))
         lines = [f"{'pass':<{width}}  edits"]
@@ -146,7 +152,7 @@ def run(
     context = Context(
         config=config,
         table=choose_targets(targets),
-        share=shares(sharing),
+        sharing=checked_sharing(sharing),
         example_inputs=example_inputs,
         maker=maker or expansions.provided(),
         replaces=until not in ("find", "choose") and {"find", "substitute"}.isdisjoint(disabled),

@@ -29,23 +29,23 @@ from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.passes.vocabulary.targets import BY_NAME, EVERY_TARGET, TargetTable
 
 
-def find_occurrences(model: nn.Module, table: TargetTable, *, share: bool = True) -> list[Occurrence]:
+def find_occurrences(model: nn.Module, table: TargetTable, *, sharing: str = "instance") -> list[Occurrence]:
     """Every activation of the model, in the order of `model.named_modules()`.
 
-    An activation outside of the table has that as its reason. With `share`, a module that stands in several places or
-    is called several times is one occurrence. Without it, each place and each call is an occurrence.
+    An activation outside of the table has that as its reason. `sharing` says what is one occurrence, as in
+    `ortho_fx.rewrite_`.
     """
-    found = list_occurrences(model, share=share)
+    found = list_occurrences(model, sharing=sharing)
     for occurrence in found:
         occurrence.describe(reason=occurrence.site.reason or reason_not_chosen(occurrence, table))
     return found
 
 
-def list_occurrences(model: nn.Module, *, share: bool = True) -> list[Occurrence]:
+def list_occurrences(model: nn.Module, *, sharing: str = "instance") -> list[Occurrence]:
     """Every activation of the model, whether or not it is a target."""
     with one_look():
-        found = list(_find(model, share))
-    return _merge_shared(found) if share else found
+        found = list(_find(model, sharing))
+    return found if sharing == "site" else _merge_shared(found)
 
 
 _NOT_CHOSEN = {"prelu": "it learns parameters of its own, and stays unless it is named as a target"}
@@ -61,7 +61,7 @@ def reason_not_chosen(occurrence: Occurrence, table: TargetTable) -> str:
     return _NOT_CHOSEN.get(function, "it is a gate unless it is named as a target")
 
 
-def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
+def _find(model: nn.Module, sharing: str) -> Iterator[Occurrence]:
     target = EVERY_TARGET.modules.get(type(model))
     if target is not None:
         site = Site("", "module", target.name, reason="the model itself is the activation, and nothing holds it")
@@ -79,9 +79,14 @@ def _find(model: nn.Module, share: bool) -> Iterator[Occurrence]:
                 yield from scripted(prefix, owner)
             scripts.append(prefix)
             continue
-        inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner)
+        inside = nodes(prefix, owner, backwards) if isinstance(owner, fx.GraphModule) else calls(prefix, owner, sharing)
         tests += _tests(prefix, owner)
-        for occurrence in (*attributes(prefix, owner), *inside, *fused(prefix, owner), *children(prefix, owner, share)):
+        for occurrence in (
+            *attributes(prefix, owner),
+            *inside,
+            *fused(prefix, owner),
+            *children(prefix, owner, sharing),
+        ):
             if not _is_named(model, occurrence.site.name) and not occurrence.site.reason:
                 occurrence.describe(reason="a name on the way to it is empty or has a dot, by which nothing finds it")
             elif occurrence.places and not occurrence.site.reason:

@@ -1,5 +1,6 @@
 """Files that were written when the package was one flat folder, by `old_files/make.py`, still load."""
 
+import copy
 import importlib
 import json
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ortho_fx import FrozenExpansion, moved, revert_
+from ortho_fx import FrozenExpansion, moved, revert_, rewrite_, rewrite_like_
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.models import gpt2
 from ortho_fx.models.runs.files import read_run
@@ -42,6 +43,22 @@ def test_a_pickled_model_computes_what_it_did_and_can_be_reverted(old_models, na
     revert_(model)
     assert not any(isinstance(module, ExpansionActivation | FrozenExpansion) for module in model.modules())
     model(outputs["x"])
+
+
+def test_calls_in_branches_keep_the_expansions_that_they_had(old_models):
+    model, x, outputs = torch.load(FOLDER / "branches.pt", weights_only=False)
+    for loaded in (model, copy.deepcopy(model)):
+        assert sorted(loaded._modules) == ["a", "silu_expansion_0", "silu_expansion_1"]
+        for step, expected in outputs.items():
+            torch.testing.assert_close(loaded(x, step), expected)
+    assert not rewrite_(loaded).replaced
+    revert_(loaded)
+    fresh = type(loaded)()
+    (note,) = rewrite_like_(fresh, model.state_dict()).notes
+    assert "silu_expansion_0 and silu_expansion_1" in note
+    fresh.load_state_dict(model.state_dict())
+    for step, expected in outputs.items():
+        torch.testing.assert_close(fresh(x, step), expected)
 
 
 def test_a_run_goes_on_and_its_weights_load(old_models, tmp_path, monkeypatch):

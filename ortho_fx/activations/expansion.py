@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,21 @@ from ortho_fx.operands import check_operands
 from ortho_fx.operators import expand
 from ortho_fx.passes.vocabulary.expansions import LearnableExpansion
 from ortho_fx.sharded import clamped, is_distributed, whole
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
+
+
+def traced_with_one_input(forward: _Forward) -> _Forward:
+    """A forward that takes its input under any name, and whose graph in `torch.fx` has one placeholder, x."""
+
+    def of_one_input(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x)
+
+    # fx reads the arguments of the function at the end of the chain of __wrapped__, and calls the first. Others read
+    # the signature.
+    told: Any = forward
+    told.__signature__, told.__wrapped__ = inspect.signature(forward), of_one_input
+    return forward
 
 
 class ExpansionActivation(LearnableExpansion):
@@ -161,6 +176,7 @@ class ExpansionActivation(LearnableExpansion):
         sets: list[Values] = [dict(zip(stored, np.split(column, ends), strict=True)) for column in distinct.T]
         return sets, [int(count) for count in counts]
 
+    @traced_with_one_input
     def forward(self, x: Tensor | None = None, inplace: bool = False, **named: Tensor) -> Tensor:
         """y(x). Callers of the replaced function may pass the input under any name.
 

@@ -34,7 +34,9 @@ def add(commands: Commands[Parser]) -> None:
         help="activation functions to replace, such as relu or sigmoid (default: every one that is not a gate)",
     )
     command.add_argument(
-        "--sharing", default="instance", help="one expansion for each instance (default), or for each site"
+        "--sharing",
+        default="instance",
+        help="one expansion for each instance (default), for each call in source, or for each site",
     )
     command.add_argument("--json", action="store_true", help="print a JSON list, an object for each activation")
     command.set_defaults(run=run)

@@ -106,7 +106,8 @@ def own_calls(frame: Frame, matches: Sequence[Match]) -> Iterator[tuple[fx.Node,
     if own is None:
         return
     source = source_of(own)
-    calls_here = [call for call in find_calls(source) if call.attribute in source.replaced]
+    expansions = source.expansions()
+    calls_here = [call for call in find_calls(source) if call.attribute in expansions]
     resumed = _RESUMED.fullmatch(frame.f_code.co_name) is not None
     if not any(call.code is frame.f_code or (resumed and _same_place(call.code, frame.f_code)) for call in calls_here):
         return
@@ -124,7 +125,7 @@ def own_calls(frame: Frame, matches: Sequence[Match]) -> Iterator[tuple[fx.Node,
         # Several calls of a function on one line are in the order in which Python evaluates them; a loop repeats them.
         calls = sorted(places[place], key=lambda call: call.order)
         visit = visits[place] = visits.get(place, -1) + 1
-        yield match.node, getattr(own, calls[visit % len(calls)].attribute)
+        yield match.node, getattr(own, expansions[calls[visit % len(calls)].attribute])
 
 
 def source_lines(node: fx.Node) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import pipeline
+from ortho_fx.passes.context import SHARINGS
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import list_occurrences
@@ -149,7 +150,7 @@ def _rewrite(
     uncalibrated = [
         name for name, start in starts.items() if missing[name].expansion.init == "calibrated" and start == "stable"
     ]
-    occurrences = list_occurrences(model, share=sharing == "instance")
+    occurrences = list_occurrences(model, sharing=sharing)
     actual = {plain_name(name): name for one in occurrences for name in (one.site.name, *one.site.aliases)}
     configs = {actual[names[name]]: replace(site.expansion, init=starts[name]) for name, site in missing.items()}
     for name in granular:
@@ -169,10 +170,10 @@ def _rewrite(
         revert_expansions(model, lambda expansion: id(expansion) in new)
         raise OrthoFxError("; ".join(f"{name} cannot be replaced: {reason}" for name, reason in left.items()))
     _freeze(model, {actual[names[name]]: site for name, site in missing.items() if site.form is not None})
-    notes: tuple[str, ...] = ()
+    notes = record.advice
     clamped = [names[name] for name, site in missing.items() if site.expansion.clamp and not wanted.tells_shared]
     if clamped:
-        notes = (
+        notes += (
             f"the tensors tell the bounds of {', '.join(clamped)}, but not the clamp in deviations of the inputs: its "
             "config has half their distance",
         )
@@ -204,8 +205,8 @@ def _sharing(model: nn.Module, missing: Mapping[str, SiteConfig], wanted: Source
         OrthoFxError: none is, or a site cannot be replaced here.
     """
     problems = []
-    for sharing in ("instance", "site"):
-        occurrences = list_occurrences(model, share=sharing == "instance")
+    for sharing in SHARINGS:
+        occurrences = list_occurrences(model, sharing=sharing)
         known = {name: one for one in occurrences for name in _names([one])}
         absent = [names[name] for name in missing if names[name] not in known]
         if absent:

@@ -50,8 +50,11 @@ class Place:
         """Whether one of these sites is the activation: by its module, its line, or the attribute that holds it."""
         for site in sites:
             names = (site.name, *site.aliases)
-            file, _, number = site.location.rpartition(":")
-            in_line = any(file == name and first <= int(number) <= last for name, first, last in self.lines)
+            in_line = any(
+                file == name and first <= number <= last
+                for name, first, last in self.lines
+                for file, number in site.lines
+            )
             owned = self.module in [name.rpartition(".")[0] for name in names]
             kept = site.kind in ("attribute", "fused", "scripted") and site.function in (self.function, "activation")
             if self.module in names or (owned and (in_line or kept)):

@@ -17,7 +17,7 @@ from ortho_fx.batches import Batch
 from ortho_fx.config import ExpansionConfig, configs_of
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes import pipeline
-from ortho_fx.passes.context import shares
+from ortho_fx.passes.context import checked_sharing
 from ortho_fx.passes.observe import observe
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import find_occurrences
@@ -105,11 +105,13 @@ def find_sites(
     Raises:
         OrthoFxError: an unknown target or sharing, or a scripted model.
     """
-    table, share = choose_targets(targets), shares(sharing)
-    sites = [occurrence.site for occurrence in find_occurrences(_checked(model), table, share=share)]
+    table = choose_targets(targets)
+    sites = [
+        occurrence.site for occurrence in find_occurrences(_checked(model), table, sharing=checked_sharing(sharing))
+    ]
     if example_inputs is None:
         return sites
-    observations = observe(model, table, example_inputs, share=share)
+    observations = observe(model, table, example_inputs, sharing=sharing)
     unreached = "example_inputs do not reach it"
     return [
         site if site.reason or seen.inputs.samples else replace(site, reason=unreached)
@@ -145,8 +147,10 @@ def rewrite_(
             without a match are left.
         basis: the basis, for a call without a config: `rewrite_(model, basis="fourier")`.
         targets: activation functions by name; by default all that are not gates.
-        sharing: "instance" (a module that stands in several places, or is called several times, becomes one expansion)
-            or "site" (each place, and each call in the owner's source, gets its own expansion).
+        sharing: "instance" (a module that stands in several places, or is called several times, becomes one expansion,
+            and so do calls in source of which one run makes one at most, see `ortho_fx.passes.source.alternatives`),
+            "call" (the same, but each call of a function in source gets its own expansion) or "site" (each place, and
+            each call in the owner's source, gets its own expansion).
         example_inputs: a tensor, a tuple of positional arguments or a map of keyword arguments, on which a copy of the
             model runs. It is needed for init="calibrated", and for expansions per channel or group, whose channel
             dimension follows from the layers before. With it, init="fit" weights the fit by the measured inputs of each
@@ -188,7 +192,7 @@ def rewrite_(
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
         process_group=process_group,
     )
-    notes = tuple(_optimizers_that_miss(model, record)) if record.replaced else ()
+    notes = (*record.advice, *_optimizers_that_miss(model, record)) if record.replaced else ()
     for note in notes:
         warnings.warn(f"ortho_fx: {note}", stacklevel=2)
     return RewriteReport(record.sites, record.earlier, model, notes)

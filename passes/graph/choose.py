@@ -66,7 +66,7 @@ def _observed(model: nn.Module, context: Context) -> list[Observation]:
     assert inputs is not None
 
     def own() -> dict[str, Observation]:
-        seen = observe(model, context.table, inputs, share=context.share)
+        seen = observe(model, context.table, inputs, sharing=context.sharing)
         return dict(zip(names, seen, strict=True))
 
     seen_by_each = measured(own, context.process_group)

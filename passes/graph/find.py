@@ -17,7 +17,7 @@ def find(model: nn.Module, context: Context) -> int:
     known = {one.site.name for one in context.occurrences}
     calls = _calls_of_modules(context.graphs)
     edits = 0
-    for one in list_occurrences(model, share=context.share):
+    for one in list_occurrences(model, sharing=context.sharing):
         if one.site.name not in known:
             one.nodes = _nodes_of(one, calls)
             context.occurrences.append(one)

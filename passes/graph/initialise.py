@@ -55,7 +55,7 @@ def _calibrate(context: Context) -> None:
     assert trial is not None
     assert context.example_inputs is not None
     pending = {}
-    twins = find_occurrences(trial, context.table, share=context.share)
+    twins = find_occurrences(trial, context.table, sharing=context.sharing)
     for twin, one in zip(twins, context.occurrences, strict=True):
         if one.expansion is not None:
             # The model's own expansions, not copies: calibration must set their parameters.

@@ -30,13 +30,13 @@ from ortho_fx.passes.vocabulary.sites import Site, join
 from ortho_fx.passes.vocabulary.targets import BY_NAME
 
 
-def children(prefix: str, owner: nn.Module, share: bool) -> Iterator[Occurrence]:
+def children(prefix: str, owner: nn.Module, sharing: str) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
         if child is None or isinstance(child, Expansion):
             continue
         name, function, places = join(prefix, key), function_of(child), ((owner, key),)
         if function is not None:
-            calls = () if share else calls_of_child(prefix, owner, key)
+            calls = calls_of_child(prefix, owner, key) if sharing == "site" else ()
             if calls:
                 yield from calls
                 continue

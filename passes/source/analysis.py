@@ -30,7 +30,7 @@ from ortho_fx.passes.vocabulary.targets import EVERY_TARGET
 # What gives parameters their values, and computes nothing.
 _INITIALISERS = ("_init_weights", "init_weights", "reset_parameters")
 # What runs when a module is called.
-_ENTRIES = ("forward", "__call__")
+ENTRIES = ("forward", "__call__")
 _HANDED_ON = "{} is handed on as a function, and where that is called is not known"
 
 
@@ -42,13 +42,25 @@ class Source:
         cls: the class as it was written.
         constants: plain values of attributes by which an activation is chosen, such as `self.config.hidden_act`.
         split: children whose every call in the source is a site of its own.
-        replaced: the calls that are replaced by expansions, by the names of these.
+        replaced: the calls that are replaced by expansions of their own name.
+        shared: the calls that are replaced by the expansion of another call, each with the name of that.
     """
 
     cls: type
     constants: frozenset[tuple[str, Scalar]] = frozenset()
     split: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    # Pickles from before calls could share an expansion have none.
+    shared: frozenset[tuple[str, str]] = frozenset()
+
+    def expansions(self) -> dict[str, str]:
+        """The replaced calls, each with the name of its expansion."""
+        return {**{name: name for name in self.replaced}, **dict(self.shared)}
+
+    @property
+    def plain(self) -> Source:
+        """The same code with nothing replaced."""
+        return replace(self, replaced=frozenset(), shared=frozenset())
 
 
 @dataclass
@@ -58,12 +70,14 @@ class Analysis:
     Attributes:
         methods: the functions that were read, and the calls in each.
         helpers: the helpers that each function calls.
+        references: the places of each function that name another of these, each with that other.
         asked: the attributes of the module that were asked for as constants, and `used` those that decided something.
         children: the calls of what the module keeps.
     """
 
     methods: list[tuple[Method, list[Call]]] = field(default_factory=list)
     helpers: dict[types.FunctionType, list[types.FunctionType]] = field(default_factory=dict)
+    references: dict[types.FunctionType, list[tuple[ast.AST, types.FunctionType]]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     children: list[ChildCall] = field(default_factory=list)
@@ -89,7 +103,7 @@ class _Reader:
         self._seen: set[types.FunctionType] = set()
 
     def read(self) -> Analysis:
-        self._reached([(name, None) for name in _ENTRIES], "")
+        self._reached([(name, None) for name in ENTRIES], "")
         for name, member in self._members():
             for function in functions_of(member):
                 if function not in self._seen and not _is_torchs(function) and activates(function):
@@ -127,6 +141,8 @@ class _Reader:
     def _reached(self, waiting: list[tuple[str, type | None]], unreachable: str) -> None:
         """Reads the methods of these names, from a certain class on, and those that they reach through self."""
         seen = set(waiting)
+        found: dict[tuple[str, type | None], list[types.FunctionType]] = {}
+        named: list[tuple[Method, ast.AST, tuple[str, type | None]]] = []
         mro = self.source.cls.__mro__
         while waiting:
             name, below = waiting.pop(0)
@@ -141,10 +157,15 @@ class _Reader:
                 if not isinstance(member, types.FunctionType):
                     reason = reason or _why_not(name, member)
                 method = self._method(name, function, reason)
-                for reached in _names_reached(method, base, mro):
-                    if reached not in seen:
-                        seen.add(reached)
-                        waiting.append(reached)
+                found.setdefault((name, below), []).append(function)
+                for node, reached, after in _names_reached(method, base, mro):
+                    named.append((method, node, (reached, after)))
+                    if (reached, after) not in seen:
+                        seen.add((reached, after))
+                        waiting.append((reached, after))
+        for method, node, looked_up in named:
+            for function in found.get(looked_up, ()):
+                self.analysis.references.setdefault(method.outer, []).append((node, function))
 
     def _method(self, name: str, function: types.FunctionType, unreachable: str) -> Method:
         self._seen.add(function)
@@ -164,7 +185,8 @@ class _Reader:
         analysis.asked |= passed
         if not method.unreachable:
             analysis.helpers[method.outer] = []
-        for helper, (constants, problem) in helpers.items():
+        for helper, (constants, problem, nodes) in helpers.items():
+            analysis.references.setdefault(method.outer, []).extend((node, helper) for node in nodes)
             reason = method.unreachable or problem or method.problem()
             if not reason:
                 analysis.helpers[method.outer].append(helper)
@@ -227,19 +249,19 @@ def _called_from(cls: type, start: str, members: Mapping[str, object]) -> set[st
     return found
 
 
-def _names_reached(method: Method, base: type, mro: tuple[type, ...]) -> Iterator[tuple[str, type | None]]:
-    """The names that a method looks up on self, on super() or on a base class, with the class after which it looks."""
+def _names_reached(method: Method, base: type, mro: tuple[type, ...]) -> Iterator[tuple[ast.AST, str, type | None]]:
+    """Where a method looks a name up on self, on super() or on a base class, the name, and after which class."""
     for node in ast.walk(method.definition):
         if not isinstance(node, ast.Attribute):
             continue
         if isinstance(node.value, ast.Call) and method.is_super(node.value):
-            yield node.attr, base
+            yield node, node.attr, base
         elif method.is_self(node.value):
-            yield node.attr, None
+            yield node, node.attr, None
         elif isinstance(node.value, ast.Name):
             named = method.resolve(node.value)
             if isinstance(named, type) and named in mro[1:] and not is_plain(named):
-                yield node.attr, mro[mro.index(named) - 1]
+                yield node, node.attr, mro[mro.index(named) - 1]
 
 
 def _suspects(method: Method, numbers: dict[str, int]) -> Iterator[Call]:
@@ -282,11 +304,12 @@ def _unread(method: Method, function: str, problem: str, numbers: dict[str, int]
     )
 
 
-def _helpers_of(method: Method) -> dict[types.FunctionType, tuple[Mapping[str, Scalar], str]]:
-    """The functions that a method names and that may hold activations: their arguments that never vary, and why their
-    calls cannot be replaced."""
+def _helpers_of(method: Method) -> dict[types.FunctionType, tuple[Mapping[str, Scalar], str, list[ast.AST]]]:
+    """The functions that a method names and that may hold activations: their arguments that never vary, why their
+    calls cannot be replaced, and where they are named."""
     found: dict[types.FunctionType, dict[str, object]] = {}
     problems: dict[types.FunctionType, str] = {}
+    nodes: dict[types.FunctionType, list[ast.AST]] = {}
     for node in ast.walk(method.definition) if method.available else ():
         if not isinstance(node, ast.Name | ast.Attribute) or not isinstance(node.ctx, ast.Load):
             continue
@@ -307,8 +330,13 @@ def _helpers_of(method: Method) -> dict[types.FunctionType, tuple[Mapping[str, S
         earlier = found.setdefault(helper, given)
         found[helper] = {name: value for name, value in earlier.items() if given.get(name, UNRESOLVED) == value}
         problems[helper] = problems.get(helper) or problem
+        nodes.setdefault(helper, []).append(node)
     return {
-        helper: ({name: value for name, value in given.items() if isinstance(value, Scalar)}, problems[helper])
+        helper: (
+            {name: value for name, value in given.items() if isinstance(value, Scalar)},
+            problems[helper],
+            nodes[helper],
+        )
         for helper, given in found.items()
     }
 

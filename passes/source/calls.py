@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -10,12 +11,16 @@ from ortho_fx.passes.source.classes import rewrite_class, set_class, set_class_f
 from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
 
 
-def call_in(owner: nn.Module, attribute: str, split: frozenset[str] = frozenset()) -> Substitute:
-    """Replaces a call in the source of the module's class, for this instance only."""
+def call_in(
+    owner: nn.Module, attribute: str, split: frozenset[str] = frozenset(), sharing: Iterable[str] = ()
+) -> Substitute:
+    """Replaces a call in the source of the module's class, and those that share it, for this instance only."""
+    shared = frozenset((other, attribute) for other in sharing)
 
     def put(expansion: nn.Module) -> None:
         source = source_of(owner, split)
-        rewritten = rewrite_class(replace(source, replaced=source.replaced | {attribute}))
+        replaced = source.replaced | {attribute}
+        rewritten = rewrite_class(replace(source, replaced=replaced, shared=source.shared | shared))
         remember(expansion, Replaced("call"))
         # Past an add_module or a __getattr__ of the owner's.
         owner._modules[attribute] = expansion
@@ -28,6 +33,7 @@ def restore_call(owner: nn.Module, key: str) -> None:
     """Puts the call that an expansion replaced back into the module's code."""
     del owner._modules[key]
     source = source_of(owner)
-    left = replace(source, replaced=source.replaced - {key})
+    shared = frozenset((call, expansion) for call, expansion in source.shared if expansion != key)
+    left = replace(source, replaced=source.replaced - {key}, shared=shared)
     set_class(owner, rewrite_class(left))
     set_class_for_children(owner)

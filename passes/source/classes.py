@@ -215,15 +215,15 @@ def rewrite_class(source: Source) -> type:
 
 @cached_by_meaning(maxsize=4096, of=lambda source: source.cls)
 def _rewritten(source: Source) -> type:
-    cls, analysis = source.cls, analyse(replace(source, replaced=frozenset()))
-    known = {call.attribute for call in analysis.calls}
-    if not source.replaced <= known:
-        missing = ", ".join(sorted(source.replaced - known))
+    cls, analysis, expansions = source.cls, analyse(source.plain), source.expansions()
+    unknown = expansions.keys() - {call.attribute for call in analysis.calls}
+    if unknown:
+        missing = ", ".join(sorted(unknown))
         raise OrthoFxError(f"the source of {cls.__qualname__} has no activation call {missing}; has it changed?")
     # Helpers that hold a replaced call, or that call such a helper.
     helpers: dict[types.FunctionType, str] = {}
     for method, calls in reversed(analysis.methods):
-        chosen = [call for call in calls if call.attribute in source.replaced]
+        chosen = [call for call in calls if call.attribute in expansions]
         for call in chosen:
             if call.problem:
                 raise OrthoFxError(f"{call.attribute} of {cls.__qualname__} cannot be replaced: {call.problem}")
@@ -243,12 +243,12 @@ def _rewritten(source: Source) -> type:
     for method, calls in analysis.methods:
         if method.unreachable:
             continue
-        edits = any(call.attribute in source.replaced for call in calls)
+        edits = any(call.attribute in expansions for call in calls)
         if edits or any(helper in helpers for helper in analysis.helpers[method.outer]):
             numbers: dict[str, int] = {}
             for call in reversed(calls):
                 numbers[call.function] = int(call.attribute.rpartition("_")[2]) - 1
-            editor = CallEditor(method, numbers, source.split, source.replaced, helpers)
+            editor = CallEditor(method, numbers, source.split, expansions, helpers)
             namespace[helpers.get(method.outer, method.name)] = method.rebuild(editor.visit)
     return _made(cls, (cls,), namespace)
 
@@ -289,7 +289,7 @@ def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
 
 def _texts(source: Source) -> dict[str, str]:
     """The files of a source that another process may not find: notebooks' cells, and the script that runs."""
-    functions = (method.function for method, _ in analyse(replace(source, replaced=frozenset())).methods)
+    functions = (method.function for method, _ in analyse(source.plain).methods)
     names = {function.__code__.co_filename for function in functions}
     missing = {name for name in names if source.cls.__module__ == "__main__" or not Path(name).exists()}
     return {name: text for name in sorted(missing) if (text := "".join(linecache.getlines(name)))}

@@ -55,11 +55,13 @@ class Call:
         held: the attributes of the class that do.
         guard: why it is no activation unless it is named as one; empty where it is.
         method: the method that it stands in, by its name in the class.
-        attribute: names its expansion on the instance: the function, then the call's number among the class' calls of
-            that function, so that the name does not depend on what else is rewritten.
+        attribute: its name, and that of its expansion on the instance where no other call shares it: the function, then
+            the call's number among the class' calls of that function, so that the name does not depend on what else is
+            rewritten.
         line: where it starts.
         order: its number in the order of evaluation.
         tensors: the attributes of self that its input is made of, where it is made of nothing else.
+        place: the expression or statement that it is, in the tree of the method's definition; None where none was read.
     """
 
     function: str
@@ -77,6 +79,7 @@ class Call:
     line: int = 0
     order: int = 0
     tensors: frozenset[str] = frozenset()
+    place: ast.AST | None = None
 
     @property
     def location(self) -> str:
@@ -98,7 +101,7 @@ class ChildCall:
 
 
 class CallEditor(ast.NodeTransformer):
-    """Lists activations in `found`, and replaces the chosen ones by `self.<attribute>(argument)`.
+    """Lists activations in `found`, and replaces the chosen ones by `self.<expansion>(argument)`.
 
     A call that writes to its input is replaced by one that does so too, whatever other names that tensor has.
 
@@ -106,7 +109,7 @@ class CallEditor(ast.NodeTransformer):
         method: the method to read.
         numbers: the number of the last call so far of each function in the class; the editor continues the count.
         split: children whose calls are activations too.
-        chosen: the `attribute` of each call to replace.
+        chosen: the `attribute` of each call to replace, with the name of its expansion.
         helpers: functions that became methods of the class, with their names there.
     """
 
@@ -115,7 +118,7 @@ class CallEditor(ast.NodeTransformer):
         method: Method,
         numbers: dict[str, int],
         split: frozenset[str] = frozenset(),
-        chosen: frozenset[str] = frozenset(),
+        chosen: Mapping[str, str] = types.MappingProxyType({}),
         helpers: Mapping[types.FunctionType, str] = types.MappingProxyType({}),
     ) -> None:
         self.method, self.numbers, self.split, self.chosen, self.helpers = method, numbers, split, chosen, helpers
@@ -135,7 +138,7 @@ class CallEditor(ast.NodeTransformer):
                 self.method.scopes.stands_for(new, node)
             found = self._formula(value)
             if found is not None:
-                edited = self._replaced(value, found)
+                edited = self._replaced(value, found, node)
                 if edited is not value:
                     return ast.copy_location(ast.Assign([node.target], edited), node)
                 return node
@@ -260,19 +263,22 @@ class CallEditor(ast.NodeTransformer):
     def _of_self(self, attribute: str) -> ast.Attribute:
         return ast.Attribute(ast.Name(self.method.self_name, ast.Load()), attribute, ast.Load())
 
-    def _replaced(self, node: ast.expr, found: Call) -> ast.expr:
-        """Lists an activation; returns its replacement if it is chosen."""
+    def _replaced(self, node: ast.expr, found: Call, place: ast.AST | None = None) -> ast.expr:
+        """Lists an activation; returns its replacement if it is chosen. `place` is what the node was made of."""
         number = self.numbers[found.function] = self.numbers.get(found.function, -1) + 1
         argument, problem = found.argument, found.problem
         if not problem and argument is None:
             problem = "its input is not a plain argument"
         attribute = f"{found.function}_expansion_{number}"
         index = len(self.found)
-        found = replace(found, attribute=attribute, line=node.lineno, method=self.method.name, problem=problem)
+        place = node if place is None else place
+        found = replace(
+            found, attribute=attribute, line=node.lineno, method=self.method.name, problem=problem, place=place
+        )
         self.found.append(found if self.chosen else self._with_surroundings(node, found))
         edited: ast.expr = node
         if attribute in self.chosen and argument is not None:
-            edited = ast.copy_location(self._expanded(attribute, argument, found.in_place), node)
+            edited = ast.copy_location(self._expanded(self.chosen[attribute], argument, found.in_place), node)
         elif found.kind == "formula" and argument is not None:
             self.visit(argument)
         else:

@@ -274,8 +274,9 @@ class Method:
         excerpt = copy.deepcopy(self.excerpt)
         definition = _definition(excerpt, self.function.__code__)
         assert definition is not None
-        self.scopes = scopes_of(definition)
+        original, self.scopes = self.scopes, scopes_of(definition)
         definition.body = [edit(statement) for statement in definition.body]
+        self.scopes = original
         if self.cls is None:
             # The new argument comes first, so before positional-only arguments if there are any.
             first = definition.args.posonlyargs or definition.args.args

@@ -25,7 +25,7 @@ class Site:
         kind: "module" (a child such as nn.GELU), "attribute" (a function kept on a module), "function", "method",
             "built in forward" (calls in the source of the owner's methods) or "node" (of a `torch.fx` graph).
         function: the activation function, by its name in `ortho_fx.passes.vocabulary.targets`.
-        location: file and line of a call; empty for modules and attributes.
+        location: file and line of a call, or of each that shares the expansion; empty for modules and attributes.
         aliases: the other names of a shared module.
         expansion: the expansion that replaces it ("hermite 3"); None if it is not replaced.
         parameters: how many learnable numbers the expansion has.
@@ -43,6 +43,12 @@ class Site:
     parameters: int = 0
     fit_rmse: float | None = None
     reason: str = ""
+
+    @property
+    def lines(self) -> tuple[tuple[str, int], ...]:
+        """The file and the line of each call in source."""
+        places = (place.rpartition(":") for place in self.location.split(", "))
+        return tuple((file, int(number)) for file, _, number in places if number.isdigit())
 
 
 def join(prefix: str, key: str) -> str:
@@ -63,7 +69,7 @@ def format_sites(sites: Sequence[Site]) -> str:
         header.append("fit rmse")
     rows = [
         (
-            ", ".join((site.name, *site.aliases)),
+            ", ".join((site.name, *site.aliases)) + (f" ({len(site.lines)} calls)" if len(site.lines) > 1 else ""),
             site.kind,
             site.function,
             f"left: {site.reason}" if site.reason else site.expansion or "",

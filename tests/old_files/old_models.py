@@ -25,3 +25,14 @@ class Kept(nn.Module):
 
 def sequential():
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x, step=False):
+        if step:
+            return F.silu(self.a(x))
+        return F.silu(self.a(x))

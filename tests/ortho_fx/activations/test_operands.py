@@ -123,3 +123,17 @@ def test_names_of_sites_travel_with_copies_and_stay_out_of_the_state():
     freeze_(twin)
     assert model[1].site == twin[1].site == "1"
     assert HermiteActivation().site == ""
+
+
+@pytest.mark.slow
+def test_an_error_of_dynamos_tells_ours():
+    model, x = rewritten(), torch.randn(2, 4)
+    model[1].to("meta")
+    for whole in (
+        torch.compile(model, backend="aot_eager", fullgraph=True),
+        lambda x: torch.export.export(model, (x,), strict=True),
+    ):
+        with pytest.raises(RuntimeError, match="1: coefficients is on the meta device"):
+            whole(x)
+    # With graph breaks allowed, Dynamo leaves the expansion to Python.
+    assert error_of(torch.compile(model, backend="aot_eager"), x) == f"1: coefficients {META}"

@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_file(tmp_path, file):
 def test_wrong_options_are_named_before_the_model_is_built(capsys, monkeypatch):
     with pytest.raises(OrthoFxError, match=r"^unknown target 'swoosh'; targets are relu, "):
         run(capsys, "nothing.py:make", "--targets", "swoosh")
-    with pytest.raises(OrthoFxError, match=r"^sharing must be instance or site; got 'none'"):
+    with pytest.raises(OrthoFxError, match=r"^sharing must be instance, call or site; got 'none'"):
         run(capsys, "gpt2", "--sharing", "none")
 
 

@@ -305,6 +305,16 @@ def test_symbolic_trace(config):
     assert_close(torch.fx.symbolic_trace(rewritten(config))(inputs(5, 4)), rewritten(config)(inputs(5, 4)))
 
 
+def test_the_graph_of_an_expansion_alone_has_one_input():
+    activation, x = HermiteActivation(), inputs(5, 4)
+    traced = torch.fx.symbolic_trace(activation)
+    assert [node.target for node in traced.graph.find_nodes(op="placeholder")] == ["x"]
+    assert_close(traced(x), activation(x))
+    assert_close(activation(input=x), activation(x))
+    for strict in (True, False):  # which read the signature
+        assert_close(torch.export.export(activation, (), {"input": x}, strict=strict).module()(input=x), activation(x))
+
+
 def test_symbolic_trace_of_channels_in_an_unknown_dimension_says_what_it_needs():
     activation = HermiteActivation(granularity="channel", channels=6)
     message = r"^HermiteActivation needs channel_dim= for torch\.fx to trace it$"

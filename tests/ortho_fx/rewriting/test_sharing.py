@@ -106,5 +106,5 @@ def test_a_pattern_may_name_any_place_of_a_shared_activation():
 
 
 def test_an_unknown_sharing_is_named():
-    with pytest.raises(OrthoFxError, match=r"^sharing must be instance or site; got 'expert'$"):
+    with pytest.raises(OrthoFxError, match=r"^sharing must be instance, call or site; got 'expert'$"):
         rewrite_(Block(), sharing="expert")
