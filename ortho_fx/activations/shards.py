@@ -91,14 +91,21 @@ def _mesh_of(activation: Shardable, operands: Mapping[str, Tensor]) -> DeviceMes
 
 
 def _local(site: str, operand: Tensor, name: str, mesh: DeviceMesh, layouts: tuple[Placement, ...]) -> Tensor:
-    """A parameter as a plain tensor, whose gradient is summed over the processes that hold different elements."""
+    """A parameter as a plain tensor, whose gradient is summed over the processes that hold different elements.
+
+    A parameter on the input's own mesh gets what PyTorch's operators give it: a gradient that says that its sum is
+    still to be made. The optimizer makes it, or `fully_shard` with the data-parallel dimensions of such a mesh, which
+    sums over them in any case and would count a finished sum once for each process.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
+    summed = [Partial() if layout.is_shard() else Replicate() for layout in layouts]
     if isinstance(operand, DTensor):
         if not all(placement.is_replicate() for placement in operand.placements):
             raise OperandError(f"{site}: {name} is sharded at this call: call the module that fully_shard wrapped")
+        if operand.device_mesh == mesh:
+            return operand.to_local(grad_placements=summed)
         operand = operand.to_local(grad_placements=operand.placements)
-    summed = [Partial() if layout.is_shard() else Replicate() for layout in layouts]
     replicated = DTensor.from_local(operand, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.to_local(grad_placements=summed)
 

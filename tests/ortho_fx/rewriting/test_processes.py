@@ -372,6 +372,25 @@ def check_tensor_parallelism_with_others(rank):
     assert_close(outcome(compiled, inputs(5, 4)), expected)
 
 
+def check_fully_shard_over_a_dimension_of_the_tensors_mesh(rank):
+    """All tensors are DTensors of one mesh, and fully_shard sums over its data dimension whatever comes."""
+    import torch.distributed.fsdp as fsdp
+    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+
+    if not hasattr(fsdp, "DataParallelMeshDims"):  # a release that cannot do this
+        return
+    x, both = inputs(6, 4), mesh(2, 1, names=("data", "tensor"))
+    for config in (LAYER, CHANNEL):
+        _, _, expected = outcome(rewritten(config), x)
+        model = distribute_module(rewritten(config), both)
+        fsdp.fully_shard(model, mesh=both, dp_mesh_dims=fsdp.DataParallelMeshDims(shard="data"))
+        model.set_gradient_divide_factor(1.0)
+        model.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+        model(distribute_tensor(x, both, [Shard(0), Replicate()])).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert_close(full(parameter.grad), expected[name], msg=name)
+
+
 def check_plans_without_the_expansions_are_refused(rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard
