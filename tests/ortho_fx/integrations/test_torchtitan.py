@@ -6,11 +6,11 @@ Run as a script, this file is one process of some: `test_torchtitan.py CHECK FOL
 import copy
 import importlib.util
 import json
-import math
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import types
 from dataclasses import dataclass
 from datetime import timedelta
@@ -347,14 +347,15 @@ def check_training(folder, run, steps, **changes):
         class Config(BaseDataLoader.Config):
             pass
 
-        def __init__(self, config, *, dp_world_size, dp_rank, **others):
-            self.processes, self.rank, self.step = dp_world_size, dp_rank, 0
+        def __init__(self, config, *, dp_world_size, dp_rank, local_batch_size, **others):
+            self.processes, self.rank, self.rows, self.step = dp_world_size, dp_rank, local_batch_size, 0
 
         def __iter__(self):
             while True:
                 self.step += 1
-                inputs, labels = (x.chunk(self.processes)[self.rank] for x in tokens(self.step))
-                yield {"input": inputs}, labels
+                own = (x.chunk(self.processes)[self.rank].split(self.rows) for x in tokens(self.step))
+                for inputs, labels in zip(*own, strict=True):
+                    yield {"input": inputs}, labels
 
         def state_dict(self):
             return {"step": self.step}
@@ -386,6 +387,7 @@ def check_training(folder, run, steps, **changes):
     config.training.mixed_precision_param = "float32"
     config.training.disable_cuda_graphs = True
     config.lr_scheduler.total_steps = 20
+    config.parallelism.pipeline_parallel_schedule = "1F1B"
     config.optimizer.implementation = "for-loop"
     config.checkpoint.enable = True
     config.checkpoint.interval, config.checkpoint.keep_latest_k = 10, 0
@@ -402,7 +404,6 @@ def check_training(folder, run, steps, **changes):
         return
     for part in trainer.model_parts:
         summed_by_gloo(part)
-        assert expansions_of(part)
     losses = {}
     trainer.metrics_processor.log = lambda step, loss, *others, **more: losses.update({step: float(loss)})
     trainer.train()
@@ -413,7 +414,7 @@ def check_training(folder, run, steps, **changes):
 
 def processes(number, folder, check, *settings):
     """Runs a check in this many processes; `settings` are its arguments, those with = by name."""
-    store = Path(folder) / f"store_{'_'.join((check, *settings)).replace('/', '.')[-80:]}"
+    store = Path(tempfile.mkdtemp(dir=folder)) / "store"
     environment = {**os.environ, "WORLD_SIZE": str(number), "STORE": str(store), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -426,7 +427,7 @@ def processes(number, folder, check, *settings):
         for rank in range(number)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=120)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -470,15 +471,12 @@ def test_two_processes_train_as_one_does_and_go_on_from_a_checkpoint(trained, de
     alone, together = losses_of(trained, "alone"), losses_of(trained, degree)
     assert list(together) == list(range(1, 21))
     assert_close(torch.tensor(list(together.values())), torch.tensor(list(alone.values())), rtol=1e-3, atol=0)
-    assert together[20] < 0.7 * together[1]
-    assert all(math.isfinite(loss) for loss in together.values())
+    assert together[20] < 0.5 * together[1]
 
     # Without what came after step 10 the same command goes on from there.
-    whole = dict(together)
     (trained / degree / "checkpoint" / "step-20").rename(trained / degree / "later")
-    processes(2, trained, "training", degree, "20", start, f"parallelism__{degree}=2")
-    resumed = losses_of(trained, degree)
-    assert resumed == {step: whole[step] for step in range(11, 21)}
+    processes(2, trained, "training", degree, "14", start, f"parallelism__{degree}=2")
+    assert losses_of(trained, degree) == {step: together[step] for step in range(11, 15)}
 
 
 if __name__ == "__main__":
