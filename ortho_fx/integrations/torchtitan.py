@@ -15,7 +15,6 @@ Seen with torchtitan 0.3.0 and PyTorch 2.15.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,9 @@ import spmd_types
 import torch
 from torch import nn
 from torchtitan.config.override import override
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.decoder_sharding import dense_param_placement
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
@@ -155,24 +156,39 @@ def prepare_(model: nn.Module) -> nn.Module:
                 f"{name} has granularity {module.config.granularity!r}: torchtitan distributes the channels, and every "
                 "process would need the expansions of its own: choose granularity 'layer'"
             )
+    experts = {id(one) for module in model.modules() if isinstance(module, GroupedExperts) for one in module.modules()}
     for _, module in found:
         if not isinstance(module, Module):
             module.__class__ = _module_class(type(module))
+            module._is_in_experts = id(module) in experts  # type: ignore[assignment]
             held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-            module._sharding_config = ShardingConfig(  # type: ignore[assignment]
+            module._sharding_config = ShardingConfig(
                 state_shardings={name: dense_param_placement(tp=spmd_types.R) for name in held}
             )
     return model
 
 
-@functools.cache
+_MODULE_CLASSES: dict[type[ExpansionActivation], type[ExpansionActivation]] = {}
+
+
 def _module_class(cls: type[ExpansionActivation]) -> type[ExpansionActivation]:
     """A class of expansions that are modules in torchtitan's sense; pickle and copy know it by `cls`."""
+    if cls in _MODULE_CLASSES:
+        return _MODULE_CLASSES[cls]
 
     def reduce_ex(self: ExpansionActivation, protocol: Any) -> Any:
         return _blank, (cls,), *cls.__reduce_ex__(self, protocol)[2:]
 
-    return type(cls.__name__, (cls, Module), {"__module__": cls.__module__, "__reduce_ex__": reduce_ex})
+    def parallelize(self: ExpansionActivation, parallel_dims: ParallelDims) -> None:
+        if self._is_in_experts and max(parallel_dims.tp, parallel_dims.ep) > 1:
+            raise OrthoFxError(
+                f"{self.called} is inside of experts, whose tokens torchtitan distributes in another way: leave it out "
+                'by its name, {"*.routed_experts.*": None, "*": ...}, or take neither tensor nor expert parallelism'
+            )
+        Module.parallelize(self, parallel_dims)
+
+    members = {"__module__": cls.__module__, "__reduce_ex__": reduce_ex, "parallelize": parallelize}
+    return _MODULE_CLASSES.setdefault(cls, type(cls.__name__, (cls, Module), members))
 
 
 def _blank(cls: type[ExpansionActivation]) -> ExpansionActivation:
