@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> None:
     """One of torchrun's processes: runs torchtitan's trainer, and writes the loss of each step that it took."""
     from torchtitan.trainer import Trainer
 
-    trainer = Trainer(make_config(options, options.run))
+    trainer = Trainer(make_config(options, options.only))
     losses: dict[int, float] = {}
     log = trainer.metrics_processor.log
 
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> None:
     trainer.train()
     trainer.close()
     if torch.distributed.get_rank() == 0:
-        (Path(options.folder) / f"{options.run}.json").write_text(json.dumps(losses))
+        (Path(options.folder) / f"{options.only}.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 
 
@@ -83,7 +83,7 @@ def train_all(options: argparse.Namespace, arguments: list[str]) -> dict[str, An
             shutil.rmtree(Path(options.folder) / "expansions" / "checkpoint" / f"step-{options.steps}")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(options.processes), __file__, *arguments]
-        subprocess.run([*command, "--folder", options.folder, "--run", run], check=True, stdout=sys.stderr)
+        subprocess.run([*command, "--folder", options.folder, "--only", run], check=True, stdout=sys.stderr)
         written = json.loads((Path(options.folder) / f"{run}.json").read_text())
         found[run] = {int(step): loss for step, loss in written.items()}
     check(found, options.steps)
@@ -136,11 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="c4_test", help="a data set of torchtitan")
     parser.add_argument("--folder", help="where checkpoints go; a temporary folder when omitted")
     parser.add_argument("--dry-run", action="store_true", help="check what needs no GPU")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 4 or options.steps % 2:
         parser.error(f"--steps must be an even number from 4 on; got {options.steps}")
-    if options.run:
+    if options.only:
         train(options)
         return
     if not options.dry_run and not torch.cuda.is_available():

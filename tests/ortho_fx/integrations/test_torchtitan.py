@@ -246,6 +246,40 @@ def test_weights_of_hugging_face_keep_the_start_of_the_coefficients():
         assert_close(module(x), torch.nn.functional.silu(x), rtol=0, atol=1e-2)
 
 
+def test_a_checkpoint_without_coefficients_is_not_loaded_silently(tmp_path):
+    from torch.distributed import checkpoint
+
+    checkpoint.save(built(small_spec(None)).state_dict(), checkpoint_id=tmp_path / "plain")
+    with pytest.raises(
+        checkpoint.CheckpointException, match="Missing key in checkpoint state_dict: layers.0.feed_forward"
+    ):
+        checkpoint.load(built(small_spec()).state_dict(), checkpoint_id=tmp_path / "plain")
+
+
+def test_the_example_as_far_as_it_needs_no_gpu(capsys):
+    import_trainer()
+    path = Path(__file__).parents[3] / "examples" / "torchtitan_llama.py"
+    specification = importlib.util.spec_from_file_location("examples_torchtitan_llama", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    example.main(["--dry-run", "--expansion", "fourier5", "--tensor-parallel", "2"])
+    counts = json.loads(capsys.readouterr().out)["parameters"]
+    assert counts["expansions"] == counts["silu"] + 6 * ExpansionConfig("fourier", 5).size
+
+    falling = {step: 5.0 - step for step in range(1, 5)}
+    good = {"silu": falling, "expansions": falling, "resumed": {3: 2.0, 4: 1.001}}
+    example.check(good, 4)
+    for run, losses, told in (
+        ("silu", {**falling, 3: float("nan")}, "silu: losses must be finite and fall; they went from 4.0 to 1.0"),
+        ("expansions", {**falling, 4: 4.0}, "expansions: losses must be finite and fall; they went from 4.0 to 4.0"),
+        ("resumed", falling, "the resumed run must start after step 2; its steps are [1, 2, 3, 4]"),
+        ("resumed", {3: 2.0, 4: 1.1}, "after the resume, the losses differ by 1.0e-01 of them"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            example.check({**good, run: losses}, 4)
+        assert str(caught.value) == told
+
+
 def traced(model, loss_of, *inputs):
     import_trainer()
     from torchtitan.experiments.graph_trainer.make_fx_tracer import minimal_fx_tracer
