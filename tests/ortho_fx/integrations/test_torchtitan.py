@@ -250,9 +250,7 @@ def test_a_checkpoint_without_coefficients_is_not_loaded_silently(tmp_path):
     from torch.distributed import checkpoint
 
     checkpoint.save(built(small_spec(None)).state_dict(), checkpoint_id=tmp_path / "plain")
-    with pytest.raises(
-        checkpoint.CheckpointException, match="Missing key in checkpoint state_dict: layers.0.feed_forward"
-    ):
+    with pytest.raises(checkpoint.CheckpointException, match="Missing key in checkpoint state_dict"):
         checkpoint.load(built(small_spec()).state_dict(), checkpoint_id=tmp_path / "plain")
 
 
