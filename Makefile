@@ -1,6 +1,8 @@
 # make demo: install into .venv and train a small GPT-2 with learnable activations beside GELU.
-# make test: install into .venv, check style and types, build the documentation, run every test. WORKERS=4 takes more
-#   processes.
+# make test: install into .venv, check style and types, build the documentation, run every test but those of
+#   integrations. WORKERS=4 takes more processes.
+# make test-integrations: add the libraries that ortho_fx works with (transformers, PEFT, timm, Lightning, Accelerate,
+#   torchao, torchtitan), and run the tests with them.
 # make quick: style, and the tests that take little time: those that are not marked slow, and a few that compile.
 # make docs: build the documentation into build/site.
 # make wheel: build dist/*.whl, and check it in an environment that holds it, PyTorch and numpy alone. TORCH="torch==2.13.0"
@@ -21,7 +23,10 @@ INSTALLED := $(VENV)/.installed
 # module are made once, and then what is left of the others' rows.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test quick lint typecheck docs completions wheel compat clean
+# Where the tests are that need libraries beyond those of `make install`.
+INTEGRATIONS := tests/ortho_fx/integrations
+
+.PHONY: install demo test test-integrations quick lint typecheck docs completions wheel compat clean
 
 install: $(INSTALLED)
 
@@ -35,10 +40,17 @@ demo: install
 	$(BIN)/ortho-fx train gpt2 --basis hermite --degree 3 --steps 200 --eval-every 50 --beside-gelu --overwrite --out runs/demo
 
 test: lint typecheck docs
-	$(PYTEST)
+	$(PYTEST) --ignore=$(INTEGRATIONS)
+
+test-integrations: $(VENV)/.integrations
+	$(PYTEST) $(INTEGRATIONS)
+
+$(VENV)/.integrations: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[integrations]"
+	touch $@
 
 quick: lint
-	$(PYTEST) -m "not slow or smoke"
+	$(PYTEST) -m "not slow or smoke" --ignore=$(INTEGRATIONS)
 
 lint: install
 	$(BIN)/ruff check .
