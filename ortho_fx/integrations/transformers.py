@@ -1,0 +1,471 @@
+"""transformers: `save_pretrained` and `from_pretrained` keep expansions, configs name them, and its Trainer knows them.
+
+The extension point of transformers for a model whose modules are not those of its class is a quantization method:
+`from_pretrained` lets it change the model, still on the meta device, before the weights are loaded. `enable` registers
+the method "ortho_fx". It only acts there: the loaded model is not a quantized one, and its config is as it was before.
+config.json gets the expansions at the moment of saving, so it describes the model that is saved.
+
+A transformers that does not know a quantization method skips it with a line in the log. The entry in config.json holds
+two more values, which it cannot skip. They belong to the oldest method that it reads before the name, and one is no
+value of that method: a sentence that the error then repeats.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.arguments import is_integer, is_number
+from ortho_fx.bases import BASES
+from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.operators.support import in_a_thread
+from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.rewriting.calibration import Calibration, calibrate_
+from ortho_fx.rewriting.like import rewrite_like_
+from ortho_fx.rewriting.sources import expansion_config, expansion_keys, plain_name
+from ortho_fx.sharded import whole
+
+METHOD = "ortho_fx"
+_KEY = "quantization_config"
+_ADVICE = (
+    "ortho_fx: this model has learnable activations: pip install ortho-fx, and call "
+    "ortho_fx.integrations.transformers.enable() before from_pretrained"
+)
+# What a transformers without ortho_fx cannot skip.
+_LOCK = {"load_in_8bit": True, "bnb_4bit_compute_dtype": _ADVICE}
+_LOCKED = "bitsandbytes_8bit"
+_SHOWN = 3
+
+
+def enable() -> None:
+    """Makes expansions at home in transformers; a second call adds the bases that were registered since the first.
+
+    From then on:
+    - `save_pretrained` writes the expansions of a rewritten model into config.json, and `from_pretrained` makes them
+      before it loads the weights. It raises an OrthoFxError where a file and a model do not fit.
+    - The names of bases, alone or with a degree ("hermite", "fourier4"), are activations of transformers: a config may
+      have them, as in `LlamaConfig(hidden_act="hermite3")`.
+    - `TrainingArguments(torch_compile_backend="ortho_fx")` is accepted, where accelerate is installed.
+    """
+    for basis in BASES.values():
+        for name in (basis.name, *(f"{basis.name}{degree}" for degree in basis.degrees)):
+            if name not in ACT2FN:
+                ACT2FN[name] = (make_activation, {"config": ExpansionConfig.of(name)})
+    _accept_backend()
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(ExpansionsConfig)
+    register_quantizer(METHOD)(ExpansionsQuantizer)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_LOCKED] = _unlocked(AUTO_QUANTIZATION_CONFIG_MAPPING[_LOCKED])
+    model = transformers.PreTrainedModel
+    model.save_pretrained = _saving(model.save_pretrained)
+    model.from_pretrained = classmethod(_loading(model.from_pretrained.__func__))
+
+
+class ExpansionsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The entry of config.json: the map of `expansion_config`."""
+
+    def __init__(self, quant_method: str = METHOD, **described: Any) -> None:
+        self.quant_method = METHOD
+        self.described = {key: value for key, value in described.items() if key not in _LOCK}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **_LOCK, **self.described}
+
+
+class ExpansionsQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Makes the expansions of a checkpoint in a model that `from_pretrained` is about to fill."""
+
+    requires_parameters_quantization = False  # for releases that ask
+    is_trainable = True
+    is_qat_trainable = True
+
+    def is_serializable(self, **keywords: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **keywords: Any) -> None:
+        described = _for_model(self.quantization_config.described, model)
+        if described.get("sites") != {}:
+            # The device of new tensors is set to meta here, also of those that tell an activation by its values.
+            in_a_thread(lambda: rewrite_like_(model, described))
+
+
+def _unlocked(known: type) -> type:
+    """The class that reads entries with `_LOCK`: ours, and those of the method that the lock belongs to."""
+
+    class Unlocked(known):  # type: ignore[misc, valid-type]
+        @classmethod
+        def from_dict(cls, values: Mapping[str, Any], *args: Any, **keywords: Any) -> Any:
+            own = ExpansionsConfig if values.get("quant_method") == METHOD else known
+            return own.from_dict(values, *args, **keywords)  # type: ignore[attr-defined]
+
+    return Unlocked
+
+
+def _for_model(described: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
+    """The map with the names of this model, which may be the base of the saved one or have another head.
+
+    As with weights, what belongs to a module that this model does not have is left out.
+    """
+    sites, shared = described.get("sites"), described.get("shared", {})
+    if not isinstance(sites, Mapping) or not isinstance(shared, Mapping):
+        return described
+    unknown = {name: site["basis"] for name, site in sites.items() if site.get("basis") not in BASES}
+    if unknown:
+        raise OrthoFxError(
+            f"the checkpoint has the basis {next(iter(unknown.values()))!r} at {_some(unknown)}, and known here are "
+            f"{', '.join(BASES)}: call ortho_fx.register_basis before from_pretrained"
+        )
+    here = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    base = model.base_model_prefix
+
+    def own_name(name: str) -> str | None:
+        for candidate in (name, name.removeprefix(f"{base}."), f"{base}.{name}"):
+            owner = candidate.rpartition(".")[0]
+            if owner in here and (owner or same_class or hasattr(model, candidate)):
+                return candidate
+        return None
+
+    names = {name: own for name in (*sites, *shared) if (own := own_name(name)) is not None}
+    found = {names[name]: site for name, site in sites.items() if name in names}
+    aliases: dict[str, str] = {}
+    for name, first in shared.items():
+        if name not in names or first not in sites:
+            continue
+        if first in names:
+            aliases[names[name]] = names[first]
+        else:  # only the other place is in this model
+            names[first] = names[name]
+            found[names[name]] = sites[first]
+    return {**described, "sites": found} | ({"shared": aliases} if shared else {})
+
+
+def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **keywords: Any) -> Any:
+        with _described(self):
+            return save(self, *args, **keywords)
+
+    return save_pretrained
+
+
+@contextmanager
+def _described(model: Any) -> Iterator[None]:
+    """Has the expansions of a model in its config for a while."""
+    config, entry = model.config, _entry(model)
+    had = _KEY in vars(config)
+    kept = getattr(config, _KEY, None)
+    if kept is not None and not _is_ours(kept):
+        if entry is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            method = kept.get("quant_method") if isinstance(kept, Mapping) else getattr(kept, "quant_method", None)
+            raise OrthoFxError(
+                f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), and config.json describes "
+                "either that or expansions: keep the expansions by ortho_fx.save_expansions(model, path), and after "
+                "from_pretrained of the quantized model call ortho_fx.rewrite_like_(model, path)"
+            )
+        yield
+        return
+    if entry is not None:
+        setattr(config, _KEY, entry)
+    elif had:
+        delattr(config, _KEY)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(config, _KEY, kept)
+        elif entry is not None:
+            delattr(config, _KEY)
+
+
+def _entry(model: nn.Module) -> dict[str, Any] | None:
+    """What config.json has to say of a model; None where its other values say everything."""
+    if all(_is_built_in(module) for module in model.modules() if isinstance(module, Expansion)):
+        return None
+    return {"quant_method": METHOD, **_LOCK, **expansion_config(model)}
+
+
+def _is_built_in(expansion: Expansion) -> bool:
+    """Whether the model's own code makes this expansion, because its config names it."""
+    return isinstance(expansion, ExpansionActivation) and not hasattr(expansion, "_replaced")
+
+
+def _is_ours(entry: object) -> bool:
+    return isinstance(entry, ExpansionsConfig) or (isinstance(entry, Mapping) and entry.get("quant_method") == METHOD)
+
+
+def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def from_pretrained(cls: type, *args: Any, output_loading_info: bool = False, **keywords: Any) -> Any:
+        try:
+            model, info = load(cls, *args, output_loading_info=True, **keywords)
+        except ValueError as error:
+            if keywords.get(_KEY) is not None and ExpansionsConfig.__name__ in str(error):
+                raise OrthoFxError(
+                    "the checkpoint has expansions, and is loaded without a quantization_config: to quantize it, load "
+                    "the model that was rewritten with that config, and call ortho_fx.rewrite_like_(model, checkpoint)"
+                ) from None
+            raise
+        _forget_method(model)
+        _check_loaded(model, info or {})
+        return (model, info) if output_loading_info else model
+
+    return from_pretrained
+
+
+def _forget_method(model: Any) -> None:
+    """Makes the loaded model one that is not quantized."""
+    if not _is_ours(getattr(model.config, _KEY, None)):
+        return
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                vars(module).pop(name, None)
+            for name in (_KEY, "_is_quantized", "_pre_quantization_dtype"):
+                vars(module.config).pop(name, None)
+
+
+def _check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Initialises expansions that a config names and no file has; raises where others were not loaded."""
+    mismatched = (key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ()))
+    missing = {*info.get("missing_keys", ()), *mismatched}
+    seen: set[int] = set()
+    without = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Expansion) and id(module) not in seen:
+            seen.add(id(module))
+            keys = {f"{name}.{key}" for key in module.state_dict()}
+            if keys & missing:
+                without[name] = keys <= missing and _is_built_in(module) and module
+    for module in without.values():
+        if isinstance(module, ExpansionActivation):
+            module.reset_parameters()
+    lost = [name for name, module in without.items() if not module]
+    if lost:
+        raise OrthoFxError(
+            f"the files lack values of the expansions at {_some(lost)}, which config.json describes: save the model "
+            "again by save_pretrained, or remove quantization_config from config.json to load it without expansions"
+        )
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    undescribed = dict.fromkeys(key.rpartition(".")[0] for key in expansion_keys(info.get("unexpected_keys", ())))
+    undescribed = {name: None for name in undescribed if name.rpartition(".")[0] in modules - {""}}
+    if undescribed:
+        raise OrthoFxError(
+            f"the files have expansions at {_some(undescribed)}, which config.json does not describe, because enable() "
+            "was not called before they were saved: make the model with from_config, call "
+            "ortho_fx.rewrite_like_(model, checkpoint), load the state dict, and save it again"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    known = list(names)
+    return ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
+
+
+def _accept_backend() -> None:
+    """Lets accelerate, which knows the backends of `torch.compile` by a list, take ours."""
+    with suppress(ImportError):
+        from accelerate.utils import DynamoBackend
+
+        name = METHOD.upper()
+        if name not in DynamoBackend.__members__:
+            member = str.__new__(DynamoBackend, name)
+            member._name_, member._value_ = name, name
+            DynamoBackend._member_map_[name] = DynamoBackend._value2member_map_[name] = member
+            DynamoBackend._member_names_.append(name)
+
+
+class ExpansionCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """Calibrates the expansions before training, logs how they move, and refuses an optimizer that spoils them.
+
+    A callback sees the optimizer when it is made, so it cannot group the parameters: `ExpansionTrainerMixin` does.
+
+    Args:
+        calibrate_batches: on how many of the first training batches of each process `calibrate_` measures, before the
+            first step; 0 keeps the values. A resumed run does not calibrate.
+        log: whether the entries of the log with a loss get, for each site, "expansions/<site>/change": the change of
+            its parameters since `train` began, relative to them (Euclidean norms). Reports that are written by
+            callbacks before this one lack it.
+
+    Raises:
+        OrthoFxError: at the beginning of training, an optimizer that decays expansions or does not have them; or
+            `calibrate_batches` that is no integer, zero or more.
+    """
+
+    def __init__(self, calibrate_batches: int = 0, log: bool = True) -> None:
+        if not is_integer(calibrate_batches) or calibrate_batches < 0:
+            raise OrthoFxError(f"calibrate_batches must be an integer, zero or more; got {calibrate_batches!r}")
+        self.calibrate_batches, self.adds_to_log = calibrate_batches, log
+        self.calibration: Calibration | None = None
+        self._starts: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **keywords: Any
+    ) -> None:
+        _check_optimizer(model, optimizer)
+        if self.calibrate_batches and state.global_step == 0:
+            self.calibration = _calibrate(model, keywords["train_dataloader"], self.calibrate_batches)
+        self._starts = _values(model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **keywords: Any) -> None:
+        if self.adds_to_log and logs is not None and "loss" in logs:
+            changes = self.changes(model)
+            logs.update(changes)
+            state.log_history[-1].update(changes)
+
+    def changes(self, model: nn.Module) -> dict[str, float]:
+        """The entries of the log; of sharded parameters every process has to call it."""
+        return {
+            f"expansions/{name}/change": float((value - self._starts[name]).norm() / self._starts[name].norm())
+            for name, value in _values(model).items()
+            if name in self._starts
+        }
+
+
+class ExpansionTrainerMixin:
+    """Trains expansions as they need it: `class OurTrainer(ExpansionTrainerMixin, Trainer)`.
+
+    The optimizer that the Trainer makes does not decay expansions, whatever their shape.
+
+    Args:
+        expansion_lr: the learning rate of the expansions, which the schedule scales as every other;
+            `args.learning_rate` when omitted.
+        calibrate_batches: as in `ExpansionCallback`.
+        log_expansions: as `log` of `ExpansionCallback`; here every report has it.
+
+    Raises:
+        OrthoFxError: a wrong argument; when the optimizer is made, a model without trainable expansions that is given
+            `expansion_lr`, or an optimizer without them.
+    """
+
+    expansion_lr: float | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        expansion_lr: float | None = None,
+        calibrate_batches: int = 0,
+        log_expansions: bool = True,
+        **keywords: Any,
+    ) -> None:
+        if expansion_lr is not None:
+            if not is_number(expansion_lr) or expansion_lr < 0:
+                raise OrthoFxError(f"expansion_lr must be a number, zero or more; got {expansion_lr!r}")
+            self.expansion_lr = expansion_lr
+        self._expansions = ExpansionCallback(calibrate_batches, log=False)
+        self._log_expansions = log_expansions
+        super().__init__(*args, **keywords)
+        self.add_callback(self._expansions)  # type: ignore[attr-defined]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        ours = _learned(model)
+        names = {name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in ours}
+        return [name for name in super().get_decay_parameter_names(model) if name not in names]  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **keywords: Any) -> Any:
+        given = self.optimizer is not None  # type: ignore[has-type]
+        optimizer = super().create_optimizer(*args, **keywords)  # type: ignore[misc]
+        if not given:
+            model = args[0] if args else keywords.get("model")
+            _regroup(optimizer, self.model if model is None else model, self.expansion_lr)  # type: ignore[attr-defined]
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
+        if self._log_expansions and "loss" in logs:
+            logs = {**logs, **self._expansions.changes(self.model)}  # type: ignore[attr-defined]
+        super().log(logs, *args, **keywords)  # type: ignore[misc]
+
+
+def _learned(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters of the expansions, by identity; those of a parametrization are inside of them."""
+    return {
+        id(parameter): parameter
+        for module in model.modules()
+        if isinstance(module, ExpansionActivation)
+        for parameter in module.parameters()
+    }
+
+
+def _regroup(optimizer: Any, model: nn.Module, lr: float | None) -> None:
+    """Gives the expansions in each group of an optimizer a group of their own, where decay or rate ask for it."""
+    ours = _learned(model)
+    groups = []
+    found = False
+    for group in optimizer.param_groups:
+        own = [one for one in group["params"] if id(one) in ours]
+        found |= bool(own)
+        if not own or (lr is None and not group.get("weight_decay")):
+            groups.append(group)
+            continue
+        others = [one for one in group["params"] if id(one) not in ours]
+        if others:
+            groups.append({**group, "params": others})
+        decay = {"weight_decay": 0.0} if "weight_decay" in group else {}
+        groups.append({**group, **decay, "params": own} | ({} if lr is None else {"lr": lr}))
+    if lr is not None and not found:
+        raise OrthoFxError(
+            f"expansion_lr is {lr:g}, and {type(optimizer).__name__} has no parameters of expansions: call rewrite_ "
+            "before the trainer is made, and choose an optimizer with parameter groups"
+        )
+    optimizer.param_groups[:] = groups
+
+
+def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    ours = {key for key, parameter in _learned(model).items() if parameter.requires_grad}
+    groups = getattr(optimizer, "param_groups", None)
+    if not ours or not groups:
+        return
+    held = {id(one) for group in groups for one in group["params"]}
+    decayed = {id(one) for group in groups if group.get("weight_decay") for one in group["params"]}
+    parameters = {id(one) for one in model.parameters()}
+    advice = (
+        "use ExpansionTrainerMixin, or pass optimizers=(torch.optim.AdamW(ortho_fx.param_groups(model, ...)), None)"
+    )
+    if ours & decayed:
+        raise OrthoFxError(f"the optimizer decays {len(ours & decayed)} parameters of expansions: {advice}")
+    if held & parameters and not ours <= held:
+        raise OrthoFxError(f"the optimizer lacks {len(ours - held)} parameters of expansions: {advice}")
+
+
+def _calibrate(model: nn.Module, loader: Any, number: int) -> Calibration:
+    device = next(model.parameters()).device
+    # The loader of accelerate would count these batches as trained on. The random state is that of a run without them.
+    batches = itertools.islice(getattr(loader, "base_dataloader", loader), number)
+    with torch.random.fork_rng():
+        return calibrate_(model, [_moved(batch, device) for batch in batches])
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return tuple(_moved(value, device) for value in batch) if isinstance(batch, list | tuple) else batch
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters of each expansion that learns, in one vector."""
+    return {
+        plain_name(name): torch.cat([whole(one).float().cpu().flatten() for one in module.parameters()])
+        for name, module in model.named_modules()
+        if isinstance(module, ExpansionActivation)
+    }
