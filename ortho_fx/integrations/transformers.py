@@ -103,6 +103,7 @@ class ExpansionsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **keywords: Any) -> None:
         described = _for_model(self.quantization_config.described, model)
+        _share(model, described.get("shared") or {})
         if described.get("sites") != {}:
             # The device of new tensors is set to meta here, also of those that tell an activation by its values.
             in_a_thread(lambda: rewrite_like_(model, described))
@@ -157,6 +158,16 @@ def _for_model(described: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
             names[first] = names[name]
             found[names[name]] = sites[first]
     return {**described, "sites": found} | ({"shared": aliases} if shared else {})
+
+
+def _share(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Puts one activation in places that share an expansion, where the saved model had been changed to that."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, first in shared.items():
+        own, other = modules.get(name), modules.get(first)
+        if own is not other and own is not None and type(own) is type(other) and not [*own.parameters()]:
+            owner, _, key = name.rpartition(".")
+            modules[owner]._modules[key] = other
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
