@@ -32,15 +32,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.activations.freeze import FrozenExpansion
 from ortho_fx.arguments import is_integer, is_number
 from ortho_fx.bases import BASES
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators.support import in_a_thread
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.like import rewrite_like_
-from ortho_fx.rewriting.sources import expansion_config, expansion_keys, plain_name
+from ortho_fx.rewriting.sources import VERSION, expansion_config, expansion_keys, plain_name, read_source
 from ortho_fx.sharded import whole
 
 METHOD = "ortho_fx"
@@ -65,8 +66,8 @@ def enable() -> None:
       have them, as in `LlamaConfig(hidden_act="hermite3")`.
     - `TrainingArguments(torch_compile_backend="ortho_fx")` is accepted, where accelerate is installed.
     """
-    for basis in BASES.values():
-        for name in (basis.name, *(f"{basis.name}{degree}" for degree in basis.degrees)):
+    for known, basis in BASES.items():
+        for name in (known, *(f"{known}{degree}" for degree in basis.degrees)):
             if name not in ACT2FN:
                 ACT2FN[name] = (make_activation, {"config": ExpansionConfig.of(name)})
     _accept_backend()
@@ -102,9 +103,12 @@ class ExpansionsQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **keywords: Any) -> None:
-        described = _for_model(self.quantization_config.described, model)
-        _share(model, described.get("shared") or {})
-        if described.get("sites") != {}:
+        described = self.quantization_config.described
+        _check_described(described)
+        described = _for_model(described, model)
+        _share(model, described.get("shared", {}))
+        _freeze_built_in(model, described["sites"])
+        if described["sites"]:
             # The device of new tensors is set to meta here, also of those that tell an activation by its values.
             in_a_thread(lambda: rewrite_like_(model, described))
 
@@ -121,20 +125,27 @@ def _unlocked(known: type) -> type:
     return Unlocked
 
 
+def _check_described(described: Mapping[str, Any]) -> None:
+    try:
+        read_source(described)
+    except OrthoFxError:
+        sites = described.get("sites")
+        named = {name: site.get("basis") for name, site in sites.items()} if isinstance(sites, Mapping) else {}
+        unknown = [name for name, basis in named.items() if basis not in BASES]
+        if described.get("version") != VERSION or not unknown:
+            raise
+        raise OrthoFxError(
+            f"the checkpoint has the basis {named[unknown[0]]!r} at {_some(unknown)}, and known here are "
+            f"{', '.join(BASES)}: call ortho_fx.register_basis before from_pretrained"
+        ) from None
+
+
 def _for_model(described: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
     """The map with the names of this model, which may be the base of the saved one or have another head.
 
     As with weights, what belongs to a module that this model does not have is left out.
     """
-    sites, shared = described.get("sites"), described.get("shared", {})
-    if not isinstance(sites, Mapping) or not isinstance(shared, Mapping):
-        return described
-    unknown = {name: site["basis"] for name, site in sites.items() if site.get("basis") not in BASES}
-    if unknown:
-        raise OrthoFxError(
-            f"the checkpoint has the basis {next(iter(unknown.values()))!r} at {_some(unknown)}, and known here are "
-            f"{', '.join(BASES)}: call ortho_fx.register_basis before from_pretrained"
-        )
+    sites, shared = described["sites"], described.get("shared", {})
     here = {name for name, _ in model.named_modules(remove_duplicate=False)}
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     base = model.base_model_prefix
@@ -168,6 +179,16 @@ def _share(model: nn.Module, shared: Mapping[str, str]) -> None:
         if own is not other and own is not None and type(own) is type(other) and not [*own.parameters()]:
             owner, _, key = name.rpartition(".")
             modules[owner]._modules[key] = other
+
+
+def _freeze_built_in(model: nn.Module, sites: Mapping[str, Any]) -> None:
+    """Freezes the expansions that the model has because its config names them, and that are frozen in the saved one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, site in sites.items():
+        module = modules.get(name)
+        if isinstance(module, ExpansionActivation) and "frozen" in site:
+            owner, _, key = name.rpartition(".")
+            modules[owner]._modules[key] = FrozenExpansion.like(module, SiteConfig.from_dict(site))
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,7 +298,8 @@ def _check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
             "again by save_pretrained, or remove quantization_config from config.json to load it without expansions"
         )
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    undescribed = dict.fromkeys(key.rpartition(".")[0] for key in expansion_keys(info.get("unexpected_keys", ())))
+    unexpected = expansion_keys(sorted(info.get("unexpected_keys", ())))
+    undescribed = dict.fromkeys(key.rpartition(".")[0] for key in unexpected)
     undescribed = {name: None for name in undescribed if name.rpartition(".")[0] in modules - {""}}
     if undescribed:
         raise OrthoFxError(

@@ -203,23 +203,27 @@ def _of_file(path: Path) -> Source:
         path = path / "config.json"
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _of_map(read_json(path))
-    described = _beside(path / "config.json")
+    files = files_of(path)
+    described = next(filter(None, map(_inside, files)), None) or _beside(path / "config.json")
     only = expansion_keys if described is None else partial(_keys_of, described)
-    held = [read_tensors(file, only=only) for file in files_of(path)]
-    state = {key: value for one in held for key, value in one.tensors.items()}
-    for one in held:
-        metadata = one.metadata.get(CONFIG_KEY)
-        if metadata is not None:
-            try:
-                found = _of_metadata(json.loads(metadata))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise OrthoFxError(f"its metadata do not describe expansions: {error}") from None
-            return _some(replace(found, tensors=plain_names(state)))
+    held = [read_tensors(file, only=only) for file in files]
+    state = plain_names({key: value for one in held for key, value in one.tensors.items()})
     if described is not None:
-        return replace(described, tensors=plain_names(state))
+        return replace(described, tensors=state)
     if len(held) == 1:
         return _of_state(held[0].tensors)
-    return _some(_of_names(plain_names(state)))
+    return _some(_of_names(state))
+
+
+def _inside(path: Path) -> Source | None:
+    """The expansions that the metadata of a safetensors file describe."""
+    metadata = read_tensors(path, only=lambda names: ()).metadata if path.suffix == ".safetensors" else {}
+    if CONFIG_KEY not in metadata:
+        return None
+    try:
+        return _some(_of_metadata(json.loads(metadata[CONFIG_KEY])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OrthoFxError(f"its metadata do not describe expansions: {error}") from None
 
 
 def _beside(path: Path) -> Source | None:
@@ -231,7 +235,8 @@ def _beside(path: Path) -> Source | None:
 
 def _keys_of(source: Source, names: Iterable[str]) -> list[str]:
     """Those of the names of a state dict that belong to the expansions, frozen ones as well."""
-    return [name for name in names if plain_name(name).rpartition(".")[0] in source.sites]
+    owners = ((name, plain_name(name).rpartition(".")[0]) for name in names)
+    return [name for name, owner in owners if owner in source.sites or owner.removeprefix("module.") in source.sites]
 
 
 def _of_metadata(values: Mapping[str, Any]) -> Source:
