@@ -38,10 +38,12 @@ from ortho_fx.bases import BASES
 from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators.support import in_a_thread
+from ortho_fx.passes.modules.undecayed import learned_parameters
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.like import rewrite_like_
-from ortho_fx.rewriting.sources import VERSION, expansion_config, expansion_keys, plain_name, read_source
+from ortho_fx.rewriting.sources import VERSION, expansion_config, expansion_keys, read_source
 from ortho_fx.sharded import whole
 
 METHOD = "ortho_fx"
@@ -81,7 +83,7 @@ def enable() -> None:
     model.from_pretrained = classmethod(_loading(model.from_pretrained.__func__))
 
 
-class ExpansionsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class ExpansionsConfig(QuantizationConfigMixin):
     """The entry of config.json: the map of `expansion_config`."""
 
     def __init__(self, quant_method: str = METHOD, **described: Any) -> None:
@@ -92,7 +94,7 @@ class ExpansionsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": METHOD, **_LOCK, **self.described}
 
 
-class ExpansionsQuantizer(HfQuantizer):  # type: ignore[misc]
+class ExpansionsQuantizer(HfQuantizer):
     """Makes the expansions of a checkpoint in a model that `from_pretrained` is about to fill."""
 
     requires_parameters_quantization = False  # for releases that ask
@@ -113,14 +115,14 @@ class ExpansionsQuantizer(HfQuantizer):  # type: ignore[misc]
             in_a_thread(lambda: rewrite_like_(model, described))
 
 
-def _unlocked(known: type) -> type:
+def _unlocked(known: Any) -> type:
     """The class that reads entries with `_LOCK`: ours, and those of the method that the lock belongs to."""
 
-    class Unlocked(known):  # type: ignore[misc, valid-type]
+    class Unlocked(known):
         @classmethod
         def from_dict(cls, values: Mapping[str, Any], *args: Any, **keywords: Any) -> Any:
             own = ExpansionsConfig if values.get("quant_method") == METHOD else known
-            return own.from_dict(values, *args, **keywords)  # type: ignore[attr-defined]
+            return own.from_dict(values, *args, **keywords)
 
     return Unlocked
 
@@ -175,10 +177,11 @@ def _share(model: nn.Module, shared: Mapping[str, str]) -> None:
     """Puts one activation in places that share an expansion, where the saved model had been changed to that."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, first in shared.items():
-        own, other = modules.get(name), modules.get(first)
-        if own is not other and own is not None and type(own) is type(other) and not [*own.parameters()]:
-            owner, _, key = name.rpartition(".")
-            modules[owner]._modules[key] = other
+        if name in modules and first in modules:
+            own, other = modules[name], modules[first]
+            if type(own) is type(other) and not [*own.parameters()]:
+                owner, _, key = name.rpartition(".")
+                modules[owner]._modules[key] = other
 
 
 def _freeze_built_in(model: nn.Module, sites: Mapping[str, Any]) -> None:
@@ -327,7 +330,7 @@ def _accept_backend() -> None:
             DynamoBackend._member_names_.append(name)
 
 
-class ExpansionCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class ExpansionCallback(transformers.TrainerCallback):
     """Calibrates the expansions before training, logs how they move, and refuses an optimizer that spoils them.
 
     A callback sees the optimizer when it is made, so it cannot group the parameters: `ExpansionTrainerMixin` does.
@@ -335,9 +338,8 @@ class ExpansionCallback(transformers.TrainerCallback):  # type: ignore[misc]
     Args:
         calibrate_batches: on how many of the first training batches of each process `calibrate_` measures, before the
             first step; 0 keeps the values. A resumed run does not calibrate.
-        log: whether the entries of the log with a loss get, for each site, "expansions/<site>/change": the change of
-            its parameters since `train` began, relative to them (Euclidean norms). Reports that are written by
-            callbacks before this one lack it.
+        log: whether the entries of the log with a loss get "expansions/<site>/change" for each site: by how much the
+            parameter that moved most has moved since `train` began. Reports of callbacks before this one lack it.
 
     Raises:
         OrthoFxError: at the beginning of training, an optimizer that decays expansions or does not have them; or
@@ -368,7 +370,7 @@ class ExpansionCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def changes(self, model: nn.Module) -> dict[str, float]:
         """The entries of the log; of sharded parameters every process has to call it."""
         return {
-            f"expansions/{name}/change": float((value - self._starts[name]).norm() / self._starts[name].norm())
+            f"expansions/{name}/change": float((value - self._starts[name]).abs().max())
             for name, value in _values(model).items()
             if name in self._starts
         }
@@ -410,12 +412,12 @@ class ExpansionTrainerMixin:
         self.add_callback(self._expansions)  # type: ignore[attr-defined]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        ours = _learned(model)
+        ours = learned_parameters(model)
         names = {name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in ours}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **keywords: Any) -> Any:
-        given = self.optimizer is not None  # type: ignore[has-type]
+        given = self.optimizer is not None  # type: ignore[attr-defined]
         optimizer = super().create_optimizer(*args, **keywords)  # type: ignore[misc]
         if not given:
             model = args[0] if args else keywords.get("model")
@@ -428,19 +430,9 @@ class ExpansionTrainerMixin:
         super().log(logs, *args, **keywords)  # type: ignore[misc]
 
 
-def _learned(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters of the expansions, by identity; those of a parametrization are inside of them."""
-    return {
-        id(parameter): parameter
-        for module in model.modules()
-        if isinstance(module, ExpansionActivation)
-        for parameter in module.parameters()
-    }
-
-
 def _regroup(optimizer: Any, model: nn.Module, lr: float | None) -> None:
     """Gives the expansions in each group of an optimizer a group of their own, where decay or rate ask for it."""
-    ours = _learned(model)
+    ours = learned_parameters(model)
     groups = []
     found = False
     for group in optimizer.param_groups:
@@ -463,7 +455,8 @@ def _regroup(optimizer: Any, model: nn.Module, lr: float | None) -> None:
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    ours = {key for key, parameter in _learned(model).items() if parameter.requires_grad}
+    learned = learned_parameters(model)
+    ours = {id(one) for one in model.parameters() if id(one) in learned and one.requires_grad}
     groups = getattr(optimizer, "param_groups", None)
     if not ours or not groups:
         return

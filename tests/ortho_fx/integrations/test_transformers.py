@@ -1,7 +1,9 @@
 import copy
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -545,3 +547,12 @@ def test_accelerate_knows_the_backend():
     utils = pytest.importorskip("accelerate.utils")
     assert utils.TorchDynamoPlugin(backend="ortho_fx").to_kwargs()["backend"] == "ortho_fx"
     assert "ORTHO_FX" in utils.DynamoBackend.list()
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    path = Path(__file__).parents[3] / "examples" / "transformers_trainer.py"
+    runpy.run_path(str(path))["main"](["--steps", "5", "--out", str(tmp_path)])
+    assert "logits after loading are equal: True" in capsys.readouterr().out
+    assert config_of(tmp_path)["quantization_config"]["sites"]["transformer.h.0.mlp.act"]["basis"] == "hermite"
