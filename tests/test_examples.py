@@ -143,11 +143,6 @@ def test_spirals_are_two_arms_apart(figures):
     assert labels.sum() == 100
 
 
-def plain_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2))
-
-
 def test_transformers_text_is_cut_into_pieces():
     example = load("transformers_trainer")
     data = example.Bytes(bytes(range(256)) * 2 + b"rest")
