@@ -114,6 +114,9 @@ class ExpansionsQuantizer(HfQuantizer):
             # The device of new tensors is set to meta here, also of those that tell an activation by its values.
             in_a_thread(lambda: rewrite_like_(model, described))
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **keywords: Any) -> nn.Module:
+        return model
+
 
 def _unlocked(known: Any) -> type:
     """The class that reads entries with `_LOCK`: ours, and those of the method that the lock belongs to."""
