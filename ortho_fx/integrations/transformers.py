@@ -55,6 +55,11 @@ _ADVICE = (
 # What a transformers without ortho_fx cannot skip.
 _LOCK = {"load_in_8bit": True, "bnb_4bit_compute_dtype": _ADVICE}
 _LOCKED = "bitsandbytes_8bit"
+_TWO_METHODS = (
+    "the checkpoint has expansions, and is loaded without another quantization_config: load it, and quantize the loaded "
+    "model"
+)
+_OLDEST = (4, 53)
 _SHOWN = 3
 
 
@@ -67,7 +72,15 @@ def enable() -> None:
     - The names of bases, alone or with a degree ("hermite", "fourier4"), are activations of transformers: a config may
       have them, as in `LlamaConfig(hidden_act="hermite3")`.
     - `TrainingArguments(torch_compile_backend="ortho_fx")` is accepted, where accelerate is installed.
+
+    Raises:
+        OrthoFxError: a release of transformers before 4.53, which does not tell which weights a file lacks.
     """
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
+        raise OrthoFxError(
+            f"transformers is {transformers.__version__}, and from_pretrained makes expansions from "
+            f"{'.'.join(map(str, _OLDEST))} on: pip install -U transformers"
+        )
     for known, basis in BASES.items():
         for name in (known, *(f"{known}{degree}" for degree in basis.degrees)):
             if name not in ACT2FN:
@@ -254,15 +267,15 @@ def _is_ours(entry: object) -> bool:
 def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def from_pretrained(cls: type, *args: Any, output_loading_info: bool = False, **keywords: Any) -> Any:
+        other = keywords.get(_KEY) is not None and not _is_ours(keywords[_KEY])
         try:
             model, info = load(cls, *args, output_loading_info=True, **keywords)
         except ValueError as error:
-            if keywords.get(_KEY) is not None and ExpansionsConfig.__name__ in str(error):
-                raise OrthoFxError(
-                    "the checkpoint has expansions, and is loaded without a quantization_config: to quantize it, load "
-                    "the model that was rewritten with that config, and call ortho_fx.rewrite_like_(model, checkpoint)"
-                ) from None
+            if other and ExpansionsConfig.__name__ in str(error):
+                raise OrthoFxError(_TWO_METHODS) from None
             raise
+        if other and _is_ours(getattr(model.config, _KEY, None)):  # releases that only warn
+            raise OrthoFxError(_TWO_METHODS)
         _forget_method(model)
         _check_loaded(model, info or {})
         return (model, info) if output_loading_info else model

@@ -26,6 +26,8 @@ transformers = pytest.importorskip("transformers")
 integration = pytest.importorskip("ortho_fx.integrations.transformers")
 integration.enable()
 
+# The name of the argument was longer.
+DTYPE = "dtype" if transformers.__version__ >= "4.56" else "torch_dtype"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TOKENS = {"input_ids": torch.arange(16).view(2, 8)}
 
@@ -189,9 +191,9 @@ def test_ways_to_load(tmp_path):
     fresh, _ = llama()
     rewrite_like_(fresh, tmp_path)
     assert expansion_config(fresh) == expansion_config(model)
-    half = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = auto.from_pretrained(tmp_path, **{DTYPE: torch.bfloat16})
     half.save_pretrained(tmp_path / "half")
-    check_equal(auto.from_pretrained(tmp_path / "half", dtype="auto"), half, batch)
+    check_equal(auto.from_pretrained(tmp_path / "half", **{DTYPE: "auto"}), half, batch)
     pytest.importorskip("accelerate")
     for where in ("cpu", "auto", {"": "cpu"}):
         check_equal(auto.from_pretrained(tmp_path, device_map=where), model, batch)
@@ -323,6 +325,12 @@ def test_models_that_are_quantized(tmp_path):
     revert_(model)
     model.save_pretrained(tmp_path / "both")
     assert config_of(tmp_path / "both")["quantization_config"]["quant_method"] == "quanto"
+
+
+def test_releases_that_are_too_old(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.50.3")
+    with pytest.raises(OrthoFxError, match=r"^transformers is 4\.50\.3, and .* from 4\.53 on"):
+        integration.enable()
 
 
 def test_entries_of_other_methods_are_read_as_before(tmp_path):
