@@ -16,6 +16,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.operators.support import in_a_thread
 from ortho_fx.passes.modules.undecayed import learned_parameters
-from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.expansions import Expansion, Replaced, remember
 from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.like import rewrite_like_
@@ -56,8 +57,8 @@ _ADVICE = (
 _LOCK = {"load_in_8bit": True, "bnb_4bit_compute_dtype": _ADVICE}
 _LOCKED = "bitsandbytes_8bit"
 _TWO_METHODS = (
-    "the checkpoint has expansions, and is loaded without another quantization_config: load it, and quantize the loaded "
-    "model"
+    "the checkpoint has expansions, and is loaded without another quantization_config: load it, and quantize the model "
+    "that was loaded"
 )
 _OLDEST = (4, 53)
 _SHOWN = 3
@@ -122,7 +123,7 @@ class ExpansionsQuantizer(HfQuantizer):
         _check_described(described)
         described = _for_model(described, model)
         _share(model, described.get("shared", {}))
-        _freeze_built_in(model, described["sites"])
+        _replace_built_in(model, described["sites"])
         if described["sites"]:
             # The device of new tensors is set to meta here, also of those that tell an activation by its values.
             in_a_thread(lambda: rewrite_like_(model, described))
@@ -200,14 +201,27 @@ def _share(model: nn.Module, shared: Mapping[str, str]) -> None:
                 modules[owner]._modules[key] = other
 
 
-def _freeze_built_in(model: nn.Module, sites: Mapping[str, Any]) -> None:
-    """Freezes the expansions that the model has because its config names them, and that are frozen in the saved one."""
+def _replace_built_in(model: nn.Module, sites: Mapping[str, Any]) -> None:
+    """Replaces the expansions that the model has because its config names them, and that were others when saved."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, site in sites.items():
-        module = modules.get(name)
-        if isinstance(module, ExpansionActivation) and "frozen" in site:
-            owner, _, key = name.rpartition(".")
-            modules[owner]._modules[key] = FrozenExpansion.like(module, SiteConfig.from_dict(site))
+    for name, described in sites.items():
+        old, site = modules.get(name), SiteConfig.from_dict(described)
+        if not isinstance(old, ExpansionActivation) or old.site_config() == site:
+            continue
+        new: Expansion = old
+        if old.config != site.expansion or old.channels != site.channels:
+            first = next(old.parameters())
+            new = make_activation(
+                replace(site.expansion, init="stable"),
+                channels=site.channels, channel_dim=site.channel_dim, device=first.device, dtype=first.dtype,
+            )  # fmt: skip
+            new.config, new.site = site.expansion, name
+            remember(new, Replaced("module", old))
+        if site.form is not None:
+            assert isinstance(new, ExpansionActivation)
+            new = FrozenExpansion.like(new, site)
+        owner, _, key = name.rpartition(".")
+        modules[owner]._modules[key] = new
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:

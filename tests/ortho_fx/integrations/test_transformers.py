@@ -354,6 +354,21 @@ def test_activations_that_a_config_names(tmp_path):
     check_equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model, batch)
 
 
+@pytest.mark.parametrize("change", [lambda model: None, freeze_])
+def test_another_expansion_than_the_config_names(tmp_path, change):
+    model, batch = llama(hidden_act="hermite3")
+    model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
+    rewrite_(model, ExpansionConfig("fourier", 3, granularity="channel"), example_inputs=batch)
+    change(learned(model))
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_equal(again, model, batch)
+    again.save_pretrained(tmp_path)
+    check_equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model, batch)
+    revert_(again)
+    assert again.model.layers[1].mlp.act_fn.config == ExpansionConfig("hermite", 3)
+
+
 def test_names_of_bases_that_are_registered_later(monkeypatch):
     names = transformers.activations.ACT2FN
     monkeypatch.setitem(BASES, "another", HERMITE)
