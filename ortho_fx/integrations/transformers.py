@@ -13,7 +13,6 @@ value of that method: a sentence that the error then repeats.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -463,6 +462,7 @@ class ExpansionTrainerMixin:
 def _regroup(optimizer: Any, model: nn.Module, lr: float | None) -> None:
     """Gives the expansions in each group of an optimizer a group of their own, where decay or rate ask for it."""
     ours = learned_parameters(model)
+    _refuse_pieces(model, optimizer, lr)
     groups = []
     found = False
     for group in optimizer.param_groups:
@@ -484,10 +484,24 @@ def _regroup(optimizer: Any, model: nn.Module, lr: float | None) -> None:
     optimizer.param_groups[:] = groups
 
 
+def _refuse_pieces(model: nn.Module, optimizer: Any, lr: float | None = None) -> None:
+    pieces = {id(one) for name, one in model.named_parameters() if name.endswith("_flat_param")}
+    if not pieces or not any(isinstance(module, ExpansionActivation) for module in model.modules()):
+        return
+    for group in optimizer.param_groups:
+        if (lr is not None or group.get("weight_decay")) and not pieces.isdisjoint(map(id, group["params"])):
+            raise OrthoFxError(
+                "FullyShardedDataParallel keeps weights and expansions in one parameter, which has one rate and one "
+                "decay: set fsdp_config use_orig_params to true, or fsdp_version to 2"
+            )
+
+
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
     learned = learned_parameters(model)
     ours = {id(one) for one in model.parameters() if id(one) in learned and one.requires_grad}
     groups = getattr(optimizer, "param_groups", None)
+    if groups:
+        _refuse_pieces(model, optimizer)
     if not ours or not groups:
         return
     held = {id(one) for group in groups for one in group["params"]}
@@ -503,19 +517,9 @@ def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
 
 
 def _calibrate(model: nn.Module, loader: Any, number: int) -> Calibration:
-    device = next(model.parameters()).device
     # The loader of accelerate would count these batches as trained on. The random state is that of a run without them.
-    batches = itertools.islice(getattr(loader, "base_dataloader", loader), number)
     with torch.random.fork_rng():
-        return calibrate_(model, [_moved(batch, device) for batch in batches])
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return tuple(_moved(value, device) for value in batch) if isinstance(batch, list | tuple) else batch
+        return calibrate_(model, getattr(loader, "base_dataloader", loader), limit=number)
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
