@@ -250,7 +250,7 @@ def _described(model: Any) -> Iterator[None]:
         return
     if entry is not None:
         setattr(config, _KEY, entry)
-    elif had:
+    elif kept is not None:
         delattr(config, _KEY)
     try:
         yield
@@ -329,16 +329,28 @@ def _check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
             f"the files lack values of the expansions at {_some(lost)}, which config.json describes: save the model "
             "again by save_pretrained, or remove quantization_config from config.json to load it without expansions"
         )
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unexpected = expansion_keys(sorted(info.get("unexpected_keys", ())))
-    undescribed = dict.fromkeys(key.rpartition(".")[0] for key in unexpected)
-    undescribed = {name: None for name in undescribed if name.rpartition(".")[0] in modules - {""}}
+    undescribed = [
+        name for name in dict.fromkeys(key.rpartition(".")[0] for key in unexpected) if _is_site(model, name)
+    ]
     if undescribed:
         raise OrthoFxError(
             f"the files have expansions at {_some(undescribed)}, which config.json does not describe, because enable() "
             "was not called before they were saved: make the model with from_config, call "
             "ortho_fx.rewrite_like_(model, checkpoint), load the state dict, and save it again"
         )
+
+
+def _is_site(model: nn.Module, name: str) -> bool:
+    """Whether an expansion may stand in this place; a module with parameters there is anyone's."""
+    owner, _, key = name.rpartition(".")
+    try:
+        held = getattr(model.get_submodule(owner), key, None)
+    except AttributeError:
+        return False
+    if isinstance(held, nn.Module):
+        return not [*held.parameters()]
+    return callable(held) or "_expansion_" in key
 
 
 def _some(names: Iterable[str]) -> str:

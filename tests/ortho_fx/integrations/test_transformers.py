@@ -312,6 +312,16 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         load(tmp_path)
 
 
+def test_parameters_of_other_modules_may_have_these_names(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    plain, batch = llama()
+    plain.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.mlp.coefficients": torch.ones(4)}, file, {"format": "pt"})
+    check_equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), plain, batch)
+
+
 def test_models_that_are_quantized(tmp_path):
     model, _ = saved(tmp_path / "ours")
     with pytest.raises(OrthoFxError, match=r"^the checkpoint has expansions, and is loaded without"):
