@@ -6,23 +6,22 @@
 The model is small and starts from random weights, and the text is the source of a module of the standard library, in
 bytes: nothing is downloaded. With pretrained weights, rewrite after `from_pretrained`, with init="fit".
 
-Three things differ from a run without ortho_fx: `rewrite_` before the optimizer is made, the optimizer made of
-`param_groups`, and the expansions' config kept beside the weights, because a model is rewritten before it loads them.
+Three lines differ from a run without ortho_fx: `enable()`, `rewrite_`, and the mixin of the Trainer. It calibrates the
+expansions on batches of the training set, and keeps weight decay from them. config.json describes the expansions, so
+`from_pretrained` loads the model as any other.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from ortho_fx import ExpansionConfig, calibrate_, param_groups, rewrite_
+from ortho_fx import ExpansionConfig, rewrite_
 
 CONFIG = ExpansionConfig(basis="hermite", degree=3)
 LENGTH, BATCH = 64, 16
@@ -42,55 +41,38 @@ class Bytes(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.pieces[index], "labels": self.pieces[index]}
 
 
-def make_learnable(
-    model: nn.Module, batch: Tensor | Mapping[str, Tensor], config: ExpansionConfig = CONFIG
-) -> torch.optim.Optimizer:
-    """Rewrites the activations, calibrates them to their inputs on this batch, and returns the optimizer."""
-    print(rewrite_(model, config))
-    print(calibrate_(model, [batch]))
-    return torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.1))
-
-
-def load_learnable(model: nn.Module, directory: Path) -> None:
-    """Rewrites a new model like the saved one, and loads the weights of the model and its expansions."""
-    from safetensors.torch import load_model  # it handles tied weights, which are saved once
-
-    rewrite_(model, ExpansionConfig.from_dict(json.loads((directory / "expansion.json").read_text())))
-    load_model(model, directory / "model.safetensors")
-
-
 def train(steps: int, out: Path) -> None:
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        Trainer,
-        TrainingArguments,
-        get_cosine_schedule_with_warmup,
-        set_seed,
-    )
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
+    from ortho_fx.integrations.transformers import ExpansionTrainerMixin, enable
+
+    class ExpansionTrainer(ExpansionTrainerMixin, Trainer):  # type: ignore[misc]
+        """A Trainer for models with expansions."""
+
+    enable()
     set_seed(0)
     data = Bytes(Path(argparse.__file__).read_bytes())
     size = GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(size)
-    optimizer = make_learnable(model, {"input_ids": data.pieces[:BATCH]})
+    print(rewrite_(model, CONFIG))
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, logging_steps=max(1, steps // 5),
+        learning_rate=1e-3, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=steps // 10,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), seed=0,
     )  # fmt: skip
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, schedule))
+    trainer = ExpansionTrainer(model=model, args=arguments, train_dataset=data, calibrate_batches=1)
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    print(f"loss of the first steps {float(losses[0]):.3f}, of the last {float(losses[-1]):.3f}")
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    print(f"loss of the first steps {float(rows[0]['loss']):.3f}, of the last {float(rows[-1]['loss']):.3f}")
+    for name, change in rows[-1].items():
+        if name.startswith("expansions/"):
+            print(f"{name} {float(change):.3f}")
 
     trainer.save_model(str(out))
-    (out / "expansion.json").write_text(json.dumps(CONFIG.to_dict()))
-    again = GPT2LMHeadModel(size).to(model.device)
-    load_learnable(again, out)
-    model.eval(), again.eval()
+    again = AutoModelForCausalLM.from_pretrained(out).to(model.device)
+    model.eval()
     batch = data.pieces[:4].to(model.device)
     with torch.no_grad():
         print("logits after loading are equal:", torch.equal(model(batch).logits, again(batch).logits))

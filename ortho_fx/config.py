@@ -171,7 +171,7 @@ class SiteConfig:
         if self.channels is not None:
             values |= {"channels": self.channels, "channel_dim": self.channel_dim}
         if self.form is not None:
-            values["frozen"] = {"form": self.form, "sizes": {name: list(shape) for name, shape in self.sizes}}
+            values["frozen"] = {"form": self.form, "sizes": [[name, list(shape)] for name, shape in self.sizes]}
         return values
 
     @classmethod
@@ -193,7 +193,8 @@ class SiteConfig:
         if frozen is None:
             return cls(config, channels, channel_dim)
         try:
-            sizes = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in frozen["sizes"].items())
+            # A list, because their order counts, and JSON is often written with sorted keys.
+            sizes = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in frozen["sizes"])
             return cls(config, channels, channel_dim, str(frozen["form"]), sizes)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise OrthoFxError(f"frozen must hold the form and the sizes of its constants; got {frozen!r}") from None

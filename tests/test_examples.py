@@ -143,32 +143,6 @@ def test_spirals_are_two_arms_apart(figures):
     assert labels.sum() == 100
 
 
-def plain_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2))
-
-
-def test_transformers_model_is_learnable_and_loads_again(tmp_path, capsys):
-    from safetensors.torch import save_model
-
-    example, batch = load("transformers_trainer"), 3 * torch.randn(64, 8)
-    model = plain_model()
-    optimizer = example.make_learnable(model, batch)
-    assert "2 replaced" in capsys.readouterr().out
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    assert groups["expansions"]["weight_decay"] == 0
-    assert groups["decay"]["weight_decay"] > 0
-    assert not torch.equal(model[1].coefficients, HermiteActivation(3).coefficients)  # calibrated
-    model(batch).square().mean().backward()
-    optimizer.step()
-
-    save_model(model, str(tmp_path / "model.safetensors"))
-    (tmp_path / "expansion.json").write_text(json.dumps(example.CONFIG.to_dict()))
-    again = plain_model()
-    example.load_learnable(again, tmp_path)
-    assert torch.equal(again(batch), model(batch))
-
-
 def test_transformers_text_is_cut_into_pieces():
     example = load("transformers_trainer")
     data = example.Bytes(bytes(range(256)) * 2 + b"rest")

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,24 +204,39 @@ def _of_file(path: Path) -> Source:
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _of_map(read_json(path))
     files = files_of(path)
-    held = [read_tensors(file, only=expansion_keys) for file in files]
-    state = {key: value for one in held for key, value in one.tensors.items()}
-    for one in held:
-        described = one.metadata.get(CONFIG_KEY)
-        if described is not None:
-            try:
-                found = _of_metadata(json.loads(described))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise OrthoFxError(f"its metadata do not describe expansions: {error}") from None
-            return _some(replace(found, tensors=plain_names(state)))
-    beside = path / "config.json" if path.is_dir() else None
-    if beside is not None and beside.is_file():
-        values = read_json(beside)
-        if any(key in values for key in _NESTED):
-            return replace(_of_map(values), tensors=plain_names(state))
+    described = next(filter(None, map(_inside, files)), None) or _beside(path / "config.json")
+    only = expansion_keys if described is None else partial(_keys_of, described)
+    held = [read_tensors(file, only=only) for file in files]
+    state = plain_names({key: value for one in held for key, value in one.tensors.items()})
+    if described is not None:
+        return replace(described, tensors=state)
     if len(held) == 1:
         return _of_state(held[0].tensors)
-    return _some(_of_names(plain_names(state)))
+    return _some(_of_names(state))
+
+
+def _inside(path: Path) -> Source | None:
+    """The expansions that the metadata of a safetensors file describe."""
+    metadata = read_tensors(path, only=lambda names: ()).metadata if path.suffix == ".safetensors" else {}
+    if CONFIG_KEY not in metadata:
+        return None
+    try:
+        return _some(_of_metadata(json.loads(metadata[CONFIG_KEY])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OrthoFxError(f"its metadata do not describe expansions: {error}") from None
+
+
+def _beside(path: Path) -> Source | None:
+    """The expansions that the config.json in a folder of weights describes."""
+    values = read_json(path) if path.is_file() else {}
+    described = any(isinstance(values.get(key), Mapping) and "sites" in values[key] for key in _NESTED)
+    return _of_map(values) if described else None
+
+
+def _keys_of(source: Source, names: Iterable[str]) -> list[str]:
+    """Those of the names of a state dict that belong to the expansions, frozen ones as well."""
+    owners = ((name, plain_name(name).rpartition(".")[0]) for name in names)
+    return [name for name, owner in owners if owner in source.sites or owner.removeprefix("module.") in source.sites]
 
 
 def _of_metadata(values: Mapping[str, Any]) -> Source:

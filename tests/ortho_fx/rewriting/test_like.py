@@ -196,6 +196,38 @@ def test_a_file_of_expansions_alone(tmp_path):
         save_expansions(fresh(), file.path)
 
 
+@pytest.mark.parametrize("sorted_keys", [False, True])
+def test_frozen_expansions_in_files(tmp_path, sorted_keys):
+    """The order of their constants counts, and JSON is often written with sorted keys."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = mixed()
+    freeze_(model)
+    save_expansions(model, tmp_path / "expansions.safetensors")
+    (tmp_path / "folder").mkdir()
+    safetensors.save_file(model.state_dict(), tmp_path / "folder" / "model.safetensors")
+    (tmp_path / "folder" / "config.json").write_text(
+        json.dumps({"expansions": expansion_config(model)}, sort_keys=sorted_keys)
+    )
+    for name in ("expansions.safetensors", "folder"):
+        again = fresh()
+        rewrite_like_(again, tmp_path / name)
+        assert repr(again) == repr(model)
+        torch.testing.assert_close(again(X), learned_elsewhere(model, again)(X), rtol=0, atol=0)
+
+
+def learned_elsewhere(model: nn.Module, like: nn.Module) -> nn.Module:
+    """The model with the layers of another one, and its own expansions."""
+    other = copy.deepcopy(model)
+    other.load_state_dict({k: v for k, v in like.state_dict().items() if k[0] in "024"}, strict=False)
+    return other
+
+
+def test_a_shared_expansion_on_the_meta_device():
+    model = fresh(shared=True)
+    rewrite_(model, "hermite3")
+    assert [name for name in model.to("meta").state_dict() if "coef" in name] == ["1.coefficients", "3.coefficients"]
+
+
 def changed(**values):
     config = expansion_config(mixed())
     config["sites"]["1"] |= values
