@@ -12,6 +12,7 @@ from ortho_fx.passes.graph.operators import raise_calls
 from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
 from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.source.calls import restore_call
+from ortho_fx.passes.source.classes import source_of
 from ortho_fx.passes.vocabulary.expansions import Substitute
 
 
@@ -21,7 +22,7 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
         (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, owner in model.named_modules()
         for key, child in owner._modules.items()
-        if child is not None and hasattr(child, "_replaced") and chosen(child)
+        if child is not None and hasattr(child, "_replaced") and chosen(child) and _is_in_place(owner, key, child)
     ]
     for name, owner, key in places:
         if vars(owner._modules[key])["_replaced"][0].kind == "pair":
@@ -34,6 +35,11 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
     set_nested_paths(model)
     set_no_weight_decay(model)
     return tuple(name for name, _, _ in places)
+
+
+def _is_in_place(owner: nn.Module, key: str, expansion: nn.Module) -> bool:
+    # A library of adapters holds expansions in modules of its own, whose code calls nothing else.
+    return vars(expansion)["_replaced"][0].kind != "call" or key in source_of(owner).replaced
 
 
 def restore(owner: nn.Module, key: str) -> None:
