@@ -22,14 +22,14 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
         (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, owner in model.named_modules()
         for key, child in owner._modules.items()
-        if child is not None and hasattr(child, "_replaced") and chosen(child) and _is_in_place(owner, key, child)
+        if child is not None and "_replaced" in vars(child) and chosen(child) and _is_in_place(owner, key, child)
     ]
     for name, owner, key in places:
         if vars(owner._modules[key])["_replaced"][0].kind == "pair":
             raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
-            raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
+            raise_calls(owner, lambda module: "_replaced" in vars(module) and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
     set_nested_paths(model)

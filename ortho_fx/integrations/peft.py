@@ -106,7 +106,7 @@ class AdapterExpansion(ModulesToSaveWrapper):
         super().delete_adapter(adapter_name, new_active_adapters)
         if was_active and adapter_name in self.active_adapters:  # its twin deleted the module
             left = [name for name in new_active_adapters or () if name in self._adapters]
-            self._active_adapter = left[0] if left else []
+            vars(self)["_active_adapter"] = left[0] if left else []
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -135,7 +135,7 @@ def _around_add(add: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **named: Any) -> Any:
         if not (peft_config.is_prompt_learning or peft_config.is_adaption_prompt):
             return add(self, adapter_name, peft_config, *args, **named)  # through `inject_adapter`
-        base = self.base_model if peft_config.is_prompt_learning else self.base_model.model
+        base: Any = self.base_model if peft_config.is_prompt_learning else self.base_model.model
         with _attached(base, peft_config, adapter_name, lambda: self.active_adapters):
             return add(self, adapter_name, peft_config, *args, **named)
 
@@ -145,7 +145,12 @@ def _around_add(add: Callable[..., Any]) -> Callable[..., Any]:
 def _around_init(init: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(init)
     def __init__(
-        self: PeftModel, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", *args: Any, **named: Any
+        self: PeftModel,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *args: Any,
+        **named: Any,
     ) -> None:
         if peft_config.is_adaption_prompt:  # the only method that neither adds nor injects its first adapter
             with _attached(model, peft_config, adapter_name, lambda: [adapter_name]):
@@ -210,24 +215,25 @@ def _around_to_dict(to_dict: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _around_from_peft_type(method: Any) -> Any:
-    @functools.wraps(method.__func__)
-    def from_peft_type(cls: type[PeftConfig], **named: Any) -> PeftConfig:
+    function = method.__func__
+
+    def from_peft_type(cls: Any, **named: Any) -> Any:
         described = named.pop(CONFIG_KEY, {})
-        config = method.__func__(cls, **named)
+        config = function(cls, **named)
         # An empty map tells a config that was read, and has no expansions, from one that was made.
         setattr(config, CONFIG_KEY, described)
         return config
 
-    return classmethod(from_peft_type)
+    named_alike: Any = functools.update_wrapper(from_peft_type, function)
+    return classmethod(named_alike)
 
 
 @contextmanager
-def _attached(
-    base: nn.Module, config: PeftConfig, adapter: str, active: Callable[[], Sequence[str]]
-) -> Iterator[None]:
+def _attached(base: nn.Module, config: Any, adapter: str, active: Callable[[], Sequence[str]]) -> Iterator[None]:
     """Gives an adapter its expansions, before and after PEFT adds it to the base model."""
     described = vars(config).get(CONFIG_KEY)
     new = _rewritten(base, described) if described else []
+    made = {id(expansion) for expansion in new}
     names = getattr(config, "modules_to_save", None)
     if described and names:  # those are ours to wrap; PEFT compares no more than the ends of names
         ours = {name for name in names if _plain(name) in _names(described)}
@@ -236,7 +242,7 @@ def _attached(
         yield
     except BaseException:
         if new:
-            revert_expansions(base, lambda expansion: id(expansion) in {id(one) for one in new})
+            revert_expansions(base, lambda expansion: id(expansion) in made)
         raise
     if _is_plain(config):
         if any(isinstance(one, ExpansionActivation) for _, _, _, one in _places(base)):
@@ -246,6 +252,8 @@ def _attached(
                 stacklevel=4,
             )
         return
+    for _, wrapper in _wrappers(base):
+        revert_expansions(wrapper.original_module, lambda expansion: id(expansion) in made)
     _wrap(base, adapter, new, _names(described) if described else None, active(), config.inference_mode)
     _describe(base, config, adapter)
 
@@ -262,6 +270,10 @@ def _names(described: Mapping[str, Any]) -> set[str]:
 def _rewritten(base: nn.Module, described: Mapping[str, Any]) -> list[Expansion]:
     """The expansions that a base model has to get for an adapter that was saved with them."""
     held = {_plain(name): module for name, _, _, module in _places(base)}
+    for wrapper_name, wrapper in _wrappers(base):
+        for inner, module in wrapper.original_module.named_modules():
+            if isinstance(module, Expansion):
+                held[f"{_plain(wrapper_name)}.{inner}"] = module
     sites, shared = described["sites"], described.get("shared", {})
     missing = {}
     for name, values in sites.items():
@@ -317,7 +329,7 @@ def _wrap(
             continue  # frozen ones have nothing to train
         if id(module) in wrappers:
             wrapper = wrappers[id(module)].twin()
-        elif id(module) in made:
+        elif id(module) in made and isinstance(module, Expansion):
             wrapper = AdapterExpansion.around(_kept(module), adapter, module)
         else:
             wrapper = AdapterExpansion.around(module, adapter)
@@ -356,7 +368,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
     return next((list(layer.active_adapters) for layer in layers), [])
 
 
-def _describe(base: nn.Module, config: PeftConfig, adapter: str) -> None:
+def _describe(base: nn.Module, config: Any, adapter: str) -> None:
     """Writes into an adapter's config which expansions it has."""
     sites: dict[str, Any] = {}
     shared: dict[str, str] = {}
@@ -364,18 +376,22 @@ def _describe(base: nn.Module, config: PeftConfig, adapter: str) -> None:
     paths = []
     for name, _, _, module in _places(base):
         if isinstance(module, AdapterExpansion) and adapter in module._adapters:
-            expansion, plain = module.modules_to_save[adapter], _plain(name)
+            expansion: Any = module.modules_to_save[adapter]
+            plain = _plain(name)
             paths.append(name)
             if first.setdefault(id(expansion), plain) == plain:
                 sites[plain] = expansion.site_config().to_dict()
             else:
                 shared[plain] = first[id(expansion)]
+    for name, expansion in _inside_copies(base, adapter):
+        sites.setdefault(name, expansion.site_config().to_dict())
     if not sites:
         return
     described = {"version": VERSION, "sites": sites} | ({"shared": shared} if shared else {})
     setattr(config, CONFIG_KEY, described)
-    if hasattr(config, "modules_to_save"):  # for PEFT without this module
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *paths]))
+    names = getattr(config, "modules_to_save", None) or ()
+    if paths and hasattr(config, "modules_to_save"):  # for PEFT without this module
+        config.modules_to_save = list(dict.fromkeys([*names, *paths]))
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -390,6 +406,22 @@ def _inside(prefix: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module, str
             yield name, owner, key, child
         elif child is not None and not isinstance(child, AuxiliaryTrainingWrapper):
             yield from _inside(name, child)
+
+
+def _inside_copies(base: nn.Module, adapter: str) -> Iterator[tuple[str, Expansion]]:
+    """The expansions in larger modules that an adapter keeps as a whole, by their names in the base model."""
+    for name, wrapper in _wrappers(base):
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save:
+            for inner, module in wrapper.modules_to_save[adapter].named_modules():
+                if isinstance(module, Expansion):
+                    yield f"{_plain(name)}.{inner}", module
+
+
+def _wrappers(base: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    """What keeps larger modules, and what trains a part of one."""
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, AdapterExpansion):
+            yield name, module
 
 
 def _plain(name: str) -> str:

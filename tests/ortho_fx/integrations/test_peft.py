@@ -214,7 +214,7 @@ def test_several_adapters_have_their_own_expansions(order, tmp_path):
 
 
 def test_an_adapter_is_deleted_with_its_expansions():
-    model, base = adapted("shared", "rewrite first")
+    model, _ = adapted("shared", "rewrite first")
     trained(model)
     model.add_adapter("other", lora("shared"))
     model.delete_adapter("default")
@@ -225,7 +225,7 @@ def test_an_adapter_is_deleted_with_its_expansions():
 
 @both
 def test_state_dicts_of_adapters_have_the_expansions(order):
-    model, base = adapted("llama", order)
+    model, _ = adapted("llama", order)
     trained(model)
     state = peft.get_peft_model_state_dict(model)
     assert sum(".act_fn." in name for name in state) == 8
@@ -267,3 +267,57 @@ def test_other_methods_train_and_save_them_too(method, order, tmp_path):
         torch.testing.assert_close(output(loaded), expected, rtol=0, atol=1e-6)
     with model.disable_adapter():
         output(model)
+
+
+def test_an_expansion_in_a_module_that_the_adapter_keeps_is_left_to_peft(tmp_path):
+    settings = lora("llama", modules_to_save=["mlp"])
+    model = peft.get_peft_model(rewritten(made("llama")), settings).eval()
+    assert len(learning(model)) == 2
+    expected = output(trained(model))
+    model.save_pretrained(tmp_path)
+    for again in (rewritten(made("llama")), made("llama")):
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path).eval()
+        assert torch.equal(output(loaded), expected)
+    with loaded.disable_adapter():
+        assert torch.equal(output(loaded), output(made("llama")))
+
+
+def test_the_base_model_has_other_expansions_than_the_adapter(tmp_path):
+    model, _ = adapted("llama", "rewrite first")
+    model.save_pretrained(tmp_path)
+    base = made("llama")
+    rewrite_(base, "hermite3")
+    with pytest.raises(OrthoFxError, match=r"act_fn holds hermite 3 already, and the source has fourier 3"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_an_adapter_without_expansions_leaves_them_frozen_with_a_warning(tmp_path):
+    peft.get_peft_model(made("llama"), lora("llama")).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="stay frozen in the base model, since the file of the adapter default has"):
+        loaded = peft.PeftModel.from_pretrained(rewritten(made("llama")), tmp_path, is_trainable=True)
+    assert not learning(loaded)
+
+
+def test_functions_of_ours_see_the_expansions_of_the_active_adapter():
+    model = peft.get_peft_model(made("llama"), lora("llama")).eval()
+    report = rewrite_(model, CONFIGS["layer"])
+    assert not report.notes
+    assert report.check({"input_ids": TOKENS}).passed
+    assert not rewrite_(model, CONFIGS["layer"]).replaced
+    measured = ortho_fx.calibrate_(model, [{"input_ids": TOKENS}])
+    assert len(measured.sites) == 2
+    groups = {group["name"]: group["params"] for group in ortho_fx.param_groups(model, lr=1e-3, weight_decay=0.1)}
+    assert len(groups["expansions"]) == 8
+    with pytest.raises(OrthoFxError, match=r"belong to its adapters: model.unload\(\) removes both"):
+        ortho_fx.revert_(model)
+
+
+def test_without_the_integration_a_note_says_what_to_call(tmp_path):
+    integration.disable()
+    model = peft.get_peft_model(made("llama"), lora("llama"))
+    with pytest.warns(UserWarning, match=r"call ortho_fx.integrations.peft.enable\(\) before rewrite_"):
+        report = rewrite_(model.get_base_model().model.layers[0], "fourier3")
+    assert "files will not have the new expansions" in report.notes[0]
+    integration.enable()
+    with pytest.raises(OrthoFxError, match=r"would not have the trained expansions at .*layers\.0\.mlp\.act_fn"):
+        model.save_pretrained(tmp_path)
