@@ -25,6 +25,7 @@ from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.passes.vocabulary.targets import BY_NAME
 from ortho_fx.rewriting.adapters import adapters_that_miss, tell
+from ortho_fx.rewriting.late import watch_optimizers
 from ortho_fx.rewriting.rewrite import RewriteReport
 from ortho_fx.rewriting.sources import Source, read_source
 from ortho_fx.sharded import is_sharded, whole
@@ -93,6 +94,7 @@ def rewrite_like_(
             raise
     new_ones = list({id(made[names[name]]): made[names[name]] for name in missing}.values())
     tell(model, new_ones)
+    watch_optimizers(model, new_ones)
     for note in adapters_that_miss(model, new_ones):
         warnings.warn(f"ortho_fx: {note}", stacklevel=2)
         notes += (note,)

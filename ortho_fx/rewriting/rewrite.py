@@ -28,6 +28,7 @@ from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.rewriting.adapters import adapters_that_miss, held_by_adapters, tell
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
+from ortho_fx.rewriting.late import watch_optimizers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -195,6 +196,9 @@ def rewrite_(
     )
     new = [one.expansion for one in record.occurrences if one.expansion is not None]
     tell(model, new)
+    new = [one.expansion for one in record.occurrences if one.expansion is not None]
+    tell(model, new)
+    watch_optimizers(model, new)
     missed = (*_optimizers_that_miss(model, record), *adapters_that_miss(model, new))
     notes = (*record.advice, *missed) if record.replaced else ()
     for note in notes:
