@@ -171,7 +171,8 @@ class SiteConfig:
         if self.channels is not None:
             values |= {"channels": self.channels, "channel_dim": self.channel_dim}
         if self.form is not None:
-            values["frozen"] = {"form": self.form, "sizes": {name: list(shape) for name, shape in self.sizes}}
+            # A list, since their order matters, and many libraries sort the keys of the JSON that they write.
+            values["frozen"] = {"form": self.form, "sizes": [[name, list(shape)] for name, shape in self.sizes]}
         return values
 
     @classmethod
@@ -193,7 +194,8 @@ class SiteConfig:
         if frozen is None:
             return cls(config, channels, channel_dim)
         try:
-            sizes = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in frozen["sizes"].items())
+            pairs = frozen["sizes"].items() if isinstance(frozen["sizes"], Mapping) else frozen["sizes"]
+            sizes = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in pairs)
             return cls(config, channels, channel_dim, str(frozen["form"]), sizes)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise OrthoFxError(f"frozen must hold the form and the sizes of its constants; got {frozen!r}") from None

@@ -36,6 +36,9 @@ from ortho_fx.rewriting.sources import VERSION
 
 # The methods of PEFT that are replaced, with what they were.
 _replaced: dict[tuple[type, str], Any] = {}
+# The attribute of a config that was read from a file, with what the file says of expansions; {} if it has none. That of
+# the name `CONFIG_KEY` is what a file gets.
+_READ = "_expansions_read"
 # Whether this module rewrites a model itself, and hence knows which adapter gets the expansions.
 _attaching: list[bool] = []
 
@@ -196,7 +199,7 @@ def _around_save(save: Callable[..., Any]) -> Callable[..., Any]:
         if missed:
             raise OrthoFxError(
                 f"the files of the adapter would not have the trained expansions at {', '.join(missed)}: call "
-                "ortho_fx.integrations.peft.enable() before rewrite_ and get_peft_model"
+                "ortho_fx.integrations.peft.enable() before get_peft_model, and rewrite_ with the whole model"
             )
         for adapter, config in self.peft_config.items():
             _describe(self.get_base_model(), config, adapter)
@@ -220,8 +223,8 @@ def _around_from_peft_type(method: Any) -> Any:
     def from_peft_type(cls: Any, **named: Any) -> Any:
         described = named.pop(CONFIG_KEY, {})
         config = function(cls, **named)
-        # An empty map tells a config that was read, and has no expansions, from one that was made.
         setattr(config, CONFIG_KEY, described)
+        setattr(config, _READ, described)
         return config
 
     named_alike: Any = functools.update_wrapper(from_peft_type, function)
@@ -231,12 +234,12 @@ def _around_from_peft_type(method: Any) -> Any:
 @contextmanager
 def _attached(base: nn.Module, config: Any, adapter: str, active: Callable[[], Sequence[str]]) -> Iterator[None]:
     """Gives an adapter its expansions, before and after PEFT adds it to the base model."""
-    described = vars(config).get(CONFIG_KEY)
+    described = vars(config).get(_READ)
     new = _rewritten(base, described) if described else []
     made = {id(expansion) for expansion in new}
-    names = getattr(config, "modules_to_save", None)
-    if described and names:  # those are ours to wrap; PEFT compares no more than the ends of names
-        ours = {name for name in names if _plain(name) in _names(described)}
+    names, written = getattr(config, "modules_to_save", None), vars(config).get(CONFIG_KEY)
+    if written and names:  # those are ours to wrap; PEFT compares no more than the ends of names
+        ours = {name for name in names if _plain(name) in _names(written)}
         config.modules_to_save = [name for name in names if name not in ours] or None
     try:
         yield
@@ -260,7 +263,7 @@ def _attached(base: nn.Module, config: Any, adapter: str, active: Callable[[], S
 
 def _is_plain(config: PeftConfig) -> bool:
     """Whether a config was read from a file, and the file has no expansions."""
-    return vars(config).get(CONFIG_KEY) == {}
+    return vars(config).get(_READ) == {}
 
 
 def _names(described: Mapping[str, Any]) -> set[str]:

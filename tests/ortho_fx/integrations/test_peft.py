@@ -321,3 +321,63 @@ def test_without_the_integration_a_note_says_what_to_call(tmp_path):
     integration.enable()
     with pytest.raises(OrthoFxError, match=r"would not have the trained expansions at .*layers\.0\.mlp\.act_fn"):
         model.save_pretrained(tmp_path)
+
+
+def test_frozen_expansions_of_an_adapter_are_saved(tmp_path):
+    model, _ = adapted("llama", "adapter first")
+    ortho_fx.freeze_(trained(model))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(made("llama"), tmp_path).eval()
+    assert torch.equal(output(loaded), output(model))
+    with pytest.raises(OrthoFxError, match="act_fn holds fourier 3 already, and the source has frozen fourier 3"):
+        peft.PeftModel.from_pretrained(rewritten(made("llama")), tmp_path)
+
+
+def test_a_config_may_serve_two_models():
+    settings = lora("llama")
+    first = peft.get_peft_model(rewritten(made("llama")), settings)
+    second = peft.get_peft_model(made("llama"), settings)
+    assert (len(learning(first)), len(learning(second))) == (2, 0)
+    assert torch.equal(output(second.unload()), output(made("llama")))
+
+
+def test_parts_may_be_rewritten_before_and_after(tmp_path):
+    base = made("llama")
+    rewrite_(base, {"*layers.0*": "fourier3"})
+    model = peft.get_peft_model(copy.deepcopy(base), lora("llama")).eval()
+    rewrite_(model.get_base_model(), {"*layers.1*": "hermite3"})
+    expected = output(trained(model))
+    with model.disable_adapter():
+        assert torch.equal(output(model), output(base))
+    model.save_pretrained(tmp_path)
+    for again in (base, made("llama")):
+        assert torch.equal(output(peft.PeftModel.from_pretrained(again, tmp_path).eval()), expected)
+
+
+@both
+def test_a_trainer_saves_and_goes_on(order, tmp_path):
+    pytest.importorskip("accelerate")
+    data = [{"input_ids": torch.arange(8) * (i + 1) % 64, "labels": torch.arange(8)} for i in range(16)]
+
+    def trainer(folder):
+        model, _ = adapted("llama", order)
+        settings = transformers.TrainingArguments(
+            tmp_path / folder,
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(model, settings, train_dataset=data)
+
+    whole = trainer("whole")
+    whole.train()
+    expected = output(whole.model.eval())
+    loaded = peft.PeftModel.from_pretrained(made("llama"), tmp_path / "whole" / "checkpoint-4").eval()
+    assert torch.equal(output(loaded), expected)
+    rest = trainer("rest")
+    rest.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
+    assert torch.equal(output(rest.model.eval()), expected)
