@@ -16,6 +16,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -25,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.activations.freeze import FrozenExpansion
 from ortho_fx.config import SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.modules.exchange import exchange
@@ -258,6 +260,7 @@ def _attached(base: nn.Module, config: Any, adapter: str, active: Callable[[], S
     for _, wrapper in _wrappers(base):
         revert_expansions(wrapper.original_module, lambda expansion: id(expansion) in made)
     _wrap(base, adapter, new, _names(described) if described else None, active(), config.inference_mode)
+    _freeze(base, adapter, described["sites"] if described else {})
     _describe(base, config, adapter)
 
 
@@ -283,8 +286,8 @@ def _rewritten(base: nn.Module, described: Mapping[str, Any]) -> list[Expansion]
         module = held.get(name)
         if isinstance(module, AdapterExpansion):
             module = _a_like(module)
-        if module is None:
-            missing[name] = values
+        if module is None:  # a frozen one learns at first, since it knows then what it replaced
+            missing[name] = replace(SiteConfig.from_dict(values), form=None, sizes=()).to_dict()
         else:
             check_same(name, module, SiteConfig.from_dict(values))
     if not missing:
@@ -339,6 +342,16 @@ def _wrap(
         wrappers.setdefault(id(module), wrapper)
         wrapper.activate(active, inference_mode)
         exchange(owner, key, wrapper)
+
+
+def _freeze(base: nn.Module, adapter: str, sites: Mapping[str, Any]) -> None:
+    """Puts frozen expansions where an adapter was saved with them."""
+    for name, _, _, wrapper in _places(base):
+        site = SiteConfig.from_dict(sites[_plain(name)]) if _plain(name) in sites else None
+        if site is not None and site.form is not None and isinstance(wrapper, AdapterExpansion):
+            expansion = wrapper.modules_to_save[adapter]
+            if isinstance(expansion, ExpansionActivation):
+                wrapper.modules_to_save[adapter] = FrozenExpansion.like(expansion, site)
 
 
 def _kept(expansion: Expansion) -> Kept:

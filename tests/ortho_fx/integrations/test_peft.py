@@ -323,12 +323,24 @@ def test_without_the_integration_a_note_says_what_to_call(tmp_path):
         model.save_pretrained(tmp_path)
 
 
-def test_frozen_expansions_of_an_adapter_are_saved(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "shared"])
+def test_frozen_expansions_of_an_adapter_are_saved(kind, tmp_path):
+    model, _ = adapted(kind, "adapter first")
+    ortho_fx.freeze_(trained(model))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(made(kind), tmp_path).eval()
+    assert torch.equal(output(loaded), output(model))
+    with loaded.disable_adapter():
+        assert torch.equal(output(loaded), output(made(kind)))
+    assert not any(
+        isinstance(module, ortho_fx.activations.freeze.FrozenExpansion) for module in loaded.unload().modules()
+    )
+
+
+def test_a_base_that_learns_where_the_adapter_is_frozen_is_refused(tmp_path):
     model, _ = adapted("llama", "adapter first")
     ortho_fx.freeze_(trained(model))
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(made("llama"), tmp_path).eval()
-    assert torch.equal(output(loaded), output(model))
     with pytest.raises(OrthoFxError, match="act_fn holds fourier 3 already, and the source has frozen fourier 3"):
         peft.PeftModel.from_pretrained(rewritten(made("llama")), tmp_path)
 
