@@ -23,7 +23,10 @@ from ortho_fx.sharded import whole
 
 # The library has two names, and a trainer of either takes a callback of the other.
 _NAME = "lightning.pytorch" if importlib.util.find_spec("lightning") else "pytorch_lightning"
-Callback: Any = importlib.import_module(_NAME).Callback
+try:
+    Callback: Any = importlib.import_module(_NAME).Callback
+except ImportError as error:
+    raise OrthoFxError(f"Lightning is not installed: pip install lightning; {error}") from None
 
 
 def first_of(batch: Any) -> Any:

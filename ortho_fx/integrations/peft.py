@@ -19,10 +19,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
@@ -35,6 +31,14 @@ from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY, Expansion, Kept
 from ortho_fx.rewriting.adapters import off_rewrite, on_rewrite
 from ortho_fx.rewriting.like import check_same, rewrite_like_
 from ortho_fx.rewriting.sources import VERSION
+
+try:
+    from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
+except ImportError as error:
+    raise OrthoFxError(f"PEFT is not installed, or too old (0.19 is not): pip install -U peft; {error}") from None
 
 # The methods of PEFT that are replaced, with what they were.
 _replaced: dict[tuple[type, str], Any] = {}
