@@ -115,7 +115,7 @@ class AdapterExpansion(ModulesToSaveWrapper):
         super().delete_adapter(adapter_name, new_active_adapters)
         if was_active and adapter_name in self.active_adapters:  # its twin deleted the module
             left = [name for name in new_active_adapters or () if name in self._adapters]
-            vars(self)["_active_adapter"] = left[0] if left else []
+            self.__dict__["_active_adapter"] = left[0] if left else []
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -196,8 +196,6 @@ def rewrite_(
     )
     new = [one.expansion for one in record.occurrences if one.expansion is not None]
     tell(model, new)
-    new = [one.expansion for one in record.occurrences if one.expansion is not None]
-    tell(model, new)
     watch_optimizers(model, new)
     missed = (*_optimizers_that_miss(model, record), *adapters_that_miss(model, new))
     notes = (*record.advice, *missed) if record.replaced else ()
