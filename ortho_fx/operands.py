@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ortho_fx.errors import OperandError
 from ortho_fx.sharded import is_distributed
@@ -23,13 +23,24 @@ def check_operands(site: str, x: Tensor, operands: Mapping[str, Tensor]) -> None
 
     Raises:
         OperandError: the input and an operand lie on different devices, one has a dtype that nothing computes with,
-            or an operand is distributed over processes and the input is not.
+            or an operand is quantized, or distributed over processes while the input is not.
     """
     if x.dtype not in COMPUTED:
         raise OperandError(f"{site} computes with float16, bfloat16, float32 and float64; its input is {x.dtype}")
     for name, operand in operands.items():
-        if operand.device != x.device or operand.dtype not in COMPUTED or is_distributed(operand):
+        if (
+            operand.device != x.device
+            or operand.dtype not in COMPUTED
+            or is_distributed(operand)
+            or _is_quantized(operand)
+        ):
             raise OperandError(_problem(site, x, name, operand))
+
+
+def _is_quantized(operand: Tensor) -> bool:
+    """Whether torchao keeps it in fewer bits, in a subclass of tensors that only some operators take."""
+    cls = type(operand)
+    return cls is not Tensor and cls is not nn.Parameter and cls.__module__.startswith("torchao.")
 
 
 def _problem(site: str, x: Tensor, name: str, operand: Tensor) -> str:
@@ -37,6 +48,11 @@ def _problem(site: str, x: Tensor, name: str, operand: Tensor) -> str:
         return (
             f"{site}: {name} is on the meta device, without values, and its input on {x.device}: load them, or call "
             "to_empty(device=...) and reset_parameters()"
+        )
+    if _is_quantized(operand):
+        return (
+            f"{site}: {name} is quantized ({type(operand).__name__}); an expansion has a few numbers, which torchao's "
+            "filter or map of names has to leave as they are"
         )
     if operand.device != x.device:
         return f"{site}: {name} is on {operand.device} and its input on {x.device}"

@@ -12,6 +12,7 @@ from ortho_fx.passes.graph.operators import raise_calls
 from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
 from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.source.calls import restore_call
+from ortho_fx.passes.source.classes import source_of
 from ortho_fx.passes.vocabulary.expansions import Substitute
 
 
@@ -21,19 +22,24 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
         (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, owner in model.named_modules()
         for key, child in owner._modules.items()
-        if child is not None and hasattr(child, "_replaced") and chosen(child)
+        if child is not None and "_replaced" in vars(child) and chosen(child) and _is_in_place(owner, key, child)
     ]
     for name, owner, key in places:
         if vars(owner._modules[key])["_replaced"][0].kind == "pair":
             raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
-            raise_calls(owner, lambda module: hasattr(module, "_replaced") and chosen(module))
+            raise_calls(owner, lambda module: "_replaced" in vars(module) and chosen(module))
     for _, owner, key in places:
         restore(owner, key)
     set_nested_paths(model)
     set_no_weight_decay(model)
     return tuple(name for name, _, _ in places)
+
+
+def _is_in_place(owner: nn.Module, key: str, expansion: nn.Module) -> bool:
+    # A library of adapters holds expansions in modules of its own, whose code calls nothing else.
+    return vars(expansion)["_replaced"][0].kind != "call" or key in source_of(owner).replaced
 
 
 def restore(owner: nn.Module, key: str) -> None:

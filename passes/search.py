@@ -22,7 +22,7 @@ from ortho_fx.passes.modules.occurrences import attributes, children
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source import source_of, tested_classes
 from ortho_fx.passes.source.occurrences import calls
-from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.expansions import Expansion, Kept
 from ortho_fx.passes.vocabulary.meaning import one_look
 from ortho_fx.passes.vocabulary.recognise import function_of
 from ortho_fx.passes.vocabulary.sites import Site
@@ -72,7 +72,7 @@ def _find(model: nn.Module, sharing: str) -> Iterator[Occurrence]:
     scripts: list[str] = []
     tests: list[_Test] = []
     for prefix, owner in modules:
-        if isinstance(owner, Expansion) or (owner is not model and function_of(owner) is not None):
+        if isinstance(owner, Expansion | Kept) or (owner is not model and function_of(owner) is not None):
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             if not any(prefix.startswith(f"{outer}.") for outer in scripts if outer) and "" not in scripts:

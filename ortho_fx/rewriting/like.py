@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from ortho_fx.passes.search import list_occurrences
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.passes.vocabulary.targets import BY_NAME
+from ortho_fx.rewriting.adapters import adapters_that_miss, tell
+from ortho_fx.rewriting.late import watch_optimizers
 from ortho_fx.rewriting.rewrite import RewriteReport
 from ortho_fx.rewriting.sources import Source, read_source
 from ortho_fx.sharded import is_sharded, whole
@@ -69,7 +72,7 @@ def rewrite_like_(
     names = _aligned(list(wanted.sites), [*held, *_names(list_occurrences(model))])
     present = {name: site for name, site in wanted.sites.items() if names.get(name, name) in held}
     for name, site in present.items():
-        _check_same(names[name], held[names[name]], site)
+        check_same(names[name], held[names[name]], site)
     missing = {name: site for name, site in wanted.sites.items() if name not in present}
     notes: tuple[str, ...] = ()
     if missing:
@@ -89,6 +92,12 @@ def rewrite_like_(
             new = {id(made[names[name]]) for name in missing}
             revert_expansions(model, lambda expansion: id(expansion) in new)
             raise
+    new_ones = list({id(made[names[name]]): made[names[name]] for name in missing}.values())
+    tell(model, new_ones)
+    watch_optimizers(model, new_ones)
+    for note in adapters_that_miss(model, new_ones):
+        warnings.warn(f"ortho_fx: {note}", stacklevel=2)
+        notes += (note,)
     return replace(report, notes=(*report.notes, *notes))
 
 
@@ -116,7 +125,8 @@ def _aligned(wanted: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in wanted}
 
 
-def _check_same(name: str, expansion: Expansion, site: SiteConfig) -> None:
+def check_same(name: str, expansion: Expansion, site: SiteConfig) -> None:
+    """Refuses an expansion of a model that is another one than its source describes."""
     own = expansion.site_config()
     if (own.form, own.sizes) != (site.form, site.sizes) or not _computes_like(own.expansion, site.expansion):
         told = f"frozen {own.expansion}" if own.form else str(own.expansion)

@@ -25,8 +25,10 @@ from ortho_fx.passes.vocabulary import expansions
 from ortho_fx.passes.vocabulary.recognise import OWN_ATTRIBUTES
 from ortho_fx.passes.vocabulary.sites import Site, format_sites, join
 from ortho_fx.passes.vocabulary.targets import choose_targets
+from ortho_fx.rewriting.adapters import adapters_that_miss, held_by_adapters, tell
 from ortho_fx.rewriting.calibration import calibrate_expansions
 from ortho_fx.rewriting.check import Check, check_model
+from ortho_fx.rewriting.late import watch_optimizers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -192,7 +194,11 @@ def rewrite_(
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
         process_group=process_group,
     )
-    notes = (*record.advice, *_optimizers_that_miss(model, record)) if record.replaced else ()
+    new = [one.expansion for one in record.occurrences if one.expansion is not None]
+    tell(model, new)
+    watch_optimizers(model, new)
+    missed = (*_optimizers_that_miss(model, record), *adapters_that_miss(model, new))
+    notes = (*record.advice, *missed) if record.replaced else ()
     for note in notes:
         warnings.warn(f"ortho_fx: {note}", stacklevel=2)
     return RewriteReport(record.sites, record.earlier, model, notes)
@@ -247,8 +253,14 @@ def revert_(model: nn.Module) -> RevertReport:
     Expansions that were built into the model, and replaced nothing, stay.
 
     Raises:
-        OrthoFxError: a model in which no activation was replaced, or a scripted model.
+        OrthoFxError: a model in which no activation was replaced, one whose expansions belong to adapters, or a
+            scripted model.
     """
+    if held_by_adapters(model):
+        raise OrthoFxError(
+            f"the expansions of this {type(model).__name__} belong to its adapters: model.unload() removes both, and "
+            "model.merge_and_unload() makes the expansions the model's own"
+        )
     names = revert_expansions(_checked(model), lambda expansion: True)
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")

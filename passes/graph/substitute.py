@@ -7,6 +7,7 @@ site has its own editing function, `Occurrence.substitute`.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ def substitute(model: nn.Module, context: Context) -> int:
 
     Raises:
         OrthoFxError: the device of a site is no longer available, a module is offloaded as a whole, or the model is
-            already wrapped or sharded for several processes.
+            already wrapped or sharded for several processes, or inside of such a wrapper.
     """
     pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
     if pending:
@@ -64,6 +65,26 @@ def _refuse_wrapped(model: nn.Module, site: str) -> None:
                 f"{site} would get parameters that no other process knows of, since {held}: call rewrite_ before "
                 "DistributedDataParallel, fully_shard or parallelize_module"
             )
+    if _is_inside_ddp(model):
+        raise OrthoFxError(
+            f"{site} would get parameters that no other process knows of, since the model is inside of a "
+            "DistributedDataParallel: call rewrite_ before making it"
+        )
+
+
+def _is_inside_ddp(model: nn.Module) -> bool:
+    """Whether there is a wrapper around the model, which the model does not know of."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    for _ in range(2):
+        if not any(module is model for wrapper in _ddp_wrappers() for module in wrapper.modules()):
+            return False
+        gc.collect()  # one that is garbage does not matter
+    return True
+
+
+def _ddp_wrappers() -> list[nn.Module]:
+    return [found for found in gc.get_objects() if issubclass(type(found), nn.parallel.DistributedDataParallel)]
 
 
 def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:

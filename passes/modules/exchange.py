@@ -18,7 +18,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
         for owner, key in places:
             remember(expansion, Replaced("module", owner._modules[key]))
             move_hooks(owner._modules[key], expansion)
-            _exchange(owner, key, expansion)
+            exchange(owner, key, expansion)
             keep_in_copies(owner)
             _leave_fast_path(owner)
 
@@ -61,7 +61,7 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
     expansion = owner._modules[key]
     assert expansion is not None
     move_hooks(expansion, replaced)
-    _exchange(owner, key, replaced.train(expansion.training))
+    exchange(owner, key, replaced.train(expansion.training))
     set_class_for_children(owner)
     _enter_fast_path(owner, key)
 
@@ -75,7 +75,7 @@ def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
     _enter_fast_path(owner, key)
 
 
-def _exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
+def exchange(owner: nn.Module, key: str, new: nn.Module) -> None:
     """Replaces a child module, also inside the lists in which the owner keeps its children."""
     old = owner._modules[key]
     for kept in vars(owner).values():

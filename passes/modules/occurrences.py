@@ -16,7 +16,7 @@ from ortho_fx.passes.modules.kept import attributes_of, kept_by_class, kept_by_h
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.source import asked_in_place, guard_of_child, reads_changed_input, source_of
 from ortho_fx.passes.source.occurrences import calls, calls_of_child
-from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.passes.vocabulary.expansions import Expansion, Kept
 from ortho_fx.passes.vocabulary.guards import guard_of
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, functions_of, own_classes
 from ortho_fx.passes.vocabulary.recognise import (
@@ -32,7 +32,7 @@ from ortho_fx.passes.vocabulary.targets import BY_NAME
 
 def children(prefix: str, owner: nn.Module, sharing: str) -> Iterator[Occurrence]:
     for key, child in owner._modules.items():
-        if child is None or isinstance(child, Expansion):
+        if child is None or isinstance(child, Expansion | Kept):
             continue
         name, function, places = join(prefix, key), function_of(child), ((owner, key),)
         if function is not None:

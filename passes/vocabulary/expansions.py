@@ -125,6 +125,17 @@ def _difference(saved: Any, own: SiteConfig) -> str:
     return ""
 
 
+class Kept(nn.Module):
+    """An activation that an expansion replaced, and that stays in the model beside it. The passes leave it alone."""
+
+    def __init__(self, activation: Callable[..., Any]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self.activation(*args, **named)
+
+
 class LearnableExpansion(Expansion):
     """An expansion with parameters, which the passes initialise and lower."""
 

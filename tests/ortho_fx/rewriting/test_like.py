@@ -302,3 +302,13 @@ def test_tensors_that_do_not_fit_leave_the_model_as_it_was():
         rewrite_like_(model, state)
     assert isinstance(model[1], nn.GELU)
     assert isinstance(model[3], nn.SiLU)
+
+
+def test_json_with_sorted_keys_describes_the_same_frozen_expansions():
+    model = fresh()
+    rewrite_(model, "fourier1")
+    freeze_(learned(model))
+    again = fresh()
+    rewrite_like_(again, json.loads(json.dumps(expansion_config(model), sort_keys=True)))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(X), model(X))

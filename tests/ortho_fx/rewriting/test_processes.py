@@ -277,6 +277,17 @@ def check_models_that_are_wrapped_already_are_refused(rank):
         assert [type(module) for module in model.modules()] == before
 
 
+def check_models_inside_of_a_wrapper_are_refused(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped, free = DistributedDataParallel(nn.Sequential(MLP())), DistributedDataParallel(MLP()).module
+    told = "act would get parameters that no other process knows of, since the model is inside of a "
+    advice = "DistributedDataParallel: call rewrite_ before making it"
+    assert error_of(rewrite_, wrapped.module) == f"0.{told}{advice}"
+    assert error_of(rewrite_, wrapped.module[0]) == told + advice
+    assert rewrite_(free).replaced
+
+
 def check_tensor_parallelism(rank):
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

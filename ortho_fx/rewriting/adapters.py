@@ -1,0 +1,65 @@
+"""Adapters of other libraries, such as LoRA, in a model that gets new expansions: who trains and saves these?
+
+A library of adapters saves what it knows of, and drops new parameters without a word. Its integration registers a
+function by `on_rewrite`, which makes the library know of new expansions. Without one the report of the rewrite says
+what is missing. Libraries are told by the names of their modules' classes, so none is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from ortho_fx.passes.vocabulary.expansions import Expansion
+
+# Gets the model and the new expansions.
+OnRewrite = Callable[[nn.Module, Sequence[Expansion]], None]
+
+_LIBRARIES = {"peft": "ortho_fx.integrations.peft"}
+_called: list[OnRewrite] = []
+
+
+def on_rewrite(function: OnRewrite) -> None:
+    """Has a function called after each rewrite that made expansions; a second call changes nothing."""
+    if function not in _called:
+        _called.append(function)
+
+
+def off_rewrite(function: OnRewrite) -> None:
+    """Has a function no longer called; a second call changes nothing."""
+    if function in _called:
+        _called.remove(function)
+
+
+def tell(model: nn.Module, new: Sequence[Expansion]) -> None:
+    """Calls the registered functions."""
+    if new:
+        for function in tuple(_called):
+            function(model, new)
+
+
+def adapters_that_miss(model: nn.Module, new: Sequence[Expansion]) -> Iterator[str]:
+    """A sentence for each library with adapters in the model that will not save the new expansions."""
+    if not new:
+        return
+    libraries = {name for module in model.modules() if (name := _library(module))}
+    held = {id(module) for module in held_by_adapters(model)}
+    if all(id(expansion) in held for expansion in new):
+        return
+    for name in sorted(libraries):
+        yield (
+            f"the model has adapters of {name}, whose files will not have the new expansions: call "
+            f"{_LIBRARIES[name]}.enable() before rewrite_"
+        )
+
+
+def held_by_adapters(model: nn.Module) -> list[Expansion]:
+    """The expansions in modules that adapters train and save as a whole."""
+    wrappers = [module for module in model.modules() if _library(module) and "original_module" in module._modules]
+    return [inner for wrapper in wrappers for inner in wrapper.modules() if isinstance(inner, Expansion)]
+
+
+def _library(module: nn.Module) -> str:
+    """The library whose class a module has; empty where it is none of those with adapters."""
+    return next((name for cls in type(module).__mro__ if (name := cls.__module__.split(".")[0]) in _LIBRARIES), "")
