@@ -256,12 +256,12 @@ def revert_(model: nn.Module) -> RevertReport:
         OrthoFxError: a model in which no activation was replaced, one whose expansions belong to adapters, or a
             scripted model.
     """
-    if held_by_adapters(model):
+    if held_by_adapters(_checked(model)):
         raise OrthoFxError(
             f"the expansions of this {type(model).__name__} belong to its adapters: model.unload() removes both, and "
             "model.merge_and_unload() makes the expansions the model's own"
         )
-    names = revert_expansions(_checked(model), lambda expansion: True)
+    names = revert_expansions(model, lambda expansion: True)
     if not names:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion that rewrite_ put there")
     kept = (name for name, module in model.named_modules() if isinstance(module, expansions.Expansion))
