@@ -17,7 +17,7 @@ from ortho_fx.passes.source.classes import (
     set_class,
     source_of,
 )
-from ortho_fx.passes.source.editor import Call
+from ortho_fx.passes.source.reader import Call
 
 __all__ = [
     "Call",

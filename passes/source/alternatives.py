@@ -25,8 +25,8 @@ from torch import nn
 
 from ortho_fx.passes.source.analysis import ENTRIES, Analysis, Source, analyse
 from ortho_fx.passes.source.branches import Branch, fork, is_steady
-from ortho_fx.passes.source.editor import Call
 from ortho_fx.passes.source.methods import Method
+from ortho_fx.passes.source.reader import Call
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning
 

@@ -12,8 +12,9 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from ortho_fx.passes.source.editor import Call, CallEditor, ChildCall
+from ortho_fx.passes.source.editor import CallEditor
 from ortho_fx.passes.source.methods import Method, Scalar
+from ortho_fx.passes.source.reader import Call, ChildCall
 from ortho_fx.passes.vocabulary.activates import activates
 from ortho_fx.passes.vocabulary.meaning import (
     UNRESOLVED,

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.source.analysis import Source, analyse
-from ortho_fx.passes.source.editor import IN_PLACE, Call, CallEditor
+from ortho_fx.passes.source.editor import IN_PLACE, CallEditor
 from ortho_fx.passes.source.methods import Scalar
+from ortho_fx.passes.source.reader import Call
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.guards import POSITIVE, guard_of
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, cached_by_meaning, own_classes

@@ -12,7 +12,7 @@ from ortho_fx.passes.source.analysis import Source
 from ortho_fx.passes.source.calls import call_in
 from ortho_fx.passes.source.children import goes_through_children
 from ortho_fx.passes.source.classes import class_problem, find_calls, guard_of_child, guards_parameter, source_of
-from ortho_fx.passes.source.editor import Call
+from ortho_fx.passes.source.reader import Call
 from ortho_fx.passes.vocabulary.guards import guard_of
 from ortho_fx.passes.vocabulary.recognise import function_of, recognise_module
 from ortho_fx.passes.vocabulary.sites import Site, join
