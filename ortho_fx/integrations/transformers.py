@@ -48,7 +48,7 @@ __all__ = ["ExpansionCallback", "ExpansionTrainerMixin", "enable"]
 METHOD = "ortho_fx"
 _KEY = "quantization_config"
 _ADVICE = (
-    "ortho_fx: this model has learnable activations: pip install ortho-fx, and call "
+    "ortho_fx: this model has learnable activations: install ortho_fx, and call "
     "ortho_fx.integrations.transformers.enable() before from_pretrained"
 )
 # What a transformers without ortho_fx cannot skip.

@@ -268,7 +268,7 @@ except Exception as error:
 def test_without_enable_the_error_names_it(tmp_path):
     saved(tmp_path)
     done = subprocess.run([sys.executable, "-c", SOURCE, tmp_path], capture_output=True, text=True, check=True)
-    assert "pip install ortho-fx, and call ortho_fx.integrations.transformers.enable()" in done.stdout
+    assert "install ortho_fx, and call ortho_fx.integrations.transformers.enable()" in done.stdout
 
 
 def keep_tensors(folder, keep):
