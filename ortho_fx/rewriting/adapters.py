@@ -7,6 +7,7 @@ what is missing. Libraries are told by the names of their modules' classes, so n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
@@ -52,6 +53,22 @@ def adapters_that_miss(model: nn.Module, new: Sequence[Expansion]) -> Iterator[s
             f"the model has adapters of {name}, whose files will not have the new expansions: call "
             f"{_LIBRARIES[name]}.enable() before rewrite_"
         )
+
+
+def adapters_that_freeze(model: nn.Module, frozen: Sequence[Expansion]) -> Iterator[str]:
+    """A sentence for each library whose adapters came after a rewrite, and leave its expansions frozen and unsaved.
+
+    Whoever has imported its integration has chosen between that and training them.
+    """
+    held = {id(module) for module in held_by_adapters(model)}
+    if all(id(expansion) in held for expansion in frozen):
+        return
+    for name in sorted({name for module in model.modules() if (name := _library(module))}):
+        if _LIBRARIES[name] not in sys.modules:
+            yield (
+                f"adapters of {name} have frozen the expansions of the model, and their files will not have them: call "
+                f"{_LIBRARIES[name]}.enable() before the adapters are made"
+            )
 
 
 def held_by_adapters(model: nn.Module) -> list[Expansion]:

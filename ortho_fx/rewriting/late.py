@@ -1,4 +1,4 @@
-"""Warns of an optimizer that was made before the rewrite, and would not train the new parameters.
+"""Warns of an optimizer that does not train the new parameters: it was made before the rewrite, or adapters froze them.
 
 Nothing tells a rewrite which optimizers exist. So it waits for the first step of one that has parameters of the model,
 by a hook of PyTorch's for the steps of all optimizers, which is gone after that step.
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ortho_fx.passes.vocabulary.expansions import Expansion
+from ortho_fx.rewriting.adapters import adapters_that_freeze
 
 _Pending = tuple["weakref.ref[nn.Module]", tuple["weakref.ref[Expansion]", ...]]
 _pending: list[_Pending] = []
@@ -40,11 +41,14 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for pending in tuple(_pending):
         model, expansions = pending[0](), [one for ref in pending[1] if (one := ref()) is not None]
         new = {id(parameter) for one in expansions for parameter in one.parameters() if parameter.requires_grad}
-        if model is None or not new:
+        if model is None or not expansions:
             _pending.remove(pending)
         elif not has.isdisjoint(id(parameter) for parameter in model.parameters()):
             _pending.remove(pending)
-            if new.isdisjoint(has) and not any(new & _parameters(other) for other in _optimizers()):
+            if not new:
+                for sentence in adapters_that_freeze(model, expansions):
+                    warnings.warn(f"ortho_fx: {sentence}", stacklevel=3)
+            elif new.isdisjoint(has) and not any(new & _parameters(other) for other in _optimizers()):
                 warnings.warn(
                     f"ortho_fx: the optimizer {type(optimizer).__name__} trains the {type(model).__name__} but not its "
                     "expansions, and no other optimizer has them: make it after rewrite_, and before the wrapper of a "

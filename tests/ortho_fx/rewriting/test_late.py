@@ -1,6 +1,7 @@
 """An optimizer that was made before the rewrite is a warning at its first step, and no other one is."""
 
 import gc
+import sys
 import warnings
 
 import pytest
@@ -70,3 +71,29 @@ def test_other_models_and_those_that_are_gone_do_not_matter():
     assert step(torch.optim.SGD(other.parameters(), lr=0.1), other) == []
     assert len(late._pending) == 1
     assert step(torch.optim.SGD(model.parameters(), lr=0.1), model) == []
+
+
+class Adapter(nn.Module):
+    """What a library of adapters puts into a model, by the name of its package."""
+
+    __module__ = "peft.tuners"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return x + self.weight
+
+
+def test_adapters_that_freeze_expansions_are_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ortho_fx.integrations.peft", raising=False)
+    model = made()
+    rewrite_(model, "hermite3")
+    model.requires_grad_(False)
+    model.append(Adapter())
+    (told,) = step(torch.optim.SGD(model[2].parameters(), lr=0.1), model)
+    assert told == (
+        "ortho_fx: adapters of peft have frozen the expansions of the model, and their files will not have them: call "
+        "ortho_fx.integrations.peft.enable() before the adapters are made"
+    )
