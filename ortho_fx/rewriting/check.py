@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ class Check:
 
     Attributes:
         calls: the number of calls of each expansion in each mode.
-        uncalled: the expansions that were called in no mode.
+        uncalled: the expansions that were called in no mode; of several calls that share one, those that were not
+            reached, with file and line.
         only_in: the expansions that were called in one mode only, with that mode.
         mutations: replaced in-place modules whose changed input the original model reads again; the rewritten model
             reads the unchanged input there. Calls in source still work in place.
@@ -53,8 +56,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every expansion is called in both modes, and nothing else is to be said."""
-        return not (self.uncalled or self.only_in or self.mutations or self.not_finite or self.unlisted)
+        """Whether every expansion is called in both modes, by any of its calls, and nothing else is wrong."""
+        uncalled = [name for name in self.uncalled if name in self.calls]
+        return not (uncalled or self.only_in or self.mutations or self.not_finite or self.unlisted)
 
     def __str__(self) -> str:
         lines = [f"{name}: never called with these inputs" for name in self.uncalled]
@@ -65,7 +69,7 @@ class Check:
             lines.append("the outputs are not finite")
         if not self.copied:
             lines.append("the model cannot be copied, so changed inputs were not looked for")
-        called = len(self.calls) - len(self.uncalled)
+        called = sum(any(modes.values()) for modes in self.calls.values())
         return "\n".join([*lines, f"{called} of {len(self.calls)} expansions called"])
 
 
@@ -82,11 +86,15 @@ def check_model(model: nn.Module, inputs: Batch, sites: Sequence[Site]) -> Check
     finite = True
     ran: dict[Place, None] = {}
     left = [site for site in sites if site.reason]
+    shared = {site.name: set(site.lines) for site in sites if not site.reason and len(site.lines) > 1}
+    reached: set[tuple[str, str, int]] = set()
     for mode in _MODES:
         trial = _copy_of(model) or model
 
         def count(name: str, *_: Tensor, mode: str = mode) -> None:
             calls[name][mode] += 1
+            if name in shared:
+                reached.update((name, *line) for line in _first_of(shared[name]))
 
         seen = Ran(trial)
         with keeping_modes(trial), keeping_buffers(trial):
@@ -99,13 +107,42 @@ def check_model(model: nn.Module, inputs: Batch, sites: Sequence[Site]) -> Check
     only = {name: [mode for mode in _MODES if counts[mode]] for name, counts in calls.items()}
     return Check(
         calls=calls,
-        uncalled=tuple(name for name, modes in only.items() if not modes),
+        uncalled=tuple(
+            uncalled
+            for name, modes in only.items()
+            for uncalled in (_not_reached(name, shared.get(name, set()), reached) if modes else (name,))
+        ),
         only_in={name: modes[0] for name, modes in only.items() if len(modes) == 1},
         mutations=tuple(_mutations(original, inputs)) if original is not None else (),
         not_finite=not finite,
         copied=original is not None,
         unlisted=tuple(dict.fromkeys(str(place) for place in ran if not place.is_listed(left))),
     )
+
+
+# Between the code of a model and an expansion that it calls there are fewer frames of PyTorch and of ortho_fx.
+_FRAMES = 16
+
+
+def _first_of(lines: Collection[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The innermost of these lines, by file and number, from which the expansion was called."""
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        if frame is None:
+            return
+        line = Path(frame.f_code.co_filename).name, frame.f_lineno
+        if line in lines:
+            yield line
+            return
+        frame = frame.f_back
+
+
+def _not_reached(
+    name: str, lines: Collection[tuple[str, int]], reached: Collection[tuple[str, str, int]]
+) -> Iterator[str]:
+    found = [line for line in sorted(lines) if (name, *line) in reached]
+    # Where none was seen, the calls are those of compiled code, of which no line is known.
+    return (f"{name} at {file}:{line}" for file, line in sorted(lines) if found and (file, line) not in found)
 
 
 def _copy_of(model: nn.Module) -> nn.Module | None:

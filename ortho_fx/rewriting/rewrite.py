@@ -54,7 +54,8 @@ class RewriteReport:
 
     @property
     def replaced(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if not site.reason)
+        """The activations that were replaced; of several calls that share an expansion, each is one."""
+        return tuple(call for site in self.sites if not site.reason for call in site.calls)
 
     @property
     def left(self) -> tuple[Site, ...]:

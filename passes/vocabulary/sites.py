@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ortho_fx.tables import table
 
@@ -43,6 +43,12 @@ class Site:
     parameters: int = 0
     fit_rmse: float | None = None
     reason: str = ""
+
+    @property
+    def calls(self) -> tuple[Site, ...]:
+        """The site of each call; only the first has the parameters of an expansion that several share."""
+        first, *others = self.location.split(", ")
+        return replace(self, location=first), *(replace(self, location=one, parameters=0) for one in others)
 
     @property
     def lines(self) -> tuple[tuple[str, int], ...]:

@@ -460,3 +460,18 @@ def test_a_sequence_and_steps_with_a_cache_compute_the_same(kind, settings):
             logits.append(output.logits)
     assert sequence.std() > 1e-3
     torch.testing.assert_close(torch.cat(logits, 1), sequence, rtol=0, atol=1e-4)
+
+
+def test_check_names_the_branch_that_was_not_reached():
+    model = Match()
+    report = rewrite_(model, "hermite")
+    (site,) = report.sites
+    assert len(report.replaced) == 2
+    assert sum(call.parameters for call in report.replaced) == site.parameters
+    check = report.check(torch.randn(3, 4))
+    (uncalled,) = check.uncalled
+    (reached,) = {call.location for call in report.replaced} - {uncalled.rpartition(" at ")[2]}
+    assert uncalled.startswith("silu_expansion_0 at test_alternatives.py:")
+    assert reached.startswith("test_alternatives.py:")
+    assert str(check).endswith("1 of 1 expansions called")
+    assert check.passed
