@@ -1,5 +1,6 @@
 """README and guides run: their Python blocks in order, as a reader would run them, then their shortened commands."""
 
+import ast
 import os
 import pkgutil
 import re
@@ -175,4 +176,15 @@ def test_paths_and_names_are_those_of_today(page):
         assert (ROOT / path).exists() or "NAME" in path, path
     for name in set(DOTTED.findall(text)):
         assert not any(name == old or name.startswith(f"{old}.") for old in moved.MOVED), name
-        pkgutil.resolve_name(name)
+        if name.startswith("ortho_fx.integrations."):
+            assert_is_in_integration(*name.split(".")[2:])
+        else:
+            pkgutil.resolve_name(name)
+
+
+def assert_is_in_integration(library, *name):
+    """Without an import: the library may not be installed."""
+    tree = ast.parse((ROOT / "ortho_fx" / "integrations" / f"{library}.py").read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imported = {one.asname or one.name for node in tree.body if isinstance(node, ast.ImportFrom) for one in node.names}
+    assert set(name) <= defined | imported, name
