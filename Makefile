@@ -25,6 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 
 # Where the tests are that need libraries beyond those of `make install`.
 INTEGRATIONS := tests/ortho_fx/integrations
+# Files with a test that skips without these libraries.
+WITH_LIBRARIES := $(addprefix tests/passes/source/test_,alternatives.py looking.py pickles.py)
 
 .PHONY: install demo test test-integrations quick lint typecheck docs completions wheel compat clean
 
@@ -43,7 +45,7 @@ test: lint typecheck docs
 	$(PYTEST) --ignore=$(INTEGRATIONS)
 
 test-integrations: $(VENV)/.integrations
-	$(PYTEST) $(INTEGRATIONS)
+	$(PYTEST) $(INTEGRATIONS) $(WITH_LIBRARIES)
 
 $(VENV)/.integrations: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[integrations]"
