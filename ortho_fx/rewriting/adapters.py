@@ -44,7 +44,9 @@ def adapters_that_miss(model: nn.Module, new: Sequence[Expansion]) -> Iterator[s
     """A sentence for each library with adapters in the model that will not save the new expansions."""
     if not new:
         return
-    libraries = {name for module in model.modules() if (name := _library(module))}
+    libraries = {name for cls in {type(module) for module in model.modules()} if (name := _library(cls))}
+    if not libraries:
+        return
     held = {id(module) for module in held_by_adapters(model)}
     if all(id(expansion) in held for expansion in new):
         return
@@ -63,7 +65,7 @@ def adapters_that_freeze(model: nn.Module, frozen: Sequence[Expansion]) -> Itera
     held = {id(module) for module in held_by_adapters(model)}
     if all(id(expansion) in held for expansion in frozen):
         return
-    for name in sorted({name for module in model.modules() if (name := _library(module))}):
+    for name in sorted({name for module in model.modules() if (name := _library(type(module)))}):
         if _LIBRARIES[name] not in sys.modules:
             yield (
                 f"adapters of {name} have frozen the expansions of the model, and their files will not have them: call "
@@ -73,10 +75,10 @@ def adapters_that_freeze(model: nn.Module, frozen: Sequence[Expansion]) -> Itera
 
 def held_by_adapters(model: nn.Module) -> list[Expansion]:
     """The expansions in modules that adapters train and save as a whole."""
-    wrappers = [module for module in model.modules() if _library(module) and "original_module" in module._modules]
+    wrappers = [module for module in model.modules() if "original_module" in module._modules and _library(type(module))]
     return [inner for wrapper in wrappers for inner in wrapper.modules() if isinstance(inner, Expansion)]
 
 
-def _library(module: nn.Module) -> str:
-    """The library whose class a module has; empty where it is none of those with adapters."""
-    return next((name for cls in type(module).__mro__ if (name := cls.__module__.split(".")[0]) in _LIBRARIES), "")
+def _library(cls: type[nn.Module]) -> str:
+    """The library that a class of modules is of; empty where it is none of those with adapters."""
+    return next((name for cls in cls.__mro__ if (name := cls.__module__.split(".")[0]) in _LIBRARIES), "")

@@ -66,6 +66,8 @@ def groups_of(
     owner: nn.Module, source: Source, calls: Sequence[Call], *, share: bool
 ) -> tuple[list[list[Call]], list[list[str]]]:
     """The calls by the expansion that they get, and the names of alternatives that have one each all the same."""
+    if len({call.function for call in calls}) == len(calls):  # alternatives compute the same function
+        return [[call] for call in calls], []
     by_name = {call.attribute: call for call in calls}
     pairs = [
         pair
