@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation, make_activation
 from ortho_fx.activations.freeze import FrozenExpansion
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file, reason
 from ortho_fx.models import convnext, gpt2
@@ -56,21 +56,12 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class SiteExpansion:
-    """The expansion of one site; with the number and the dimension of channels if it differs by channel or group."""
-
-    config: ExpansionConfig
-    channels: int | None = None
-    channel_dim: int | None = None
-
-
-@dataclass(frozen=True)
 class Weights:
     """A model as a file holds it: its kind and config, its expansions by site, and its tensors by name."""
 
     kind: str
     config: ModelConfig
-    expansions: Mapping[str, SiteExpansion]
+    expansions: Mapping[str, SiteConfig]
     state: Mapping[str, Tensor]
     description: Mapping[str, Any] = field(default_factory=dict)
 
@@ -194,7 +185,7 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
         kind = KINDS[values["model"]]
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
         expansions = {
-            site: SiteExpansion(ExpansionConfig.from_dict(expansion), *values["channels"].get(site, ()))
+            site: SiteConfig(ExpansionConfig.from_dict(expansion), *values["channels"].get(site, ()))
             for site, expansion in values["expansions"].items()
         }
         return Weights(values["model"], kind.config(**config), expansions, tensors, values["description"])
@@ -242,21 +233,21 @@ def _copies(kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {copy: state[original] for copy, original in kind.tied.items()}
 
 
-def _place_expansions(model: nn.Module, expansions: Mapping[str, SiteExpansion]) -> None:
+def _place_expansions(model: nn.Module, sites: Mapping[str, SiteConfig]) -> None:
     """Places expansions without values at these sites. Unlike `rewrite_`, it need not run the model."""
-    sites = {occurrence.site.name: occurrence for occurrence in find_occurrences(model, choose_targets(None))}
-    for name, expansion in expansions.items():
-        if name not in sites:
-            raise OrthoFxError(f"{name} is no activation of this {type(model).__name__}; those are {shortened(sites)}")
+    found = {occurrence.site.name: occurrence for occurrence in find_occurrences(model, choose_targets(None))}
+    for name, site in sites.items():
+        if name not in found:
+            raise OrthoFxError(f"{name} is no activation of this {type(model).__name__}; those are {shortened(found)}")
         activation = make_activation(
-            replace(expansion.config, init="stable"),
-            channels=expansion.channels,
-            channel_dim=expansion.channel_dim,
-            reference=sites[name].reference,
+            replace(site.expansion, init="stable"),
+            channels=site.channels,
+            channel_dim=site.channel_dim,
+            reference=found[name].reference,
             device="meta",
         )
-        activation.config = expansion.config
-        sites[name].substitute(activation)
+        activation.config = site.expansion
+        found[name].substitute(activation)
 
 
 def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> str:

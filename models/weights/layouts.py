@@ -8,7 +8,6 @@ ConvNeXt with exact GELU, an epsilon of 1e-6, and a head that pools, normalises 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ortho_fx.bases import BASES
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import gpt2
 from ortho_fx.models.convnext import ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2Config
-from ortho_fx.models.weights.bundle import ModelConfig, SiteExpansion, Weights, described, shortened
+from ortho_fx.models.weights.bundle import ModelConfig, Weights, described, shortened
+from ortho_fx.rewriting.sources import config_of_tensors
 from ortho_fx.tensor_files import TensorFile, errors_naming, files_of, read_json, read_tensors
 
 
@@ -187,7 +186,7 @@ def convert(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = No
     return Weights("gpt2", _gpt2_config(tensors, settings), expansions_of(tensors), tensors)
 
 
-def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
+def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteConfig]:
     """The expansions in a state dict of ours, by site, inferred from names and shapes.
 
     Their initialisation cannot be inferred: init is "stable", and clamp is half the distance between the bounds.
@@ -198,39 +197,19 @@ def expansions_of(state: Mapping[str, Tensor]) -> dict[str, SiteExpansion]:
         found.setdefault(site, {})[parameter] = tensor
     expansions = {}
     for site, parameters in found.items():
-        config = _expansion_config(parameters)
+        config = config_of_tensors(parameters)
         # In both models the layer before an activation is its sibling `expand`, whose width is the number of channels.
         before = state.get(f"{site.rpartition('.')[0]}.expand.weight")
         if config is not None and before is not None:
-            expansions[site] = _one_a_group(config, parameters, before.shape[0])
+            expansions[site] = _one_a_group(config, before.shape[0])
     return expansions
 
 
-def _expansion_config(parameters: Mapping[str, Tensor]) -> ExpansionConfig | None:
-    """The config of an expansion with parameters of these names and lengths, for granularity "layer"; None if none."""
-    lengths = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in parameters.items()}
-    bounded = lengths.pop("bounds", None)
-    clamp = float(parameters["bounds"].diff()) / 2 if bounded == 2 else None
-    fitting: dict[str, ExpansionConfig] = {}
-    for basis in BASES.values():
-        if lengths.keys() != {parameter.name for parameter in basis.parameters} or bounded not in (None, 2):
-            continue
-        for tied, degree in itertools.product((False, True)[: 1 + basis.tieable], basis.degrees):
-            if all(parameter.size(degree, tied) == lengths[parameter.name] for parameter in basis.parameters):
-                fitting.setdefault(basis.name, ExpansionConfig(basis.name, degree, clamp=clamp, tied=tied))
-    if len(fitting) > 1:
-        names = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise OrthoFxError(f"parameters of these names and lengths ({names}) fit several bases: {', '.join(fitting)}")
-    return next(iter(fitting.values()), None)
-
-
-def _one_a_group(config: ExpansionConfig, parameters: Mapping[str, Tensor], channels: int) -> SiteExpansion:
-    first = parameters[BASES[config.basis].parameters[0].name]
-    if first.dim() == 1:
-        return SiteExpansion(config)
-    groups = first.shape[1]
-    granularity = "channel" if groups == channels else f"group:{groups}"
-    return SiteExpansion(replace(config, granularity=granularity), channels, -1)
+def _one_a_group(config: ExpansionConfig, channels: int) -> SiteConfig:
+    if config.granularity == "layer":
+        return SiteConfig(config)
+    granularity = "channel" if config.granularity == f"group:{channels}" else config.granularity
+    return SiteConfig(replace(config, granularity=granularity), channels, -1)
 
 
 def _recognised(state: Mapping[str, Tensor]) -> tuple[_Layout, Mapping[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -198,14 +198,14 @@ def rewrite_(
     new = [one.expansion for one in record.occurrences if one.expansion is not None]
     tell(model, new)
     watch_optimizers(model, new)
-    missed = (*_optimizers_that_miss(model, record), *adapters_that_miss(model, new))
+    missed = (*_optimizers_that_miss(model, new), *adapters_that_miss(model, new))
     notes = (*record.advice, *missed) if record.replaced else ()
     for note in notes:
         warnings.warn(f"ortho_fx: {note}", stacklevel=2)
     return RewriteReport(record.sites, record.earlier, model, notes)
 
 
-def _optimizers_that_miss(model: nn.Module, record: pipeline.Record) -> Iterator[str]:
+def _optimizers_that_miss(model: nn.Module, new: Sequence[expansions.Expansion]) -> Iterator[str]:
     """A sentence for each optimizer that a module of the model keeps, and that does not have the new parameters."""
     kept = [
         (join(prefix, key), optimizer)
@@ -220,7 +220,6 @@ def _optimizers_that_miss(model: nn.Module, record: pipeline.Record) -> Iterator
     ]
     if not kept:
         return
-    new = [one.expansion for one in record.occurrences if one.expansion is not None]
     ours = {id(parameter) for expansion in new for parameter in expansion.parameters()}
     parameters = {id(parameter) for parameter in model.parameters()} - ours
     for name, optimizer in kept:

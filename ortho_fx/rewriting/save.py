@@ -11,6 +11,7 @@ from torch import distributed, nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY
+from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.rewriting.sources import expansion_config, unwrapped
 from ortho_fx.sharded import is_distributed, whole
 from ortho_fx.tensor_files import safetensors_library
@@ -58,7 +59,8 @@ def save_expansions(model: nn.Module, path: str | Path) -> ExpansionsFile:
     if not config["sites"]:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to save: call rewrite_ first")
     tensors, sharded = {}, False
-    for name, module in unwrapped(model).named_modules():
+    for prefix, module in unwrapped(model).named_modules():
+        name = plain_name(prefix)
         if name in config["sites"]:
             for key, tensor in module.state_dict().items():
                 if tensor.is_meta:

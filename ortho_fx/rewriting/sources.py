@@ -7,6 +7,7 @@ clamp an expansion has: no two bases of ortho_fx have the same parameters.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -283,15 +284,44 @@ def _of_names(tensors: Mapping[str, Any]) -> Source:
         values = {key: tensors[f"{prefix}.{key}" if prefix else key] for key in keys}
         if not all(isinstance(value, Tensor) for value in values.values()):
             continue
-        found = [config for basis in _bases(keys) for config in _configs_of(basis, values)]
-        if len({config.basis for config in found}) > 1:
-            names = ", ".join(config.basis for config in found)
-            raise OrthoFxError(f"{prefix} may be of any of the bases {names}: pass the map of expansion_config")
-        if found:
-            sites[prefix] = SiteConfig(replace(found[0], granularity="layer"))
-            if found[0].granularity != "layer":
+        try:
+            config = config_of_tensors(values)
+        except OrthoFxError as error:
+            raise OrthoFxError(f"{prefix}: {error}: pass the map of expansion_config") from None
+        if config is not None:
+            sites[prefix] = SiteConfig(replace(config, granularity="layer"))
+            if config.granularity != "layer":
                 granular.append(prefix)
     return Source(sites, tensors=tensors, granular=tuple(granular), tells_shared=False)
+
+
+def config_of_tensors(values: Mapping[str, Tensor]) -> ExpansionConfig | None:
+    """The config of an expansion with parameters of these names and shapes; None if it is that of no basis.
+
+    The init cannot be told, and is "stable". The clamp is half the distance of the bounds. Several expansions in one
+    are "group:N".
+
+    Raises:
+        OrthoFxError: several bases have such parameters.
+    """
+    shapes = {key: tuple(value.shape) for key, value in values.items()}
+    bounds = shapes.pop("bounds", None)
+    columns = {shape[1:] for shape in shapes.values()}
+    if bounds not in (None, (2,)) or len(columns) != 1 or {len(shape) for shape in shapes.values()} not in ({1}, {2}):
+        return None
+    ((*groups,),) = columns
+    granularity = f"group:{groups[0]}" if groups else "layer"
+    clamp = None if bounds is None else _half_width(values["bounds"])
+    fitting: dict[str, ExpansionConfig] = {}
+    for basis in _bases(values):
+        for tied, degree in itertools.product((False, True)[: 1 + basis.tieable], basis.degrees):
+            if all(one.size(degree, tied) == shapes[one.name][0] for one in basis.parameters):
+                config = ExpansionConfig(basis.name, degree, "stable", granularity, clamp, tied)
+                fitting.setdefault(basis.name, config)
+    if len(fitting) > 1:
+        names = ", ".join(f"{name} {shape[0]}" for name, shape in shapes.items())
+        raise OrthoFxError(f"parameters of these names and lengths ({names}) fit several bases: {', '.join(fitting)}")
+    return next(iter(fitting.values()), None)
 
 
 def _half_width(bounds: Tensor) -> float:
@@ -299,21 +329,3 @@ def _half_width(bounds: Tensor) -> float:
     if bounds.is_meta:
         return 1.0
     return max(float(bounds[1] - bounds[0]) / 2, torch.finfo(bounds.dtype).tiny)
-
-
-def _configs_of(basis: Basis, values: Mapping[str, Tensor]) -> list[ExpansionConfig]:
-    """The configs that fit these shapes; at most one."""
-    shapes = {key: value.shape for key, value in values.items() if key != "bounds"}
-    if {len(shape) for shape in shapes.values()} not in ({1}, {2}):
-        return []
-    columns = {shape[1:] for shape in shapes.values()}
-    if len(columns) > 1:
-        return []
-    (groups,) = columns
-    clamp = _half_width(values["bounds"]) if "bounds" in values else None
-    for tied in (False, True) if basis.tieable else (False,):
-        for degree in basis.degrees:
-            if all(shapes[one.name][0] == one.size(degree, tied) for one in basis.parameters):
-                granularity = f"group:{groups[0]}" if groups else "layer"
-                return [ExpansionConfig(basis.name, degree, "stable", granularity, clamp, tied)]
-    return []

@@ -21,9 +21,9 @@ from ortho_fx.bench.measure import choose_expansions
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.weights.bundle import load_model, save_weights
-from ortho_fx.models.weights.layouts import _expansion_config
 from ortho_fx.numerics.moments import clamped
 from ortho_fx.operators import expand, support
+from ortho_fx.rewriting.sources import config_of_tensors
 from tests.kinds import bases_from_outside
 
 pytestmark = pytest.mark.slow
@@ -293,10 +293,10 @@ def test_weights_of_a_model_are_saved_and_loaded(tmp_path):
 
 def test_parameters_that_fit_two_bases_are_no_one_s():
     parameters = {"coefficients": torch.zeros(4)}
-    assert _expansion_config(parameters) == ExpansionConfig("hermite", 3)
+    assert config_of_tensors(parameters) == ExpansionConfig("hermite", 3)
     cls = register()
     with pytest.raises(OrthoFxError, match=rf"\(coefficients 4\) fit several bases: hermite, {cls.basis.name}"):
-        _expansion_config(parameters)
+        config_of_tensors(parameters)
 
 
 def test_command_line_follows(capsys, tmp_path):

@@ -190,6 +190,8 @@ def test_a_file_of_expansions_alone(tmp_path):
     rewrite_like_(again, file.path)
     assert expansion_config(again) == expansion_config(model)
     torch.testing.assert_close(again[3].bounds, model[3].bounds, rtol=0, atol=0)
+    inside = nn.Sequential(torch.compile(mixed()))
+    assert save_expansions(inside, file.path).numbers == file.numbers
     with pytest.raises(OrthoFxError, match=r"must end in \.safetensors$"):
         save_expansions(model, tmp_path / "expansions.pt")
     with pytest.raises(OrthoFxError, match=r"^Sequential holds no expansion to save: call rewrite_ first$"):
