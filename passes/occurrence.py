@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -90,4 +90,4 @@ class Occurrence:
     def describe(self, **changes: Any) -> None:
         """Changes fields of the site."""
         if any(getattr(self.site, name) != value for name, value in changes.items()):
-            self.site = replace(self.site, **changes)
+            self.site = Site(**{**vars(self.site), **changes})  # `dataclasses.replace` takes half as long again

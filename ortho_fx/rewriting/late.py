@@ -29,6 +29,7 @@ _hooks: list[RemovableHandle] = []
 def watch_optimizers(model: nn.Module, new: Sequence[Expansion]) -> None:
     """Warns at the first step of an optimizer of the model if none has the new parameters."""
     if new:
+        _pending[:] = [pending for pending in _pending if pending[0]() is not None]
         _pending.append((weakref.ref(model), tuple(weakref.ref(expansion) for expansion in new)))
         if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_before_step))

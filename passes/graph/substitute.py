@@ -38,7 +38,8 @@ def substitute(model: nn.Module, context: Context) -> int:
     if pending:
         _refuse_wrapped(model, pending[0].site.name)
     starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
-    made = [_make(model, context, one, starts[one.config]) for one in pending if one.config is not None]
+    nearest: dict[str, _Placement] = {}
+    made = [_make(model, context, one, starts[one.config], nearest) for one in pending if one.config is not None]
     for one, expansion in zip(pending, made, strict=True):
         one.expansion = expansion
         one.substitute(expansion)
@@ -87,8 +88,16 @@ def _ddp_wrappers() -> list[nn.Module]:
     return [found for found in gc.get_objects() if issubclass(type(found), nn.parallel.DistributedDataParallel)]
 
 
-def _make(model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig) -> LearnableExpansion:
-    device, dtype = _placement(model, one)
+_Placement = tuple[torch.device | None, torch.dtype | None]
+
+
+def _make(
+    model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig, nearest: dict[str, _Placement]
+) -> LearnableExpansion:
+    owner = one.site.name.rpartition(".")[0]
+    if owner not in nearest:
+        nearest[owner] = _nearest(model, owner, one.site.name)
+    device, dtype = nearest[owner] if nearest[owner] != (None, None) else _of_result(one)
     try:
         expansion = context.maker.make(
             config,
@@ -104,23 +113,25 @@ def _make(model: nn.Module, context: Context, one: Occurrence, config: Expansion
     return expansion if one.owner.training else expansion.eval()
 
 
-def _placement(model: nn.Module, one: Occurrence) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and dtype of the nearest parameters to compute with: the owner's, else its closest ancestor's.
-
-    A `make_fx` graph takes its parameters as inputs, so there the site's result decides.
-    """
-    path = one.site.name.split(".")[:-1]
+def _nearest(model: nn.Module, owner: str, site: str) -> _Placement:
+    """The device and dtype of the nearest parameters to compute with: the owner's, else its closest ancestor's."""
+    path = owner.split(".") if owner else []
     owners = [model.get_submodule(".".join(path[:length])) for length in range(len(path), -1, -1)]
-    for owner in owners:
-        if loads_all_weights(owner):
+    for module in owners:
+        if loads_all_weights(module):
             raise OrthoFxError(
-                f"{one.site.name}: {type(owner).__name__} is offloaded as a whole, and its hook has no weights for new "
+                f"{site}: {type(module).__name__} is offloaded as a whole, and its hook has no weights for new "
                 "parameters: call rewrite_ before offloading"
             )
-    for module in (module for owner in owners for module in owner.modules()):
+    for module in (module for above in owners for module in above.modules()):
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in COMPUTED:  # a storage dtype, such as float8, computes with nothing
                 return device_of(module, parameter), parameter.dtype
+    return None, None
+
+
+def _of_result(one: Occurrence) -> _Placement:
+    """The device and dtype of the site's result in a `make_fx` graph, which takes its parameters as inputs."""
     owner, match = one.owner, one.match
     if match is not None and isinstance(owner, fx.GraphModule) and is_operator_graph(owner.graph):
         value = match.node.meta.get("val")

@@ -14,7 +14,6 @@ would keep the memory of a deleted model.
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -139,5 +138,5 @@ def _held(module: nn.Module, attribute: str) -> Any:
         held = held.before
     if held is not None:
         return held
-    held = inspect.getattr_static(type(module), attribute, None)
+    held = next((vars(base)[attribute] for base in type(module).__mro__ if attribute in vars(base)), None)
     return held.__get__(module, type(module)) if hasattr(held, "__get__") else held

@@ -47,7 +47,10 @@ def source_of(module: nn.Module, split: frozenset[str] = frozenset()) -> Source:
     known = cls.__dict__.get(_SOURCE)
     if known is not None:
         return replace(known, split=known.split | split) if split else known
-    asked = analyse(Source(cls, split=split)).asked
+    plain = Source(cls, split=split)
+    asked = analyse(plain).asked
+    if not asked:
+        return plain
     values = ((name, _value(module, name)) for name in asked)
     # Plain values only: a source is hashed, to look up its rewritten class.
     constants = frozenset((name, value) for name, value in values if isinstance(value, Scalar))

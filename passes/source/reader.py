@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
@@ -79,7 +80,12 @@ class Call:
 
     @property
     def location(self) -> str:
-        return f"{Path(self.code.co_filename).name}:{self.line}"
+        return f"{_file_name(self.code.co_filename)}:{self.line}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_name(path: str) -> str:
+    return Path(path).name
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def test_scripted_models_are_refused_and_scripted_children_reported():
 
 
 def test_a_device_that_is_gone_is_named(monkeypatch):
-    monkeypatch.setattr(substitute, "_placement", lambda model, entry: (torch.device("cuda:99"), None))
+    monkeypatch.setattr(substitute, "_nearest", lambda *_: (torch.device("cuda:99"), None))
     network = model()
     with pytest.raises(OrthoFxError, match=r"^1 cannot be placed on cuda:99: "):
         rewrite_(network)
