@@ -161,12 +161,14 @@ class Code:
     """The code of a function; without a backward if no input requires a gradient.
 
     `arguments` gives for each argument of the forward graph the number of its tensor, and None for other arguments.
-    Numbers count the inputs, then a module's parameters and buffers.
+    Numbers count the inputs, then a module's parameters and buffers. `sizes` gives for each argument that is a symbolic
+    size an argument that has it, and the dimension.
     """
 
     forward: Graph
     backward: Graph | None
     arguments: tuple[int | None, ...]
+    sizes: dict[int, tuple[int, int]]
 
     def __str__(self) -> str:
         return f"forward\n{self.forward}" + (f"\nbackward\n{self.backward}" if self.backward else "")
@@ -200,6 +202,8 @@ def triton_code(
         called = (getattr(node.target, "__name__", "") for node in graph_module.graph.nodes)
         if torch.is_autocast_enabled("cuda") or "_enter_autocast" in called:
             raise NotImplementedError("autocast: pass inputs of the dtypes that it would cast to")
+        placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+        sizes.update(_places_of_sizes([node.meta["example_value"] for node in placeholders]))
         _compiler.compile_fx(graph_module, example_inputs, config_patches={**SETTINGS, **(options or {})})
 
         def run(*called: Any) -> Any:
@@ -209,6 +213,7 @@ def triton_code(
         return run
 
     arguments: list[int | None] = []
+    sizes: dict[int, tuple[int, int]] = {}
     numbers: dict[int, int] = {}
     mode = _private.FakeTensorMode(shape_env=ShapeEnv())
     torch.compiler.reset()
@@ -224,7 +229,18 @@ def triton_code(
     finally:
         # Dynamo's cached code for the function is guarded on fake tensors and returns them.
         torch.compiler.reset()
-    return Code(graphs[False], graphs.get(True), tuple(arguments))
+    return Code(graphs[False], graphs.get(True), tuple(arguments), sizes)
+
+
+def _places_of_sizes(inputs: Sequence[Any]) -> dict[int, tuple[int, int]]:
+    """For each input that is a symbolic size, an input that is a tensor with this size, and the dimension."""
+    found = {
+        str(size): (number, dim)
+        for number, tensor in enumerate(inputs)
+        if isinstance(tensor, Tensor)
+        for dim, size in enumerate(tensor.shape)
+    }
+    return {number: found[str(size)] for number, size in enumerate(inputs) if isinstance(size, torch.SymInt)}
 
 
 def _fake(tensor: Tensor) -> Tensor:

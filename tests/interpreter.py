@@ -8,9 +8,11 @@ The `call` function of each generated wrapper is executed unchanged, with its bu
 executed once for each program of its grid. A block is a torch tensor, and `tl` has the few functions of Triton that
 Inductor uses; a kernel that uses another one raises an AttributeError.
 
-Every access is checked to lie inside its tensor. Buffers start as NaN, and so do masked lanes of a load that have no
-other value, so that values which were never written show in the result. The interpreter does not see the order of sums
-inside a block, fused multiply-adds, approximate functions and races between programs.
+Every access is checked, and so are the promises that a kernel was compiled with (`tests.kernel_memory` has the list):
+bounds, memory that nothing wrote, races between programs, dtypes, multiples of 16. Buffers start as NaN, and so do
+masked lanes of a load that have no other value, so that values which were never written show in the result. The
+interpreter does not see the order of sums inside a block, fused multiply-adds, approximate functions and races between
+the threads of one program.
 """
 
 from __future__ import annotations
@@ -29,41 +31,80 @@ import torch
 from torch import Tensor
 
 from tests.h100 import Code, Graph, Kernel
+from tests.kernel_memory import Launch, Memory, Target, check_claims
 
 # Any power of two is correct. These are small, so that small tensors take several programs and several loops.
 BLOCKS = {"XBLOCK": 8, "YBLOCK": 8, "ZBLOCK": 8, "R0_BLOCK": 16, "NUM_STAGES": 1}
 
 
-def run(code: Code, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+def run(
+    code: Code,
+    tensors: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    blocks: dict[str, int] | None = None,
+    complete: bool = False,
+) -> tuple[list[Tensor], list[Any]]:
     """The outputs, and the gradients of the tensors (None for a tensor without a gradient).
 
-    `tensors` are the inputs with which the code was generated, then a module's parameters and buffers. `tangents` are
-    the gradients of the outputs.
+    `tensors` are the inputs with which the code was generated, then a module's parameters and buffers. Sizes that are
+    symbolic in the code may be others than those it was generated for. `tangents` are the gradients of the outputs.
+    `blocks` replaces block sizes of `BLOCKS`. With `complete`, a result that was not written everywhere is an error.
     """
-    primals = [tensors[number].detach() for number in code.arguments if number is not None]
-    assert len(primals) == len(code.arguments), "symbolic sizes"
-    results = call_graph(code.forward, primals)
+    memory, chosen = Memory(), {**BLOCKS, **(blocks or {})}
+    primals: list[Any] = [None if number is None else tensors[number].detach() for number in code.arguments]
+    for place, (argument, dim) in code.sizes.items():
+        primals[place] = primals[argument].shape[dim]
+    results = call_graph(code.forward, primals, memory, chosen)
+    if complete:
+        _assert_written(memory, results)
     outputs, saved = results[: len(tangents)], results[len(tangents) :]
     gradients: list[Any] = [None] * len(tensors)
     if code.backward is not None:
-        # AOTAutograd gives tangents the strides of their outputs.
+        # AOTAutograd gives tangents the strides of their outputs, and saved sizes before saved tensors.
         laid_out = [torch.empty_like(y).copy_(tangent) for y, tangent in zip(outputs, tangents, strict=True)]
-        found = call_graph(code.backward, [*saved, *laid_out])
+        saved = sorted(saved, key=lambda value: isinstance(value, Tensor))
+        found = call_graph(code.backward, [*saved, *laid_out], memory, chosen)
+        if complete:
+            _assert_written(memory, found)
         for number, gradient in zip(code.arguments, found, strict=True):
-            assert number is not None
-            gradients[number] = gradient
+            if number is not None:
+                gradients[number] = gradient
     return outputs, gradients
 
 
-def call_graph(graph: Graph, arguments: Sequence[Tensor]) -> list[Tensor]:
+def call_graph(
+    graph: Graph, arguments: Sequence[Any], memory: Memory | None = None, blocks: dict[str, int] | None = None
+) -> list[Any]:
     """Runs the wrapper of a graph and returns its results."""
-    (call,) = (
-        node for node in ast.walk(ast.parse(graph.source)) if isinstance(node, ast.FunctionDef) and node.name == "call"
-    )
-    scope = {**_WRAPPER, **{kernel.name: _Launcher(kernel) for kernel in graph.kernels}}
+    # A buffer whose memory another one gets: `buf2 = buf0; del buf0  # reuse`.
+    source = re.sub(r"^( +)(\w+) = .*; del \w+  # reuse$", r"\g<0>\n\1_reuse(\2)", graph.source, flags=re.MULTILINE)
+    # PyTorch's own functions write too: `buf3.copy_(workspace_0...)`.
+    source = re.sub(r"^( +)(\w+)\.(copy|zero|fill)_\(.*$", r"\g<0>\n\1_written(\2)", source, flags=re.MULTILINE)
+    (call,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "call")
+    memory, blocks = memory or Memory(), blocks or BLOCKS
+
+    def allocate(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = _empty(size, stride, dtype)
+        memory.allocate(tensor)
+        return tensor
+
+    scope = {
+        **_WRAPPER,
+        **{kernel.name: _Launcher(kernel, memory, blocks) for kernel in graph.kernels},
+        "empty_strided_cuda": allocate,
+        "extern_kernels": _Library(memory),
+        "_reuse": memory.reuse,
+        "_written": memory.written,
+    }
     exec(compile(ast.Module([call], []), "<wrapper>", "exec"), scope)
     others = [None] * (len(call.args.args) - 1)  # `self`, if `call` is a method of the Runner
     return list(scope["call"](*others, list(arguments)))
+
+
+def _assert_written(memory: Memory, results: Sequence[Any]) -> None:
+    for number, result in enumerate(results):
+        count = memory.unwritten(result) if isinstance(result, Tensor) else 0
+        assert not count, f"nothing wrote {count} of the {result.numel()} elements of result {number}"
 
 
 # The wrapper's functions.
@@ -100,17 +141,38 @@ class _Torch:
         return getattr(torch, name)
 
 
+class _Library:
+    """PyTorch's functions as calls of libraries, which read whole tensors and write the one that they get as `out`."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            for number, argument in enumerate(arguments):
+                count = self._memory.unwritten(argument) if isinstance(argument, Tensor) else 0
+                assert not count, f"{name} reads {count} elements of argument {number}, which nothing wrote"
+            result = getattr(torch, name)(*arguments, **settings)
+            if "out" in settings:
+                self._memory.written(settings["out"])
+            return result
+
+        return call
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 _WRAPPER: dict[str, Any] = {
     "torch": _Torch(),
     "aten": torch.ops.aten,
-    "extern_kernels": torch,
-    "empty_strided_cuda": _empty,
     "reinterpret_tensor": _view,
     "assert_size_stride": _assert_size_stride,
     "assert_size_stride_grouped": _assert_sizes_strides,
     "assert_alignment": lambda *_: None,
-    "copy_if_misaligned": lambda tensor: tensor,
-    "copy_misaligned": lambda tensor: tensor,
+    "copy_if_misaligned": _aligned,
+    "copy_misaligned": _aligned,
     "get_raw_stream": lambda index: None,
 }
 
@@ -121,16 +183,23 @@ _WRAPPER: dict[str, Any] = {
 class _Launcher:
     """A kernel with its block sizes and its grid."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, memory: Memory, blocks: dict[str, int]) -> None:
         body = kernel.definition[kernel.definition.index("@triton.jit") :]
         self._program = compile(
             ast.fix_missing_locations(_NoChangeInPlace().visit(ast.parse(body))), "<kernel>", "exec"
         )
-        self._name = kernel.name
-        (signature,) = re.findall(r"'signature': (\{.*?\})", kernel.definition)
-        kinds = ast.literal_eval(signature)
-        self._parameters = [name for name in kinds if not name.isupper()]
-        self._blocks = {name: BLOCKS[name] for name in kinds if name in BLOCKS}
+        self._name, self._memory = kernel.name, memory
+        self._signature, self._constants, configs = (
+            ast.literal_eval(re.findall(rf"'{key}': (\{{.*?\}}|\[.*?\}}\])[,}}]", kernel.definition)[0])
+            for key in ("signature", "constants", "configs")
+        )
+        names = list(self._signature)
+        self._divisible = [names[index] for (index,), claims in configs[0].items() if ["tt.divisibility", 16] in claims]
+        self._parameters = [name for name in names if not name.isupper()]
+        self._sizes = {name: int(size) for name, size in re.findall(r"^ +(\w*numel) = (\d+)$", body, re.MULTILINE)}
+        # No block is longer than its axis, up to a power of two: a kernel needs no mask along an axis of length one.
+        longest = {f"{axis.upper()}BLOCK": hint for axis, hint in kernel.size_hints.items()}
+        self._blocks = {n: min(blocks[n], longest.get(n, blocks[n])) for n in self._signature if n in blocks}
         (grid,) = re.findall(r"'grid_type': '(\w+)'", kernel.definition)
         self._steps = {axis: self._blocks.get(f"{axis.upper()}BLOCK", 1) for axis in "xyz"}
         if grid == "MixOrderReductionGrid":
@@ -142,12 +211,18 @@ class _Launcher:
 
     def run(self, *values: Any, stream: None) -> None:
         arguments = dict(zip(self._parameters, values, strict=True))
+        check_claims(self._name, arguments, self._signature, self._constants, self._divisible, self._sizes)
         grid = [-(-arguments.get(f"{axis}numel", 1) // self._steps[axis]) for axis in "xyz"]
-        given = {name: _Pointer(v, name) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-        for place in itertools.product(*map(range, grid)):
+        launch = Launch(self._memory, self._name)
+        given = {
+            name: _Pointer(Target(launch, name, v)) if isinstance(v, Tensor) else v for name, v in arguments.items()
+        }
+        for number, place in enumerate(itertools.product(*map(range, grid))):
+            launch.program = number
             scope = {"tl": _Language(place, grid), **_KERNEL}
             exec(self._program, scope)
             scope[self._name](**given, **self._blocks)
+        launch.finish()
 
 
 class _NoChangeInPlace(ast.NodeTransformer):
@@ -163,29 +238,11 @@ class _NoChangeInPlace(ast.NodeTransformer):
 class _Pointer:
     """Positions in a tensor's memory, counted from its first element."""
 
-    tensor: Tensor
-    name: str
+    target: Target
     offset: Any = 0
 
     def __add__(self, offset: Any) -> _Pointer:
-        return _Pointer(self.tensor, self.name, self.offset + offset)
-
-    def places(self, mask: Any, beyond: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensor's elements in memory, positions among them, and which of the positions are accessed.
-
-        With `beyond`, a single position may lie after the tensor's end; it is then not accessed.
-        """
-        tensor = self.tensor
-        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        memory = tensor.as_strided((count,), (1,), tensor.storage_offset())
-        offset = torch.as_tensor(self.offset, dtype=torch.int64)
-        meant = torch.as_tensor(True if mask is None else mask)
-        offset, meant = torch.broadcast_tensors(offset, meant)
-        outside = meant & ((offset < 0) | (offset >= count))
-        if beyond and offset.numel() == 1 and (offset >= count).all():
-            return memory, offset, meant & ~outside
-        assert not outside.any(), f"{self.name} has {count} elements, and {offset[outside].tolist()} are meant"
-        return memory, offset, meant
+        return _Pointer(self.target, self.offset + offset)
 
 
 class _Language:
@@ -207,17 +264,49 @@ class _Language:
     @staticmethod
     def load(pointer: _Pointer, mask: Any = None, other: Any = None, eviction_policy: str = "") -> Tensor:
         # In a `cat` Inductor loads constant positions without a mask and does not use values after the tensor's end.
-        memory, offset, meant = pointer.places(mask, beyond=True)
-        values = memory[torch.where(meant, offset, 0)]
+        target = pointer.target
+        offset, meant = target.places(pointer.offset, mask, beyond=True)
+        target.read(offset[meant])
+        values = target.elements[torch.where(meant, offset, 0)]
         undefined = math.nan if values.is_floating_point() else -1
         return torch.where(meant, values, torch.as_tensor(undefined if other is None else other).to(values.dtype))
 
     @staticmethod
-    def store(pointer: _Pointer, value: Any, mask: Any = None) -> None:
-        memory, offset, meant = pointer.places(mask)
-        shape = torch.broadcast_shapes(offset.shape, value.shape)
-        values, offset, meant = (each.expand(shape) for each in (value, offset, meant))
-        memory[offset[meant]] = values[meant].to(memory.dtype)
+    def store(pointer: _Pointer, value: Tensor, mask: Any = None) -> None:
+        target = pointer.target
+        offset, values = _stored(target, pointer.offset, value, mask)
+        target.check_stored(offset, values)
+        target.write(offset)
+        target.elements[offset] = values.to(target.dtype)
+
+    @staticmethod
+    def atomic_add(pointer: _Pointer, value: Tensor, mask: Any = None, sem: str = "") -> None:
+        target = pointer.target
+        offset, values = _stored(target, pointer.offset, value, mask)
+        target.read_atomically(offset)
+        target.write(offset, atomic=True)
+        target.elements.index_put_((offset,), values.to(target.dtype), accumulate=True)
+
+    @staticmethod
+    def multiple_of(value: Any, factor: Any) -> Any:
+        """A promise: what follows no neighbour (one less) is a multiple."""
+        number, numbers = int(_single(factor)), torch.as_tensor(value).reshape(-1)
+        first = torch.ones(numbers.shape, dtype=torch.bool)
+        first[1:] = numbers[1:] != numbers[:-1] + 1
+        assert not (numbers[first] % number).any(), f"said to be multiples of {number}: {numbers[first].tolist()}"
+        return value
+
+    @staticmethod
+    def max_contiguous(value: Tensor, length: Any) -> Tensor:
+        """A promise: each `length` values are neighbours."""
+        number = min(int(_single(length)), value.numel())
+        rows = value.reshape(-1, number)
+        assert (rows == rows[:, :1] + torch.arange(number)).all(), f"said to be {number} neighbours: {rows.tolist()}"
+        return value
+
+    @staticmethod
+    def assume(condition: Any) -> None:
+        assert torch.as_tensor(condition).all(), "an assumption of the kernel does not hold"
 
     @staticmethod
     def range(*limits: Any, num_stages: int = 1) -> Iterator[int]:
@@ -225,6 +314,8 @@ class _Language:
 
     @staticmethod
     def arange(start: int, end: int) -> Tensor:
+        length = end - start
+        assert length & (length - 1) == 0, f"a block of {length} is no power of two"
         return torch.arange(start, end)
 
     @staticmethod
@@ -259,6 +350,18 @@ class _Language:
     sigmoid = staticmethod(torch.sigmoid)
     sqrt_rn = staticmethod(torch.sqrt)
     div_rn = staticmethod(torch.div)
+
+
+def _stored(target: Target, offset: Any, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """The positions that a store means, and their values."""
+    offset, meant = target.places(offset, mask)
+    shape = torch.broadcast_shapes(offset.shape, value.shape)
+    values, offset, meant = (each.expand(shape) for each in (value, offset, meant))
+    return offset[meant], values[meant]
+
+
+def _single(value: Any) -> Any:
+    return value[-1] if isinstance(value, (list, tuple)) else value
 
 
 def _sort_with_index(
