@@ -7,7 +7,7 @@ import copy
 import importlib
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +93,11 @@ class Copy(nn.Module):
         return _CopyFunction.apply(x)
 
 
-def make_candidates(config: BenchConfig) -> Iterator[Candidate]:
-    """Every candidate of a config: first the reference, then the floor, then the others."""
+def make_candidates(config: BenchConfig, others: Mapping[str, nn.Module] | None = None) -> Iterator[Candidate]:
+    """Every candidate of a config: first the reference, then the floor, then the expansions, then peers.
+
+    `others` are further peers by name, for an activation alone or in an MLP.
+    """
     if config.trains:
         yield from _training_steps(config)
         return
@@ -128,6 +131,8 @@ def make_candidates(config: BenchConfig) -> Iterator[Candidate]:
     for expansion in config.expansions:
         channels = None if expansion.granularity == "layer" else ROW
         yield candidate(str(expansion), "expansion", make_activation(expansion, channels=channels))
+    for name, module in (others or {}).items():
+        yield candidate(name, "peer", module)
     if config.peers:
         yield candidate("rational 5/4", "peer", Rational())
         for title, degree, make in _torchortho():
@@ -146,14 +151,19 @@ def _torchortho() -> Iterator[tuple[str, int, Callable[[int], nn.Module]]]:
 
 def _training_steps(config: BenchConfig) -> Iterator[Candidate]:
     """A training step of the model with GELU, and one with each expansion instead."""
-    torch.manual_seed(0)
-    model, inputs, targets = _gpt2(config) if config.what == "gpt2" else _convnext(config)
-    model = model.to(config.device)
-    yield _training_step("gelu", "reference", copy.deepcopy(model), inputs, targets, config)
+    model, inputs, targets = trained_model(config)
+    yield training_step("gelu", "reference", copy.deepcopy(model), inputs, targets, config)
     for expansion in config.expansions:
         rewritten = copy.deepcopy(model)
         rewrite_(rewritten, expansion, example_inputs=inputs)
-        yield _training_step(str(expansion), "expansion", rewritten, inputs, targets, config)
+        yield training_step(str(expansion), "expansion", rewritten, inputs, targets, config)
+
+
+def trained_model(config: BenchConfig) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model of a training step with GELU, its inputs and targets; always the same numbers."""
+    torch.manual_seed(0)
+    model, inputs, targets = _gpt2(config) if config.what == "gpt2" else _convnext(config)
+    return model.to(config.device), inputs, targets
 
 
 def _gpt2(config: BenchConfig) -> tuple[nn.Module, Tensor, Tensor]:
@@ -170,9 +180,10 @@ def _convnext(config: BenchConfig) -> tuple[nn.Module, Tensor, Tensor]:
     return convnext.ConvNeXt(preset), images, torch.randint(preset.classes, (batch,), device=config.device)
 
 
-def _training_step(
+def training_step(
     name: str, kind: str, model: nn.Module, inputs: Tensor, targets: Tensor, config: BenchConfig
 ) -> Candidate:
+    """A step that trains the model with AdamW."""
     dtype = getattr(torch, config.dtype)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -124,8 +124,7 @@ def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
             row, column = within
             return [chunk * rows + row, group, part * across + column]
 
-        hints = _inductor.ReductionHint
-        reduction = functools.partial(_sum, device, dtype, hints.INNER if across != 1 else hints.OUTER)
+        reduction = functools.partial(_sum, device, dtype, _hint(grouped and behind == 1, across, count))
 
         # The input gradient comes first, so that the scheduler fuses the reductions into it.
         nest = _inductor.Pointwise.create(
@@ -157,6 +156,19 @@ def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
         return _inductor.TensorBox(_inductor.ReinterpretView(data=result, layout=layout)), sums
 
     return lower
+
+
+def _hint(column: bool, across: sympy.Expr, terms: int) -> Any:
+    """What a GPU's blocks look like: one row, some neighbouring columns, or what is the fastest of several.
+
+    With several, Inductor times them at the first launch, and leaves out those that spill registers. One of them has a
+    quarter of the usual elements in a thread.
+    """
+    hints = _inductor.ReductionHint
+    if across != 1:
+        return hints.INNER
+    fits = parts.loop_registers(terms, column) <= parts.MOST_REGISTERS
+    return hints.OUTER if fits else hints.DEFAULT
 
 
 def _sum(
@@ -217,14 +229,25 @@ def _chunk(
     device: torch.device, before: sympy.Expr, groups: sympy.Expr, behind: sympy.Expr, terms: int
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """As `parts.chunk`, for sizes that may be symbolic: only known factors are used, and a whole row is a chunk."""
-    largest = parts.largest_chunk(device.type, groups != 1, behind, terms)
-    across = sympy.Integer(parts.largest_divisor(int(behind), largest)) if behind.is_number else behind
-    if across != behind:
-        return sympy.Integer(1), across
-    known = int(before.as_coeff_Mul()[0])
-    rows = sympy.Integer(parts.largest_divisor(known, largest / int(across)) if across.is_number else 1)
-    # If no chunk divides a symbolic size, there would be as many partial sums as elements. So all rows are one chunk.
-    return (before, across) if rows == across == 1 else (rows, across)
+    numel = before * groups * behind
+    limits = parts.largest_chunks(
+        device.type, groups != 1, behind, terms, int(numel) if numel.is_number else float("inf")
+    )
+    for largest in limits:
+        across = sympy.Integer(parts.largest_divisor(int(behind), largest)) if behind.is_number else behind
+        if across != behind:
+            rows = sympy.Integer(1)
+        else:
+            known = int(before.as_coeff_Mul()[0])
+            rows = sympy.Integer(parts.largest_divisor(known, largest / int(across)) if across.is_number else 1)
+            if rows == across == 1:
+                # If no chunk divides a symbolic size, there would be as many partial sums as elements. So all rows are
+                # one chunk.
+                rows = before
+        size = rows * across
+        if not size.is_number or parts.makes_a_loop(int(size)):
+            break
+    return rows, across
 
 
 def _count_terms(basis: Basis, parameters: Sequence[_Box]) -> int:

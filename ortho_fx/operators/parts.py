@@ -92,16 +92,54 @@ def count_terms(basis: Basis, parameters: Sequence[Any]) -> int:
     return sum(int(parameter.shape[0]) for parameter in learned)
 
 
-def largest_chunk(device_type: str, grouped: bool, behind: Any, terms: int) -> int:
-    """The largest number of elements in a partial sum.
+def largest_chunks(device_type: str, grouped: bool, behind: Any, terms: int, numel: Any) -> list[int]:
+    """The largest number of elements in a partial sum, for tensors of `numel` elements, which may be symbolic.
+
+    The last number is for tensors that have no divisor below the first which makes a loop (see `makes_a_loop`).
 
     On a CPU it is 4096, above which sums go through memory, or 256 for a column of channels. On a GPU it is 16384: then
-    partial sums are few and all processors are busy, in a loop with one accumulator per term. If there are more terms
-    than registers, it is 128, which is too short for a loop, and terms are summed one by one.
+    partial sums are few and all processors are busy, in a loop with accumulators for each term. If the accumulators do
+    not fit into the registers of large blocks, there are at least so many partial sums that Inductor halves the blocks.
+
+    Sums that are too short for a loop need no accumulators, but they are no way out: adding up across the threads takes
+    about ten instructions for each term and element, and a register that does not fit takes half an instruction.
     """
+    column = grouped and behind == 1
     if device_type == "cpu":
-        return 256 if behind == 1 and grouped else 4096
-    return 128 if terms > 40 else 16384
+        return [256 if column else 4096]
+    crowded = not column and loop_registers(terms, column) > _REGISTERS_OF_LARGE_BLOCKS
+    if crowded and is_known(numel < _LONGEST_CHUNK * _MANY_SUMS):
+        return [int(numel) // _MANY_SUMS, _LONGEST_CHUNK]
+    return [_LONGEST_CHUNK]
+
+
+_LONGEST_CHUNK = 16384
+# Inductor makes no loop of a sum of at most so many elements.
+_LONGEST_WITHOUT_LOOP = 1024
+# With at least so many sums, a block of Inductor's has 256 threads instead of 512. A block of an H100 has 65,536
+# registers, and a thread at most 255.
+_MANY_SUMS = 513
+_REGISTERS_OF_LARGE_BLOCKS = 128
+MOST_REGISTERS = 255
+
+
+def makes_a_loop(size: int) -> bool:
+    """Whether a GPU's kernel takes a sum of this size in a loop."""
+    return size > _LONGEST_WITHOUT_LOOP
+
+
+def loop_registers(terms: int, column: bool) -> int:
+    """An estimate of the registers of a GPU's thread in a loop with this number of sums.
+
+    A thread has four elements at a time (blocks of 1024 elements for 256 threads). For each it holds an accumulator for
+    each term, half as many intermediate results (powers, comparisons), and about eight more values. If channels lie
+    side by side, its elements have different parameters, which the loop holds too: as many as terms.
+
+    In parentheses, what the compiler needs (Triton 3.9 for an H100, float32): Fourier 5 128 (128), tropical rational 6
+    200 (185), Hermite 32 230 (167), tropical rational 9 272 (spills); side by side: Fourier 7 252 (247), tropical
+    rational 5 272 (spills), Hermite 32 362 (spills).
+    """
+    return 4 * (8 + terms + terms // 2 + (terms if column else 0))
 
 
 def largest_divisor(number: int, largest: float) -> int:
@@ -117,7 +155,10 @@ def chunk(device_type: str, before: Any, groups: Any, behind: int, terms: int) -
 
     If the number of rows is symbolic, a partial sum covers one row.
     """
-    largest = largest_chunk(device_type, groups != 1, behind, terms)
-    across = largest_divisor(behind, largest)
-    rows = largest_divisor(before, largest / across) if across == behind and isinstance(before, int) else 1
+    limits = largest_chunks(device_type, groups != 1, behind, terms, before * groups * behind)
+    for largest in limits:
+        across = largest_divisor(behind, largest)
+        rows = largest_divisor(before, largest / across) if across == behind and isinstance(before, int) else 1
+        if makes_a_loop(rows * across):
+            break
     return rows, across
