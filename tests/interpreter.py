@@ -80,7 +80,9 @@ def call_graph(
     source = re.sub(r"^( +)(\w+) = .*; del \w+  # reuse$", r"\g<0>\n\1_reuse(\2)", graph.source, flags=re.MULTILINE)
     # PyTorch's own functions write too: `buf3.copy_(workspace_0...)`.
     source = re.sub(r"^( +)(\w+)\.(copy|zero|fill)_\(.*$", r"\g<0>\n\1_written(\2)", source, flags=re.MULTILINE)
-    (call,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "call")
+    (call,) = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
     memory, blocks = memory or Memory(), blocks or BLOCKS
 
     def allocate(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -43,12 +43,14 @@ SIZES = {
     "symbolic": Size((40, 27), (23, 27), symbolic=True),
     "image": Size((3, 12, 5, 7), (3, 12, 5, 7), channel_dim=1),
     "image last": Size((3, 12, 5, 7), (3, 12, 5, 7), last=True, channel_dim=1),
+    # For benchmarks/gpu.py.
+    "large": Size((4096, 3072), (4096, 3072)),
 }
 SETTINGS: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
     "granularity": ("layer", "channel", "group:3"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "size": tuple(SIZES),
+    "size": ("odd", "even", "symbolic", "image", "image last"),
     "around": ("alone", "gate", "residual"),
 }
 
@@ -82,7 +84,8 @@ class Outcome(NamedTuple):
     parameters: float
 
     def is_right(self, case: Case) -> bool:
-        exact = LARGEST[case.kind]
+        # Among so many elements are some that are larger, and some that are rounded worse.
+        exact = LARGEST[case.kind] * (2 if case.size == "large" else 1)
         largest = exact if case.dtype == "float32" else ROUNDED
         return max(self.output, self.inputs) <= largest and self.parameters <= exact
 
@@ -167,8 +170,10 @@ def outcome_of(problem: Problem, code: Code) -> Outcome:
     return compare(problem, y, [g for g, t in zip(gradients, problem.tensors, strict=True) if t.requires_grad])
 
 
-def compare(problem: Problem, y: Tensor, found: Sequence[Tensor]) -> Outcome:
+def compare(problem: Problem, y: Tensor, found: Sequence[Tensor], ignored: float = 0.0) -> Outcome:
     """The errors of an output and of the gradients of all tensors that require one.
+
+    A share of the elements of the inputs' gradients may be ignored, those with the largest errors.
 
     Raises:
         AssertionError: a result of another dtype or shape.
@@ -184,14 +189,16 @@ def compare(problem: Problem, y: Tensor, found: Sequence[Tensor]) -> Outcome:
     terms = problem.tangent.numel() / groups
     return Outcome(
         _error(y, expected),
-        max(_error(*pair) for pair in pairs[:count]),
+        max(_error(*pair, ignored=ignored) for pair in pairs[:count]),
         # About so large is a sum of random terms.
         max(_error(*pair, least=terms**0.5) for pair in pairs[count:]),
     )
 
 
-def _error(actual: Tensor, expected: Tensor, least: float = 1.0) -> float:
+def _error(actual: Tensor, expected: Tensor, least: float = 1.0, ignored: float = 0.0) -> float:
     distance = (actual.double() - expected).abs() / expected.abs().clamp(min=least)
+    if ignored:
+        distance = distance.flatten().topk(1 + int(ignored * distance.numel())).values[-1]
     return float(distance.max().nan_to_num(math.inf)) / torch.finfo(actual.dtype).eps
 
 

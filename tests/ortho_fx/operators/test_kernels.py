@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
+from tests.h100 import triton_code
 from tests.interpreter import run
+from tests.ortho_fx.operators.expansions import noise
 from tests.ortho_fx.operators.kernel_cases import (
     Case,
     Problem,
@@ -159,7 +161,13 @@ def broken(code, pattern, replacement, where):
         # A size that the kernel has as a number.
         (CHANNELS, "forward kernel", r"xnumel = 999$", "xnumel = 990", "xnumel is 999, and the kernel has 990"),
         # A kernel that is not launched, so that the next one reads memory that nothing wrote.
-        (CHANNELS, "backward wrapper", r"^ +triton_red\w+\.run\(.*$", "", "which nothing wrote|nothing wrote 999"),
+        (
+            CHANNELS,
+            "backward wrapper",
+            r"^ +triton_(red|per)\w+\.run\(.*$",
+            "",
+            "which nothing wrote|nothing wrote 999",
+        ),
         # A buffer that a kernel has in the place of another, and that nothing wrote.
         (
             HERMITE,
@@ -169,14 +177,12 @@ def broken(code, pattern, replacement, where):
             "which nothing wrote",
         ),
         # Two programs write one element.
-        (HERMITE, "forward kernel", r"tl\.store\(out_ptr0 \+ \(x0\)", "tl.store(out_ptr0 + (x0 // 2)", "in any order|two v"),
-        # A program reads what another writes: the output is the input's memory, one element later.
         (
             HERMITE,
             "forward kernel",
-            r"(?s)tl\.store\(out_ptr0 \+ \(x0\)(.*)$",
-            r"tl.load(out_ptr0 + (0)); tl.store(out_ptr0 + (x0)\1",
-            "which nothing wrote",
+            r"tl\.store\(out_ptr0 \+ \(x0\)",
+            "tl.store(out_ptr0 + (x0 // 2)",
+            "in any order|two v",
         ),
         # A buffer of another dtype.
         (
@@ -209,8 +215,29 @@ def test_a_fault_is_found(generated, case, where, pattern, replacement, message)
         run(broken(code, pattern, replacement, where), problem.tensors, [problem.tangent], complete=True)
 
 
-@pytest.mark.parametrize("pattern", [r"other=0\.0", r"\(tmp\w+ \+ tmp\w+\)|tmp(\d+) \+ tmp"])
-def test_a_changed_value_is_found(generated, pattern):
+def test_a_program_that_reads_what_another_writes_is_found():
+    """In place a kernel may work on the element that it reads, but on no other."""
+    x = noise(64, 64)
+    code = triton_code(torch.sin, x)
+    in_place = broken(code, r"\.run\((\w+), \w+,", r".run(\1, \1,", "forward wrapper")
+    in_place = broken(in_place, r"return \(\w+, \)", "return ()", "forward wrapper")
+    run(in_place, [x.clone()], [])
+    shifted = broken(in_place, r"tl\.load\(in_ptr0 \+ \(x0\)", "tl.load(in_ptr0 + (x0 ^ 8)", "forward kernel")
+    with pytest.raises(AssertionError, match="write what others read, in any order"):
+        run(shifted, [x.clone()], [])
+
+
+def test_atomic_additions_of_several_programs_are_no_fault():
+    x = noise(64, 64)
+    code = triton_code(torch.sin, x)
+    code = broken(code, r"tl\.store\((out_ptr0) \+ \(x0\)", r"tl.atomic_add(\1 + (x0 // 64)", "forward kernel")
+    launch = r"^( +)(\w+ = empty_strided_cuda\(.*)$"
+    code = broken(code, launch, r"\g<0>\n\1buf0.zero_()", "forward wrapper")
+    (y,), _ = run(code, [x], [x])
+    torch.testing.assert_close(y.flatten()[:64], x.sin().sum(1))
+
+
+def test_a_changed_value_is_found(generated):
     problem, code = generated(HERMITE)
     changed = broken(code, r"(tmp\d+) = (tmp\d+) \+ (tmp\d+)$", r"\1 = \2 + \3 * 1.0001", "backward kernel")
     (y,), gradients = run(changed, problem.tensors, [problem.tangent])
