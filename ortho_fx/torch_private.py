@@ -324,8 +324,8 @@ GPU_CODE = PrivateNames(
 )
 
 MACHINE_CODE = PrivateNames(
-    "compiling for a GPU on a machine without one, in benchmarks/h100_code.py",
-    without="this benchmark does not run",
+    "compiling for a GPU on a machine without one, in tests/machine_code.py",
+    without="these tests and benchmarks/h100_code.py do not run",
     names=(
         PrivateName("torch._inductor.codecache.PyCodeCache", "loads generated code"),
         PrivateName("torch._inductor.runtime.triton_helpers", "changed: no driver is asked for"),

@@ -5,8 +5,8 @@ all of their elements count as written. `Launch` sees every access of one launch
 
 - an access outside of a tensor;
 - a load of an element that nothing has written, or that was written for a buffer whose memory is used again;
-- an element that two programs write, or that one writes and another reads: their order is not known. Atomic additions of
-  several programs to an element are no fault, if no program stores or loads it in that launch;
+- an element that two programs write, or that one writes and another reads: their order is not known. Atomic additions
+  of several programs to an element are no fault, if no program stores or loads it in that launch;
 - a store of two different values to one element;
 - a store of another kind of number (an integer to floats), or of a number that was rounded to fewer bits than the
   memory has.
@@ -129,9 +129,9 @@ class Target:
         """Raises if values are of the wrong dtype, or if two of them differ for one position."""
         given, wanted = values.dtype, self.dtype
         same_kind = (given.is_floating_point, given == torch.bool) == (wanted.is_floating_point, wanted == torch.bool)
-        assert same_kind and (given == wanted or given.itemsize >= max(wanted.itemsize, 4)), (
-            f"{self.launch.kernel} stores {given} to {self.name}, which is {wanted}"
-        )
+        fault = f"{self.launch.kernel} stores {given} to {self.name}, which is {wanted}"
+        assert same_kind, fault
+        assert given == wanted or given.itemsize >= max(wanted.itemsize, 4), fault
         order = offset.argsort()
         offset, values = offset[order], values[order]
         differ = (offset[1:] == offset[:-1]) & (values[1:] != values[:-1]) & (values[1:] == values[1:])

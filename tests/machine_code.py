@@ -3,9 +3,9 @@
     code = compile_kernel(kernel)      # a kernel of `tests.h100`
     assert not code.stack_bytes
 
-Needs Triton (`pip install -e ".[gpu-code]"`; PyTorch for CUDA brings it), whose compiler and disassembler need no GPU. A
-kernel is compiled as Inductor would compile it before its first launch, for one of the block sizes that Inductor would
-try. If that kernel needs many registers, Inductor also tries smaller blocks at the first launch; these are not read.
+Needs Triton (`pip install -e ".[gpu-code]"`; PyTorch for CUDA brings it), whose compiler and disassembler need no GPU.
+A kernel is compiled as Inductor would compile it before its first launch. If it then needs many registers, Inductor
+also tries smaller blocks; these are not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import triton
