@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-gpu = pytest.importorskip("benchmarks.gpu")
+from benchmarks import gpu
 
 pytestmark = pytest.mark.slow
 
