@@ -87,6 +87,10 @@ class Basis(ABC):
         """
         return parameters
 
+    def prepare_for_kernels(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """As `prepare`, for formulas in compiled code, whose x is no tensor. The default is `prepare`."""
+        return self.prepare(dtype, *parameters)
+
     @abstractmethod
     def evaluate(self, x: Value, *parameters: Value) -> Value:
         """y(x), elementwise; parameters are those of `prepare`."""

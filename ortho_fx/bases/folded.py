@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.formula import Value, multiply_add
+from ortho_fx.bases.formula import Value, counts_turns, multiply_add
 from ortho_fx.numerics.moments import Array
 
 # The name of a form, and its constants by name, each of shape (terms, groups).
@@ -62,11 +62,16 @@ def _difference(x: Tensor, slopes: Tensor, offsets: Tensor, down: Tensor, below:
     return _maximum(x, slopes, offsets) - _maximum(x, down, below)
 
 
+def circle(x: Value, frequency: Value) -> tuple[Value, Value]:
+    """cos(w x) and sin(w x); w is in turns if `counts_turns(x)`."""
+    angle = frequency[0] * x
+    return (angle.cos_of_turns(), angle.sin_of_turns()) if counts_turns(x) else (angle.cos(), angle.sin())
+
+
 def harmonics(x: Value, constant: Value, cosines: Value, sines: Value, frequency: Value) -> Value:
     """a_0 + sum of A_k cos(k w x) + B_k sin(k w x)."""
     # Horner's rule for the real part of the sum of (A_k - i B_k) z^k, with z = exp(i w x).
-    angle = frequency[0] * x
-    c, s = angle.cos(), angle.sin()
+    c, s = circle(x, frequency)
     minus_s = s * -1.0
     degree = len(cosines)
     u, v = cosines[degree - 1], sines[degree - 1]

@@ -19,21 +19,29 @@ Term = Callable[[], Value]
 
 
 def after(x: Value, place: Value) -> Value:
-    """A mask of where x > place."""
-    # A mask of numbers, because tensor operations are several times slower with a boolean mask.
-    return (x - place).sign().relu() if isinstance(x, Tensor) else x > place
+    """A mask: 1 where x > place, 0 elsewhere."""
+    # A mask of numbers, because a boolean mask takes several times as long in tensor operations, and twice as long in
+    # a kernel for a CPU.
+    return (x - place).sign().relu() if isinstance(x, Tensor) else (x > place).where(1.0, 0.0)
 
 
 def masked(mask: Value, value: Value) -> Value:
-    """`value` where the mask holds, 0 elsewhere."""
-    return mask * value if isinstance(mask, Tensor) else mask.where(value, 0.0)
+    """`value` where the mask holds, 0 elsewhere; NaN if the value is not finite and the mask does not hold."""
+    return mask * value
 
 
 def multiply_add(factor: Value, other: Value, summand: Value) -> Value:
     """factor * other + summand, as one operation if possible."""
     if isinstance(summand, Tensor) and isinstance(other, Tensor):
         return torch.addcmul(summand, factor, other)
+    if hasattr(other, "multiply_add"):
+        return other.multiply_add(factor, summand)
     return factor * other + summand
+
+
+def counts_turns(x: Value) -> bool:
+    """Whether angles of waves are wanted in turns, and not in radians: see `Basis.prepare_for_kernels`."""
+    return getattr(x, "counts_turns", False)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
-from ortho_fx.bases.folded import Folded, constant_polynomial, harmonics, packed
-from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, multiply_add, renamed
+from ortho_fx.bases.folded import Folded, circle, constant_polynomial, harmonics, packed
+from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, counts_turns, multiply_add, renamed
 from ortho_fx.bases.fourier_fit import fit_waves
 from ortho_fx.bases.hermite import factorial_weights
 from ortho_fx.bases.numeric import sampled
@@ -30,6 +30,8 @@ from ortho_fx.bases.stable import stable
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
+
+_TURNS = 0.5 / math.pi
 
 
 def _inverse_factorial(k: int) -> float:
@@ -86,43 +88,46 @@ class Fourier(Basis):
         cosines, sines = torch.stack([weights * phases.cos(), weights * phases.sin()]).unbind()
         return constant, cosines, sines, frequencies
 
+    def prepare_for_kernels(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """In float32: a_0, a_k / k!, w_k in turns, -p_k in turns. So a wave costs one operation less, and its angle is
+        rounded once."""
+        prepared = self.prepare(dtype, *parameters)
+        if dtype != torch.float32:
+            return prepared
+        if len(prepared[3]) < len(prepared[1]):
+            return *prepared[:3], prepared[3].to(dtype) * _TURNS
+        constant, *others = prepared
+        coefficients, frequencies, phases = (p.to(dtype) for p in others)
+        # As one tensor: AOTAutograd saves the result of a concatenation for the backward pass, and never recomputes it.
+        rows = coefficients * _inverse_factorials(coefficients), frequencies * _TURNS, phases * -_TURNS
+        return constant, *torch.stack(rows).unbind()
+
     def evaluate(self, x: Value, *parameters: Value) -> Value:
         if len(parameters[3]) < len(parameters[1]):
             return harmonics(x, *parameters)
-        constant, coefficients, frequencies, phases = parameters
-        y = constant[0]
-        for k in range(len(coefficients)):
-            weight = coefficients[k] * _inverse_factorial(k + 1)
-            y = multiply_add(weight, (frequencies[k] * x - phases[k]).cos(), y)
+        waves = _Waves(x, *parameters)
+        y = parameters[0][0]
+        for k in range(waves.count):
+            y = multiply_add(waves.weight(k), waves.cosine(k), y)
         return y
 
     def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
         if len(parameters[3]) < len(parameters[1]):
             return _harmonic_derivatives(grad, x, *parameters)
-        _, coefficients, frequencies, phases = parameters
-        degree = len(coefficients)
-
-        @functools.cache
-        def angle(k: int) -> Value:
-            return frequencies[k] * x - phases[k]
-
-        @functools.cache
-        def sine(k: int) -> Value:
-            return angle(k).sin()
+        waves = _Waves(x, *parameters)
 
         def grad_x() -> Value:
             # d/dx a cos(w x - p) = -a w sin(w x - p)
-            slope = 0.0
-            for k in range(degree):
-                rate = (coefficients[k] * -_inverse_factorial(k + 1)) * frequencies[k]
-                slope = multiply_add(rate, sine(k), slope)
-            return grad * slope
+            slope = waves.rate(0) * waves.sine(0)
+            for k in range(1, waves.count):
+                slope = multiply_add(waves.rate(k), waves.sine(k), slope)
+            return grad * (slope * waves.unit)
 
         return grad_x, [
             lambda: grad,
-            *(lambda k=k: grad * angle(k).cos() for k in range(degree)),
-            *(lambda k=k: grad * sine(k) for k in range(degree)),
-            *(lambda k=k: grad * sine(k) * x for k in range(degree)),
+            *(lambda k=k: grad * waves.cosine(k) for k in range(waves.count)),
+            *(lambda k=k: grad * waves.sine(k) for k in range(waves.count)),
+            *(lambda k=k: grad * waves.sine(k) * x for k in range(waves.count)),
         ]
 
     def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
@@ -175,6 +180,38 @@ class Fourier(Basis):
         return _fold(values, dtype)
 
 
+class _Waves:
+    """The waves cos(w_k x - p_k) and their weights a_k / k!, of the numbers that `prepare` or its twin gives.
+
+    `unit` times `rate(k)` is the factor of sine k in the slope.
+    """
+
+    def __init__(self, x: Value, constant: Value, coefficients: Value, frequencies: Value, phases: Value) -> None:
+        self._x, self._coefficients, self._frequencies, self._phases = x, coefficients, frequencies, phases
+        self._turns = counts_turns(x)
+        self.count = len(coefficients)
+        self.unit = -2.0 * math.pi if self._turns else -1.0
+
+    def weight(self, k: int) -> Value:
+        return self._coefficients[k] if self._turns else self._coefficients[k] * _inverse_factorial(k + 1)
+
+    def rate(self, k: int) -> Value:
+        return self.weight(k) * self._frequencies[k]
+
+    @functools.cache  # noqa: B019
+    def _angle(self, k: int) -> Value:
+        if self._turns:
+            return multiply_add(self._frequencies[k], self._x, self._phases[k])
+        return self._frequencies[k] * self._x - self._phases[k]
+
+    def cosine(self, k: int) -> Value:
+        return self._angle(k).cos_of_turns() if self._turns else self._angle(k).cos()
+
+    @functools.cache  # noqa: B019
+    def sine(self, k: int) -> Value:
+        return self._angle(k).sin_of_turns() if self._turns else self._angle(k).sin()
+
+
 def _harmonic_derivatives(
     grad: Value, x: Value, constant: Value, cosines: Value, sines: Value, frequency: Value
 ) -> tuple[Term, list[Term]]:
@@ -183,12 +220,12 @@ def _harmonic_derivatives(
     @functools.cache
     def waves() -> list[tuple[Value, Value]]:
         """grad cos(k w x) and grad sin(k w x)."""
-        angle = frequency[0] * x
-        c, s = angle.cos(), angle.sin()
+        c, s = circle(x, frequency)
+        minus_s = s * -1.0
         pairs = [(grad * c, grad * s)]
         for _ in range(degree - 1):
             p, q = pairs[-1]
-            pairs.append((p * c - q * s, p * s + q * c))
+            pairs.append((multiply_add(q, minus_s, p * c), multiply_add(q, c, p * s)))
         return pairs
 
     @functools.cache
@@ -202,7 +239,8 @@ def _harmonic_derivatives(
             total = total + partial
         return total
 
-    return lambda: frequency[0] * slope(), [
+    unit = 2.0 * math.pi if counts_turns(x) else 1.0
+    return lambda: frequency[0] * (slope() * unit), [
         lambda: grad,
         *(lambda k=k: waves()[k][0] for k in range(degree)),
         *(lambda k=k: waves()[k][1] for k in range(degree)),

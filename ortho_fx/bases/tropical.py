@@ -101,13 +101,13 @@ class Bends:
 
     @functools.cached_property
     def _after(self) -> list[Value]:
-        """Masks of x to the right of each knot."""
+        """1 where x is to the right of a knot, for each knot."""
         return [after(self._x, self._offsets[k]) for k in range(1, len(self._offsets))]
 
     def slope(self) -> Value:
         slope = self._slopes[0]
         for k, right in enumerate(self._after, start=1):
-            slope = slope + masked(right, self._slopes[k])
+            slope = multiply_add(self._slopes[k], right, slope)
         return slope
 
     def terms(self, grad: Value) -> list[Term]:

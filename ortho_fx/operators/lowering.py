@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES, Basis
 from ortho_fx.operators import decomposition as plain
-from ortho_fx.operators import eager, formulas, parts
+from ortho_fx.operators import parts
 from ortho_fx.operators.values import Value
 
 NAMESPACE = "ortho_fx_inductor"
@@ -49,7 +49,7 @@ class _Parameter:
     """A parameter of the current expansion: its numbers as values of the kernel."""
 
     def __init__(self, tensor: _Box, dtype: torch.dtype, group: sympy.Expr | None) -> None:
-        self._load, self._dtype = tensor.make_loader(), dtype
+        self._load, self._dtype, self._device = tensor.make_loader(), dtype, tensor.get_device_or_error()
         self._size = int(tensor.get_size()[0])
         self._group = [] if group is None else [group]
 
@@ -58,15 +58,27 @@ class _Parameter:
 
     def __getitem__(self, k: int) -> Value:
         value = self._load([sympy.Integer(k), *self._group])
-        return _value(value, self._dtype)
+        return _value(value, self._dtype, self._device)
 
 
 def _load(tensor: _Box, index: Sequence[sympy.Expr], dtype: torch.dtype) -> Value:
-    return _value(tensor.make_loader()(index), dtype)
+    return _value(tensor.make_loader()(index), dtype, tensor.get_device_or_error())
 
 
-def _value(value: Any, dtype: torch.dtype) -> Value:
-    return Value(_ops.to_dtype(value, dtype), dtype, _ops)
+def _value(value: Any, dtype: torch.dtype, device: torch.device) -> Value:
+    return Value(_ops.to_dtype(value, dtype), dtype, _ops if device.type == "cpu" else _UNFUSED)
+
+
+class _Unfused:
+    """The operations of a kernel but `fma`: the compilers of GPUs make one of a product and a sum by themselves."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fma":
+            raise AttributeError(name)
+        return getattr(_ops, name)
+
+
+_UNFUSED = _Unfused()
 
 
 def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
@@ -268,10 +280,10 @@ def register(basis: Basis, lowered: dict[str, Callable[..., Any]]) -> None:
     forward, backward = (getattr(getattr(torch.ops, NAMESPACE), twin) for twin in (basis.name, name))
 
     def run_forward(x: Tensor, *rest: Any) -> Tensor:
-        return eager.forward_of_prepared(basis, x, *rest[:-1], channel_dim=rest[-1])
+        return plain.forward(basis, x, *rest[:-1], channel_dim=rest[-1])
 
     def run_backward(tensors: Sequence[Tensor], *prepared: Tensor) -> tuple[Tensor, Tensor]:
-        return formulas.backward_of_parts(basis, *tensors, *prepared)
+        return plain.backward(basis, *tensors, *prepared)
 
     def backward_shapes(tensors: Sequence[Tensor], *prepared: Tensor) -> tuple[Tensor, Tensor]:
         _, x = tensors
@@ -348,7 +360,7 @@ def _horizontal_fusion() -> Any:
     """
     if _inductor.config.cpp.max_horizontal_fusion_size != 16:
         return contextlib.nullcontext()
-    return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 18})
+    return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 64})
 
 
 def _sums_of_one_order() -> Any:

@@ -279,7 +279,7 @@ def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Ten
     """
     if not _is_for_inductor():
         return ()
-    prepared = basis.prepare(parts.compute_dtype(x.dtype), *parameters)
+    prepared = basis.prepare_for_kernels(parts.compute_dtype(x.dtype), *parameters)
     return () if all(a is b for a, b in zip(prepared, parameters, strict=False)) else prepared
 
 

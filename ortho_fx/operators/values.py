@@ -48,6 +48,13 @@ class Value:
     def __rmul__(self, other: float) -> Value:
         return self * other
 
+    def multiply_add(self, factor: Value | float, summand: Value | float) -> Value:
+        """factor * self + summand: rounded once where the operations have `fma`."""
+        fma = getattr(self._operations, "fma", None)
+        if fma is None:
+            return self * factor + summand
+        return self._of(fma(self.value, self._raw(factor), self._raw(summand)))
+
     def __gt__(self, other: Value | float) -> Value:
         return self._of(self._operations.gt(self.value, self._raw(other)))
 
@@ -65,22 +72,34 @@ class Value:
         return self._of(self._operations.minimum(self.value, self._raw(other)))
 
     def cos(self) -> Value:
-        if self.dtype == torch.float64:
-            return self._of(self._operations.cos(self.value))
-        _, square = self._turns
-        return _horner(square, _COSINE)
+        return self._in_turns.cos_of_turns() if self.counts_turns else self._of(self._operations.cos(self.value))
 
     def sin(self) -> Value:
-        if self.dtype == torch.float64:
-            return self._of(self._operations.sin(self.value))
-        turns, square = self._turns
-        return turns * _horner(square, _SINE)
+        return self._in_turns.sin_of_turns() if self.counts_turns else self._of(self._operations.sin(self.value))
+
+    @property
+    def counts_turns(self) -> bool:
+        """Whether sine and cosine are polynomials of an angle in turns, so that it had better be given in turns."""
+        return self.dtype == torch.float32
 
     @functools.cached_property
-    def _turns(self) -> tuple[Value, Value]:
-        """This angle in turns, reduced to [-1/2, 1/2], and its square; sine and cosine share both."""
-        turns = self * (0.5 / math.pi)
-        reduced = turns - self._of(self._operations.round(turns.value))
+    def _in_turns(self) -> Value:
+        return self * (0.5 / math.pi)
+
+    def cos_of_turns(self) -> Value:
+        """cos(2 pi t), for t in float32."""
+        _, square = self._reduced
+        return _horner(square, _COSINE)
+
+    def sin_of_turns(self) -> Value:
+        """sin(2 pi t), for t in float32."""
+        reduced, square = self._reduced
+        return reduced * _horner(square, _SINE)
+
+    @functools.cached_property
+    def _reduced(self) -> tuple[Value, Value]:
+        """These turns without the whole ones, in [-1/2, 1/2], and their square; sine and cosine share both."""
+        reduced = self - self._of(self._operations.round(self.value))
         return reduced, reduced * reduced
 
 
@@ -90,7 +109,7 @@ _COSINE = (0.9999999892, -19.73920453, 64.93911899, -85.45016557, 60.1678318, -2
 
 
 def _horner(x: Value, coefficients: Sequence[float]) -> Value:
-    y = x * coefficients[-1] + coefficients[-2]
+    y = x.multiply_add(coefficients[-1], coefficients[-2])
     for coefficient in reversed(coefficients[:-2]):
-        y = y * x + coefficient
+        y = y.multiply_add(x, coefficient)
     return y
