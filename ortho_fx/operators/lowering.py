@@ -90,6 +90,8 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
         for parameter in parameters:
             parameter.realize()
         groups = parameters[0].get_size()[1] if len(parameters[0].get_size()) > 1 else None
+        if groups is not None and groups != size[channel_dim] and x.get_device().type == "cpu":
+            parameters, groups = [_of_channels(p, size[channel_dim]) for p in parameters], size[channel_dim]
 
         def inner(index: Sequence[sympy.Expr]) -> Any:
             group = None
@@ -105,6 +107,19 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
         return _inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=inner, ranges=size)
 
     return lower
+
+
+def _of_channels(parameter: _Box, channels: sympy.Expr) -> _Box:
+    """A parameter with a column for each channel: a CPU reads neighbouring columns at once, and gathers others."""
+    load, (terms, groups) = parameter.make_loader(), parameter.get_size()
+    box = _inductor.Pointwise.create(
+        device=parameter.get_device(),
+        dtype=parameter.get_dtype(),
+        inner_fn=lambda index: load([index[0], index[1] // (channels // groups)]),
+        ranges=[terms, channels],
+    )
+    box.realize()
+    return box
 
 
 def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
