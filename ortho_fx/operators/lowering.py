@@ -91,7 +91,8 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
             parameter.realize()
         groups = parameters[0].get_size()[1] if len(parameters[0].get_size()) > 1 else None
         if groups is not None and groups != size[channel_dim] and x.get_device().type == "cpu":
-            parameters, groups = [_of_channels(p, size[channel_dim]) for p in parameters], size[channel_dim]
+            groups = size[channel_dim]
+            parameters = tuple(_of_channels(parameter, groups) for parameter in parameters)
 
         def inner(index: Sequence[sympy.Expr]) -> Any:
             group = None
