@@ -128,7 +128,10 @@ def _check_formula(basis: Basis, degree: int, tied: bool) -> None:
             _compare_gradients(basis, formulas.backward_formula(basis)(grad, x, *parameters, channel_dim=1), expected)
         with _naming(where, "cannot be compiled, since formulas are written in + - * and ortho_fx.bases.formula"):
             whole_forward, whole_backward = decomposition.decompositions(
-                basis, functools.partial(decomposition.forward, basis), functools.partial(decomposition.backward, basis)
+                basis,
+                functools.partial(decomposition.forward, basis),
+                functools.partial(decomposition.backward, basis),
+                basis.prepare_for_kernels,
             )
             if not (off := _deviation(whole_forward(x, *parameters, channel_dim=1), y)) < _OFF:
                 raise OrthoFxError(f"its value in a kernel is off by {off:.2g} from that on tensors")

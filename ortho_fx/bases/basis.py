@@ -87,6 +87,10 @@ class Basis(ABC):
         """
         return parameters
 
+    # The maxima of lines that `prepare` turns into bends: each as the numbers of two parameters, slopes and offsets.
+    # Compiled code prepares them in one kernel.
+    maxima: ClassVar[tuple[tuple[int, int], ...]] = ()
+
     def prepare_for_kernels(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         """As `prepare`, for formulas in compiled code, whose x is no tensor. The default is `prepare`."""
         return self.prepare(dtype, *parameters)

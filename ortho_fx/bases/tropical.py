@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from ortho_fx.bases.piecewise import (
 from ortho_fx.bases.stable import stable
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
+
+# A slope and an offset.
+Line = tuple[Value, Value]
 
 
 def starts(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +76,49 @@ def bends(slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # With a NaN among the offsets no line is the largest. The sum puts the NaN into the result.
     first = offsets.gather(0, order[:1]) + 0.0 * offsets.sum(0, keepdim=True)
     return torch.cat([ordered[:1], bend]), torch.cat([first, start[1:]]), order
+
+
+def start_of(line: Line, number: Value, lines: Sequence[Line]) -> Value:
+    """`starts` for one of the lines, without its order, on numbers of a kernel; `number` is the place of the line."""
+    slope, offset = line
+    start, end, hidden = (number.constant(value) for value in (-math.inf, math.inf, 0.0))
+    for k, (other, above) in enumerate(lines):
+        bend, drop = slope - other, above - offset
+        parallel = bend.equals(0.0)
+        crossing = drop / parallel.where(1.0, bend)
+        start = start.maximum((bend > 0.0).where(crossing, -math.inf))
+        end = end.minimum((bend < 0.0).where(crossing, math.inf))
+        first = drop.equals(0.0).where((number > k).where(1.0, 0.0), (drop > 0.0).where(1.0, 0.0))
+        hidden = hidden.maximum(parallel.where(first, 0.0))
+    return (start < end).where((hidden > 0.0).where(math.inf, start), math.inf)
+
+
+def place_of(line: Line, start: Value, lines: Sequence[Line], starts: Sequence[Value]) -> Value:
+    """How many lines come before one in the order of `bends`; -1 for a line that is nowhere the largest."""
+    place = start.constant(0.0)
+    for (slope, _), other in zip(lines, starts, strict=True):
+        place = place + ((other < math.inf).where(1.0, 0.0)) * (line[0] > slope).where(1.0, 0.0)
+    return (start < math.inf).where(place, -1.0)
+
+
+def bend_at(place: Value, lines: Sequence[Line], starts: Sequence[Value], places: Sequence[Value]) -> list[Value]:
+    """Row `place` of each of the tensors that `bends` gives."""
+
+    def row(wanted: Value, default: float, values: Iterable[Value | float]) -> Value:
+        found = wanted.constant(default)
+        for at, value in zip(places, values, strict=True):
+            found = at.equals(wanted).where(value, found)
+        return found
+
+    slope, before = (row(wanted, 0.0, (slope for slope, _ in lines)) for wanted in (place, place - 1.0))
+    start = row(place, math.inf, starts)
+    first = row(place, 0.0, (offset for _, offset in lines))
+    for _, offset in lines:
+        first = first + offset * 0.0  # as in `bends`, for NaN
+    number = row(place, -1.0, range(len(lines)))
+    leads = place.equals(0.0)
+    bend = (start < math.inf).where(slope - before, 0.0)
+    return [leads.where(slope, bend), leads.where(first, start), number]
 
 
 def shares(after_knots: Tensor, order: Tensor) -> Tensor:
@@ -149,6 +195,7 @@ def affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
 
 
 class Tropical(PiecewiseLinear):
+    maxima = ((0, 1),)
     torchortho = TorchorthoState(
         "TropicalActivation", "powers", torchortho_parameters, frozenset({"powers", "coefficients"})
     )

@@ -119,14 +119,20 @@ def _rows(sums: Sequence[Tensor]) -> Tensor:
 
 
 def decompositions(
-    basis: Basis, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor]]
+    basis: Basis,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, Tensor]],
+    prepare: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both operators of a basis, from a forward and a backward of prepared parameters, such as the two above."""
+    """Both operators of a basis, from a forward and a backward of prepared parameters, such as the two above.
+
+    `prepare` is `Basis.prepare_for_kernels`, or does the same.
+    """
 
     def whole_forward(
         x: Tensor, *parameters: Tensor, channel_dim: int, prepared: Sequence[Tensor] | None = None
     ) -> Tensor:
-        prepared = prepared or basis.prepare_for_kernels(parts.compute_dtype(x.dtype), *parameters)
+        prepared = prepared or prepare(parts.compute_dtype(x.dtype), *parameters)
         return forward(x, *prepared[: len(parameters)], channel_dim=channel_dim)
 
     def whole_backward(
@@ -134,7 +140,7 @@ def decompositions(
     ) -> tuple[Tensor, ...]:
         order, groups = parts.memory_order(x), parts.groups_of(parameters)
         split = [parts.split(tensor, order, groups, channel_dim) for tensor in (grad, x)]
-        prepared = prepared or basis.prepare_for_kernels(parts.compute_dtype(x.dtype), *parameters)
+        prepared = prepared or prepare(parts.compute_dtype(x.dtype), *parameters)
         grad_x, sums = backward(
             *split, *prepared[: len(parameters)], finish=lambda grad_x: parts.join(grad_x, x, order)
         )

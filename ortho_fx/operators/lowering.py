@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from ortho_fx import torch_private
-from ortho_fx.bases import BASES, Basis
+from ortho_fx.bases import BASES, Basis, tropical
 from ortho_fx.operators import decomposition as plain
 from ortho_fx.operators import parts
 from ortho_fx.operators.values import Value
@@ -106,6 +106,82 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
             return _ops.to_dtype(y.value, x.get_dtype())
 
         return _inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=inner, ranges=size)
+
+    return lower
+
+
+# Up to so many lines, each row of a maximum's bends is computed from all lines; above, in stages through memory.
+_FEW_LINES = 9
+
+
+def _lowered_prepare(basis: Basis) -> Callable[..., _Box]:
+    """`tropical.bends` of each maximum: [maximum, slopes or offsets or numbers of lines, row, ...groups]."""
+
+    def lower(*arguments: Any) -> _Box:
+        parameters, dtype = arguments[:-1], arguments[-1]
+        device, size = parameters[0].get_device_or_error(), parameters[0].get_size()
+        for parameter in parameters:
+            parameter.realize()
+        loads = [[parameters[at].make_loader() for at in pair] for pair in basis.maxima]
+        count, behind = int(size[0]), size[1:]
+
+        def number(expression: Any) -> Value:
+            return _value(_ops.index_expr(sympy.sympify(expression), torch.int64), dtype, device)
+
+        def line(which: Any, k: Any, column: Sequence[Any]) -> tropical.Line:
+            index = [sympy.sympify(k), *column]
+            pairs = [[_value(load(index), dtype, device) for load in pair] for pair in loads]
+            *others, last = pairs
+            for place, pair in enumerate(others):
+                here = number(which).equals(float(place))
+                last = [here.where(value, other) for value, other in zip(pair, last, strict=True)]
+            return last[0], last[1]
+
+        def buffer(compute: Callable[[Any, Any, Sequence[Any]], Value]) -> Callable[..., Value]:
+            box = _inductor.Pointwise.create(
+                device=device,
+                dtype=dtype,
+                inner_fn=lambda index: compute(index[0], index[1], index[2:]).value,
+                ranges=[sympy.Integer(len(loads)), sympy.Integer(count), *behind],
+            )
+            box.realize()
+            load = box.make_loader()
+            return lambda which, k, column: _value(load([which, sympy.sympify(k), *column]), dtype, device)
+
+        def start(which: Any, k: Any, column: Sequence[Any]) -> Value:
+            lines = [line(which, j, column) for j in range(count)]
+            return tropical.start_of(line(which, k, column), number(k), lines)
+
+        if count > _FEW_LINES:
+            start = buffer(start)
+
+        def place(which: Any, k: Any, column: Sequence[Any]) -> Value:
+            lines, starts = zip(*((line(which, j, column), start(which, j, column)) for j in range(count)), strict=True)
+            return tropical.place_of(line(which, k, column), start(which, k, column), lines, starts)
+
+        if count > _FEW_LINES:
+            place = buffer(place)
+
+        def row(index: Sequence[Any]) -> Any:
+            which, kind, at, *column = index
+            lines, starts = zip(*((line(which, j, column), start(which, j, column)) for j in range(count)), strict=True)
+            if count > _FEW_LINES:
+                places = [place(which, j, column) for j in range(count)]
+            else:
+                places = [tropical.place_of(*pair, lines, starts) for pair in zip(lines, starts, strict=True)]
+            *others, last = tropical.bend_at(number(at), lines, starts, places)
+            for k, value in enumerate(others):
+                last = number(kind).equals(float(k)).where(value, last)
+            return last.value
+
+        box = _inductor.Pointwise.create(
+            device=device,
+            dtype=dtype,
+            inner_fn=row,
+            ranges=[sympy.Integer(len(loads)), sympy.Integer(3), sympy.Integer(count), *behind],
+        )
+        box.realize()
+        return box
 
     return lower
 
@@ -330,8 +406,47 @@ def register(basis: Basis, lowered: dict[str, Callable[..., Any]]) -> None:
     count = 1 + len(basis.parameters)
     PLAIN_TWINS[forward.default] = basis, lambda *a: plain.forward(basis, *a[:count], channel_dim=a[count])
     PLAIN_TWINS[backward.default] = basis, functools.partial(plain.backward, basis)
-    decompositions = plain.decompositions(basis, call_forward, call_backward)
+    if basis.maxima:
+        _register_prepare(basis)
+    decompositions = plain.decompositions(basis, call_forward, call_backward, prepare_of(basis))
     lowered.update(zip((basis.name, name), decompositions, strict=True))
+
+
+def _register_prepare(basis: Basis) -> None:
+    """Defines the twin of the preparation of a basis with maxima of lines, and registers its lowering."""
+    name = f"{basis.name}_prepare"
+    parameters = ", ".join(f"Tensor {parameter.name}" for parameter in basis.parameters)
+    _LIBRARY.define(f"{name}({parameters}, ScalarType dtype) -> Tensor")
+
+    def run(*arguments: Any) -> Tensor:
+        *values, dtype = arguments
+        pairs = [tropical.bends(*(values[at].to(dtype) for at in pair)) for pair in basis.maxima]
+        return torch.stack([torch.stack([slopes, offsets, order.to(dtype)]) for slopes, offsets, order in pairs])
+
+    def shapes(*arguments: Any) -> Tensor:
+        *values, dtype = arguments
+        return values[0].new_empty((len(basis.maxima), 3, *values[0].shape), dtype=dtype)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
+    twin = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _inductor.register_lowering(twin, type_promotion_kind=None)(_lowered_prepare(basis))
+    PLAIN_TWINS[twin] = basis, run
+
+
+def prepare_of(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
+    """What prepares the parameters of a basis in a graph for Inductor, as `Basis.prepare_for_kernels` does."""
+    if not basis.maxima:
+        return basis.prepare_for_kernels
+    twin = getattr(getattr(torch.ops, NAMESPACE), f"{basis.name}_prepare").default
+
+    def prepare(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        prepared = twin(*parameters, dtype)
+        bends = [prepared[which, kind] for which in range(len(basis.maxima)) for kind in range(2)]
+        order = prepared[:, 2].movedim(0, 1) if len(basis.maxima) > 1 else prepared[0, 2]
+        return *bends, order
+
+    return prepare
 
 
 # For each twin, its basis and its function in plain tensor operations.

@@ -59,7 +59,9 @@ def reason(basis: Basis) -> str | None:
 def add(basis: Basis) -> None:
     """Adds the plain decompositions of a basis' operators."""
     names = basis.name, f"{basis.name}_backward"
-    functions = plain.decompositions(basis, partial(plain.forward, basis), partial(plain.backward, basis))
+    functions = plain.decompositions(
+        basis, partial(plain.forward, basis), partial(plain.backward, basis), basis.prepare_for_kernels
+    )
     _PLAIN.update(zip(names, functions, strict=True))
 
 
@@ -279,7 +281,8 @@ def kept_for_backward(basis: Basis, x: Tensor, *parameters: Tensor) -> tuple[Ten
     """
     if not _is_for_inductor():
         return ()
-    prepared = basis.prepare_for_kernels(parts.compute_dtype(x.dtype), *parameters)
+    prepare = _lowering.prepare_of(basis) if basis.name not in _reasons else basis.prepare_for_kernels
+    prepared = prepare(parts.compute_dtype(x.dtype), *parameters)
     return () if all(a is b for a, b in zip(prepared, parameters, strict=False)) else prepared
 
 

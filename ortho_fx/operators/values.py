@@ -27,6 +27,9 @@ class Value:
     def _of(self, value: Any) -> Value:
         return Value(value, self.dtype, self._operations)
 
+    def constant(self, number: float) -> Value:
+        return self._of(self._raw(number))
+
     def __add__(self, other: Value | float) -> Value:
         return self._of(self._operations.add(self.value, self._raw(other)))
 
@@ -57,6 +60,15 @@ class Value:
 
     def __gt__(self, other: Value | float) -> Value:
         return self._of(self._operations.gt(self.value, self._raw(other)))
+
+    def __lt__(self, other: Value | float) -> Value:
+        return self._of(self._operations.lt(self.value, self._raw(other)))
+
+    def equals(self, other: Value | float) -> Value:
+        return self._of(self._operations.eq(self.value, self._raw(other)))
+
+    def __truediv__(self, other: Value) -> Value:
+        return self._of(self._operations.truediv(self.value, self._raw(other)))
 
     def where(self, value: Value | float, other: Value | float) -> Value:
         """`value` where this condition holds, and `other` elsewhere."""
