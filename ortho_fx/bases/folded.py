@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,12 @@ def _difference(x: Tensor, slopes: Tensor, offsets: Tensor, down: Tensor, below:
 
 
 def circle(x: Value, frequency: Value) -> tuple[Value, Value]:
-    """cos(w x) and sin(w x); w is in turns if `counts_turns(x)`."""
+    """cos(w x) and sin(w x)."""
+    if counts_turns(x):
+        turns = (frequency[0] * (0.5 / math.pi)) * x
+        return turns.cos_of_turns(), turns.sin_of_turns()
     angle = frequency[0] * x
-    return (angle.cos_of_turns(), angle.sin_of_turns()) if counts_turns(x) else (angle.cos(), angle.sin())
+    return angle.cos(), angle.sin()
 
 
 def harmonics(x: Value, constant: Value, cosines: Value, sines: Value, frequency: Value) -> Value:

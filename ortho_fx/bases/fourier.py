@@ -89,13 +89,13 @@ class Fourier(Basis):
         return constant, cosines, sines, frequencies
 
     def prepare_for_kernels(self, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """In float32: a_0, a_k / k!, w_k in turns, -p_k in turns. So a wave costs one operation less, and its angle is
-        rounded once."""
+        """In float32, unless frequencies are tied: a_0, a_k / k!, w_k in turns and -p_k in turns.
+
+        So a wave costs one operation less, and its angle is rounded once.
+        """
         prepared = self.prepare(dtype, *parameters)
-        if dtype != torch.float32:
+        if dtype != torch.float32 or len(prepared[3]) < len(prepared[1]):
             return prepared
-        if len(prepared[3]) < len(prepared[1]):
-            return *prepared[:3], prepared[3].to(dtype) * _TURNS
         constant, *others = prepared
         coefficients, frequencies, phases = (p.to(dtype) for p in others)
         # As one tensor: AOTAutograd saves the result of a concatenation for the backward pass, and never recomputes it.
@@ -239,8 +239,7 @@ def _harmonic_derivatives(
             total = total + partial
         return total
 
-    unit = 2.0 * math.pi if counts_turns(x) else 1.0
-    return lambda: frequency[0] * (slope() * unit), [
+    return lambda: frequency[0] * slope(), [
         lambda: grad,
         *(lambda k=k: waves()[k][0] for k in range(degree)),
         *(lambda k=k: waves()[k][1] for k in range(degree)),

@@ -72,7 +72,13 @@ class Value:
 
     def where(self, value: Value | float, other: Value | float) -> Value:
         """`value` where this condition holds, and `other` elsewhere."""
-        return self._of(self._operations.where(self.value, self._raw(value), self._raw(other)))
+        return self._of(self._operations.where(self.value, *(self._typed(each) for each in (value, other))))
+
+    def _typed(self, other: Value | float) -> Any:
+        # Two bare numbers would make a tensor of the default dtype.
+        if isinstance(other, Value) or not hasattr(self._operations, "scalar"):
+            return self._raw(other)
+        return self._operations.scalar(other, self.dtype)
 
     def relu(self) -> Value:
         return self._of(self._operations.relu(self.value))
