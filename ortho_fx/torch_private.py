@@ -217,6 +217,10 @@ INDUCTOR = PrivateNames(
         PrivateName(
             "torch._functorch.partitioners.pointwise_ops", "operators that the backward pass may compute again"
         ),
+        PrivateName(
+            "torch._inductor.codegen.common.pointwise_overrides_data",
+            "whether a CPU's kernel can multiply and add at once",
+        ),
         PrivateName("torch._inductor.compile_fx.fx_codegen_and_compile", "wrapped: a failed graph is compiled plainly"),
         PrivateName("torch._inductor.config", "how many loops a C++ kernel may hold"),
         PrivateName("torch._inductor.decomposition.decompositions", "marked, to know a trace that is for Inductor"),

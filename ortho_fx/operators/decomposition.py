@@ -25,7 +25,7 @@ from ortho_fx.operators.values import Value
 
 _OPERATIONS = SimpleNamespace(
     constant=lambda number, dtype: number,
-    scalar=lambda number, dtype: torch.scalar_tensor(number, dtype=dtype),
+    to_dtype=lambda tensor, dtype: tensor.to(dtype),
     add=torch.add,
     sub=torch.sub,
     mul=torch.mul,

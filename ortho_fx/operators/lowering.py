@@ -66,19 +66,24 @@ def _load(tensor: _Box, index: Sequence[sympy.Expr], dtype: torch.dtype) -> Valu
 
 
 def _value(value: Any, dtype: torch.dtype, device: torch.device) -> Value:
-    return Value(_ops.to_dtype(value, dtype), dtype, _ops if device.type == "cpu" else _UNFUSED)
+    return Value(_ops.to_dtype(value, dtype), dtype, _ON_CPU if device.type == "cpu" else _ELSEWHERE)
 
 
-class _Unfused:
-    """The operations of a kernel but `fma`: the compilers of GPUs make one of a product and a sum by themselves."""
+class _Operations:
+    """The operations of a kernel, and whether `fma` is one of them.
+
+    The compilers of GPUs make one of a product and a sum by themselves. That of a CPU is told not to.
+    """
+
+    def __init__(self, fused: bool) -> None:
+        self.fused = fused
 
     def __getattr__(self, name: str) -> Any:
-        if name == "fma":
-            raise AttributeError(name)
         return getattr(_ops, name)
 
 
-_UNFUSED = _Unfused()
+_FMA = _inductor.pointwise_overrides_data.get("fma")
+_ON_CPU, _ELSEWHERE = _Operations(_FMA is not None and _FMA.cppvec is not None), _Operations(False)
 
 
 def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
@@ -491,7 +496,7 @@ def _horizontal_fusion() -> Any:
     """
     if _inductor.config.cpp.max_horizontal_fusion_size != 16:
         return contextlib.nullcontext()
-    return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 64})
+    return _inductor.config.patch({"cpp.max_horizontal_fusion_size": 32})
 
 
 def _sums_of_one_order() -> Any:

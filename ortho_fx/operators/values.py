@@ -52,11 +52,10 @@ class Value:
         return self * other
 
     def multiply_add(self, factor: Value | float, summand: Value | float) -> Value:
-        """factor * self + summand: rounded once where the operations have `fma`."""
-        fma = getattr(self._operations, "fma", None)
-        if fma is None:
+        """factor * self + summand: rounded once where the operations are fused."""
+        if not getattr(self._operations, "fused", False):
             return self * factor + summand
-        return self._of(fma(self.value, self._raw(factor), self._raw(summand)))
+        return self._of(self._operations.fma(self.value, self._raw(factor), self._raw(summand)))
 
     def __gt__(self, other: Value | float) -> Value:
         return self._of(self._operations.gt(self.value, self._raw(other)))
@@ -72,13 +71,10 @@ class Value:
 
     def where(self, value: Value | float, other: Value | float) -> Value:
         """`value` where this condition holds, and `other` elsewhere."""
-        return self._of(self._operations.where(self.value, *(self._typed(each) for each in (value, other))))
-
-    def _typed(self, other: Value | float) -> Any:
-        # Two bare numbers would make a tensor of the default dtype.
-        if isinstance(other, Value) or not hasattr(self._operations, "scalar"):
-            return self._raw(other)
-        return self._operations.scalar(other, self.dtype)
+        chosen = self._operations.where(self.value, self._raw(value), self._raw(other))
+        if not (isinstance(value, Value) or isinstance(other, Value)):
+            chosen = self._operations.to_dtype(chosen, self.dtype)  # tensors choose between numbers in float32
+        return self._of(chosen)
 
     def relu(self) -> Value:
         return self._of(self._operations.relu(self.value))
