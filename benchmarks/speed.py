@@ -9,7 +9,8 @@ on a GPU if there is one, with GPT-2 124M and ConvNeXt-T under autocast to bfloa
 
 Prints a table for each section. Writes results/speed_cpu.json or results/speed_<GPU>.json, with date, hardware and
 versions for each section. `--only` measures some sections anew and keeps the others in that file; `--quick` tries
-everything out in small and writes nothing.
+everything out in small and writes nothing. `--check` writes nothing either: it measures, and prints which ratios and
+kernel counts are worse than those in the file.
 """
 
 from __future__ import annotations
@@ -85,11 +86,35 @@ def compilation(config: BenchConfig, blocks: int) -> dict[str, Any]:
     return environment_of(config) | {"blocks": blocks, "seconds": seconds, "ratios": ratios}
 
 
+# A median of these rounds varies by less.
+_WORSE = 1.1
+
+
+def worse(section: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A line for each ratio to GELU that rose by more than a tenth, and each number of kernels that rose."""
+    lines = []
+    if section == "compile":
+        pairs = [(name, before["ratios"].get(name), ratio) for name, ratio in after["ratios"].items()]
+    else:
+        known = {row["name"]: row for row in before["rows"]}
+        rows = [row for row in after["rows"] if row["kind"] == "expansion" and row["name"] in known]
+        pairs = [(row["name"], known[row["name"]]["ratios"]["total"], row["ratios"]["total"]) for row in rows]
+        for row in rows:
+            for way, count in (row["kernels"] or {}).items():
+                if count > (had := (known[row["name"]]["kernels"] or {}).get(way, count)):
+                    lines.append(f"{section}: {row['name']} has {count} kernels {way}, {had} before")
+    for name, had, ratio in pairs:
+        if had and ratio > had * _WORSE:
+            lines.append(f"{section}: {name} takes {ratio:.2f} of GELU's time, {had:.2f} before")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help=", ".join(sections("cpu")))
     parser.add_argument("--quick", action="store_true", help="everything in small, to see that it works")
+    parser.add_argument("--check", action="store_true", help="print what is worse than in the file, and write nothing")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     options = parser.parse_args()
     chosen = sections(options.device)
@@ -100,7 +125,9 @@ def main() -> None:
     gpu = options.device != "cpu"
     name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(options.device).lower()) if gpu else "cpu"
     path = RESULTS / f"speed_{name}.json"
-    results = json.loads(path.read_text()) if path.exists() and options.only else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, Any] = dict(kept) if options.only else {}
+    lines: list[str] = []
     for section, settings in chosen.items():
         if options.only and section not in options.only:
             continue
@@ -114,8 +141,12 @@ def main() -> None:
             print(report)
             results[section] = report.to_dict()
         print(f"{time.perf_counter() - start:.0f} s\n", flush=True)
-        if not options.quick:
+        if section in kept and options.check and not options.quick:
+            lines += worse(section, kept[section], results[section])
+        if not options.quick and not options.check:
             path.write_text(json.dumps(results, indent=1) + "\n")
+    if options.check:
+        print("\n".join(lines) or "nothing is worse")
 
 
 if __name__ == "__main__":
