@@ -16,3 +16,11 @@ class OperandError(OrthoFxError, RuntimeError):
 
 class StateDictError(OrthoFxError, RuntimeError):
     """A state dict that does not fit the model; a RuntimeError as well, which `load_state_dict` raises."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended a run, of which `kept` says what is left. The exit code is 143, as after any SIGTERM."""
+
+    def __init__(self, kept: str = "") -> None:
+        super().__init__(143)
+        self.kept = kept

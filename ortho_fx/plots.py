@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import atomic_file
 from ortho_fx.numerics.fit import FittedExpansion
 from ortho_fx.numerics.sampling import differentiated, name_of
 
@@ -47,9 +48,12 @@ def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
 
 
 def save(figure: Any, path: str | Path, dpi: int = 150) -> None:
-    """Writes a figure to a file; the ending of the path decides the format."""
+    """Writes a figure to a file, whole or not at all; the ending of the path decides the format."""
     try:
-        figure.savefig(path, dpi=dpi)
+        with atomic_file(Path(path)) as temporary:
+            figure.savefig(temporary, dpi=dpi)
+    except OrthoFxError:
+        raise
     except (OSError, ValueError) as error:
         raise OrthoFxError(f"cannot write {path}: {error}") from None
     finally:

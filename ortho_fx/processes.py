@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +36,29 @@ def gathered(value: _T, group: ProcessGroup | str | None) -> list[_T]:
     values: list[Any] = [None] * size
     torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def together(action: Callable[[], _T]) -> list[_T]:
+    """The results that all processes have of an action, in the order of their ranks; if it raises in one, all raise.
+
+    Each of them has to ask. Without `torch.distributed` it is the action alone.
+
+    Raises:
+        OrthoFxError: the action raised in another process.
+    """
+    results: list[_T] = []
+    failure: Exception | None = None
+    try:
+        results.append(action())
+    except Exception as error:
+        failure = error
+    told = gathered((results, "" if failure is None else reason(failure)), None)
+    if failure is not None:
+        raise failure
+    for _, text in told:
+        if text:
+            raise OrthoFxError(text)
+    return [result for others, _ in told for result in others]
 
 
 def measured(measure: Callable[[], dict[str, _T]], group: ProcessGroup | str | None) -> list[dict[str, _T]]:

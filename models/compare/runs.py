@@ -22,7 +22,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ortho_fx.bench.allocation import buffers_are_reused
 from ortho_fx.bench.candidates import Candidate, compile_alone
@@ -34,14 +33,16 @@ from ortho_fx.files import atomic_file, reason
 from ortho_fx.models.compare.activations import Activation, choose_activations
 from ortho_fx.models.compare.plot import plot_comparison
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison, StepCost
+from ortho_fx.models.data.digest import data_digest
 from ortho_fx.models.data.sources import Batch
 from ortho_fx.models.recipe import TrainConfig, differences
 from ortho_fx.models.runs.files import read_run
+from ortho_fx.models.runs.lock import locked
 from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import checkpoints
 from ortho_fx.models.training.loop import Diverged, train
 from ortho_fx.models.training.optimization import Optimization
-from ortho_fx.models.training.processes import Processes
+from ortho_fx.models.training.processes import Processes, launched
 from ortho_fx.plots import load_pyplot
 
 # Settings of a single activation or run, and settings that do not change a run's results.
@@ -60,6 +61,7 @@ def compare(
     timing: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    to_go_on: str = "the same call goes on",
 ) -> Comparison:
     """Trains every activation with every seed, measures their training steps, and writes compare.json, .md and .png.
 
@@ -76,13 +78,15 @@ def compare(
         timing: whether to measure time and memory of a training step, in turns in this process, after the training.
         overwrite: start anew although `out` holds a comparison; the runs recorded there or asked for are removed.
         progress: called with a line of text whenever a run or a measurement begins.
+        to_go_on: what a comparison that ends early advises.
 
     Raises:
-        OrthoFxError: a wrong activation, the same one twice, a comparison with other settings in `out`, several
-            processes, no matplotlib, or any error of `train` except `Diverged`.
-        KeyboardInterrupt: after SIGINT, once the run under way is saved.
+        OrthoFxError: a wrong activation, the same one twice, a comparison with other settings or other data in `out`,
+            another comparison that writes there, several processes, no matplotlib, or any error of `train` except
+            `Diverged`.
+        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the run under way is saved.
     """
-    if dist.is_torchelastic_launched():
+    if launched():
         raise OrthoFxError("a comparison is one process that trains one run after the other; torchrun started several")
     if seeds < 1:
         raise OrthoFxError(f"seeds must be 1 or more; got {seeds}")
@@ -94,18 +98,22 @@ def compare(
         for seed in range(config.seed, config.seed + seeds)
         for activation in chosen
     ]
-    comparison = _open(config, [activation.label for activation in chosen], planned, out, overwrite)
-    for number, (label, run) in enumerate(planned, 1):
-        if comparison.find(label, run.seed) is None:
-            progress(f"run {number} of {len(planned)}: {label}, seed {run.seed}")
-            comparison.runs.append(_train(label, run))
+    with locked(out):
+        try:
+            comparison = _open(config, [activation.label for activation in chosen], planned, out, overwrite)
+            for number, (label, run) in enumerate(planned, 1):
+                if comparison.find(label, run.seed) is None:
+                    progress(f"run {number} of {len(planned)}: {label}, seed {run.seed}")
+                    comparison.runs.append(_train(label, run, to_go_on))
+                    _save(comparison, out)
+            if timing and _costs_are_missing(comparison):
+                progress("measures a training step of each, in turns")
+                _measure(comparison, config, out)
             _save(comparison, out)
-    if timing and _costs_are_missing(comparison):
-        progress("measures a training step of each, in turns")
-        _measure(comparison, config, out)
-    _save(comparison, out)
-    if any(run.diverged is None for run in comparison.runs):
-        plot_comparison(comparison, out / "compare.png")
+            if any(run.diverged is None for run in comparison.runs):
+                plot_comparison(comparison, out / "compare.png")
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(str(interrupt) or to_go_on) from None
     return comparison
 
 
@@ -127,7 +135,8 @@ def _open(
 ) -> Comparison:
     """The comparison in `out`, with the named activations added, or a new one without runs."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_COMMON}
-    settings["data"] = build(planned[0][1]).data.name
+    data = build(planned[0][1]).data
+    settings["data"], settings["data_sha256"] = data.name, data_digest(data)
     new = Comparison(settings, names[0], list(names), environment_of(_bench_config(config)))
     present = (out / "compare.json").exists()
     if overwrite:
@@ -135,11 +144,13 @@ def _open(
         with contextlib.suppress(OrthoFxError):
             for run in load_comparison(out).runs:
                 directories.add(Activation.parse(run.activation).configure(config, run.seed, out).directory)
-        for directory in directories:
-            shutil.rmtree(directory, ignore_errors=True)
+        for directory in filter(Path.is_dir, directories):
+            with locked(directory):
+                shutil.rmtree(directory, ignore_errors=True)
     elif present:
         old = load_comparison(out)
-        different = differences(old.settings, settings)
+        # Comparisons of earlier releases have no digest of their data.
+        different = differences({"data_sha256": settings["data_sha256"], **old.settings}, settings)
         if different:
             raise OrthoFxError(
                 f"{out} holds a comparison with other settings: {', '.join(different)}; choose another --out, or pass "
@@ -158,14 +169,14 @@ def _save(comparison: Comparison, out: Path) -> None:
             path.write_text(text + "\n", encoding="utf-8")
 
 
-def _train(label: str, config: TrainConfig) -> ComparedRun:
+def _train(label: str, config: TrainConfig, to_go_on: str) -> ComparedRun:
     """Trains one run, from its newest checkpoint if it has one."""
     # The previous run's compiled code is of no use here, and it counts towards the compiler's recompilation limits.
     torch.compiler.reset()
     gc.collect()
     diverged = None
     try:
-        train(config, resume=bool(checkpoints(config.directory / "checkpoints")))
+        train(config, resume=bool(checkpoints(config.directory / "checkpoints")), to_go_on=to_go_on)
     except Diverged as error:
         diverged = str(error)
     run = read_run(config.directory)

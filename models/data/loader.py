@@ -101,7 +101,11 @@ def _computed(
         del computed
     if death:
         # Most often the machine ran out of memory, or of shared memory, which batches pass through.
-        raise OrthoFxError(f"a worker that loads data is gone, try fewer workers: {' '.join(death.split())}")
+        raise WorkerLost(f"a worker that loads data is gone, try fewer workers: {' '.join(death.split())}")
+
+
+class WorkerLost(OrthoFxError):
+    """A process that loads data has died."""
 
 
 class _Batches(ABC, Dataset["Batch | OrthoFxError"]):

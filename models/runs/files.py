@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -81,6 +82,29 @@ def read_rows(path: Path) -> list[Row]:
             if any(later.strip() for later in lines[number:]):
                 raise OrthoFxError(f"{path} line {number} is not a row with a step: {line[:60]!r}") from None
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+@dataclass(frozen=True)
+class RowsWritten:
+    """The rows of a .jsonl file up to a step: their number, and the SHA-256 of their lines in hexadecimal digits."""
+
+    count: int
+    sha256: str
+
+
+def rows_differ(path: Path, expected: RowsWritten) -> str | None:
+    """How the first rows of a .jsonl file differ from those that were written; None if they do not."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if len(lines) < expected.count:
+        what = f"has {len(lines)} of the {expected.count} rows" if path.exists() else f"with {expected.count} rows"
+        return f"{path} {what} that the run had written{'' if path.exists() else ' is missing'}"
+    written = b"".join(line + b"\n" for line in lines[: expected.count])
+    if hashlib.sha256(written).hexdigest() != expected.sha256:
+        return f"the first {expected.count} rows of {path} have changed"
+    return None
 
 
 def row_line(row: Mapping[str, Any]) -> str:

@@ -1,20 +1,25 @@
 """The log of a run: rows as JSON and CSV, sites as JSON, and all of it for TensorBoard.
 
-Rows are written through at once, so that `tail -f` shows them and a killed run keeps them.
+Rows are written through at once, so that `tail -f` shows them and a killed run keeps them. A checkpoint keeps their
+number and their digest; before it gets its name they are flushed to the disk.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.models.runs.files import Row, read_rows, row_line
+from ortho_fx.models.runs.files import Row, RowsWritten, read_rows, row_line
 
+ROW_FILES = ("metrics.jsonl", "sites.jsonl")
 COLUMNS = ("step", "loss", "lr", "gradient_norm", "seconds", "skipped", "validation_loss", "accuracy", "mfu")
 # Columns that TensorBoard shows, with their names there; it groups curves by the part before the slash.
 _TAGS = {
@@ -51,7 +56,7 @@ class RunLog:
         self._board: _Board | None = None
         if not writes:
             return
-        paths = [directory / name for name in ("metrics.jsonl", "sites.jsonl", "metrics.csv")]
+        paths = [directory / name for name in (*ROW_FILES, "metrics.csv")]
         if first:
             self.kept, self.kept_sites = (
                 [row for row in read_rows(path) if row["step"] <= first] if path.exists() else [] for path in paths[:2]
@@ -76,8 +81,8 @@ class RunLog:
             OrthoFxError: a file that cannot be written.
         """
         if self._files:
-            self._files[0].write(row_line(row))
-            self._files[2].write(_csv_line(row))
+            self._files[0].append(row_line(row))
+            self._files[2].append(_csv_line(row))
         if self._board is not None:
             self._board.add({_TAGS[name]: value for name, value in row.items() if name in _TAGS}, row["step"])
 
@@ -88,13 +93,23 @@ class RunLog:
             OrthoFxError: a file that cannot be written.
         """
         if self._files:
-            self._files[1].write("".join(map(row_line, rows)))
+            self._files[1].append("".join(map(row_line, rows)))
         if self._board is not None:
             for row in rows:
                 self._board.add({f"sites_{name}/{row['site']}": row[name] for name in _SITE_TAGS}, row["step"])
 
+    def flush(self) -> dict[str, RowsWritten]:
+        """Flushes the rows to the disk; returns what there is in each .jsonl file, by its name.
+
+        Raises:
+            OrthoFxError: a file that cannot be written.
+        """
+        for file in self._files:
+            file.flush()
+        return {file.path.name: file.written for file in self._files[:2]}
+
     def close(self) -> None:
-        """Closes the files; rows written before are on the disk without it."""
+        """Closes the files; a killed run too keeps the rows that were written before."""
         for file in self._files:
             file.close()
         if self._board is not None:
@@ -103,29 +118,60 @@ class RunLog:
 
 
 class _RowFile:
-    """A file to which rows are appended without a buffer."""
+    """A file to which rows are appended without a buffer, and whose lines are counted and digested."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
-        partial = path.with_name(path.name + ".partial")
+        self._count, self._digest = 0, hashlib.sha256()
+        # Renamed into place, so that a crash here does not lose the kept rows. "x" opens no file or link that is there.
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         try:
-            # Renamed into place, so that a crash here does not lose the kept rows.
-            partial.write_text(text, encoding="utf-8")
+            self._file = partial.open("xb", buffering=0)
+            self.write(text)
+            self.flush()
             partial.replace(path)
-            self._file = path.open("ab", buffering=0)
+            self._place = _place(path.stat())
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise OrthoFxError(f"cannot write {path}: {error.strerror}") from None
 
+    @property
+    def written(self) -> RowsWritten:
+        return RowsWritten(self._count, self._digest.hexdigest())
+
+    def append(self, text: str) -> None:
+        """Writes lines; an error if the file in the folder is another by now, or gone."""
+        try:
+            there = _place(self.path.stat())
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {self.path}: {error.strerror}") from None
+        if there != self._place:
+            raise OrthoFxError(f"cannot write {self.path}: another file was put in its place")
+        self.write(text)
+
     def write(self, text: str) -> None:
-        rest = memoryview(text.encode())
+        encoded = text.encode()
+        rest = memoryview(encoded)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OrthoFxError(f"cannot write {self.path}: {error.strerror}") from None
+        self._count += encoded.count(b"\n")
+        self._digest.update(encoded)
+
+    def flush(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OrthoFxError(f"cannot write {self.path}: {error.strerror}") from None
 
     def close(self) -> None:
         self._file.close()
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 class _Board:

@@ -6,6 +6,7 @@ RUN/sites.jsonl           one row for each site and validation: the expansion's 
 RUN/expansions-start.safetensors, expansions.safetensors   the expansions at the start and at the last validation
 RUN/checkpoints/          the newest checkpoints, to resume from
 RUN/model.safetensors     the weights at the end
+RUN/.lock                 held while a run writes there
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import threading
+import shutil
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,28 +31,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ortho_fx.activations.expansion import ExpansionActivation
-from ortho_fx.errors import OrthoFxError
+from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.files import atomic_file
-from ortho_fx.models.data.loader import load, load_validation
+from ortho_fx.models.data.digest import data_digest
+from ortho_fx.models.data.loader import WorkerLost, load, load_validation
 from ortho_fx.models.data.sources import Batch
 from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
+from ortho_fx.models.runs.files import RowsWritten, rows_differ
+from ortho_fx.models.runs.lock import locked
 from ortho_fx.models.training.build import build
 from ortho_fx.models.training.checkpoint import (
+    Checkpoint,
     checkpoints,
-    load_tensors,
-    newest_checkpoint,
+    load_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
 from ortho_fx.models.training.divergence import explain_divergence
 from ortho_fx.models.training.ema import MovingAverage
-from ortho_fx.models.training.log import RunLog
+from ortho_fx.models.training.log import ROW_FILES, RunLog
 from ortho_fx.models.training.monitor import SiteMonitor
 from ortho_fx.models.training.optimization import Optimization, Step
-from ortho_fx.models.training.processes import Processes, join
+from ortho_fx.models.training.processes import Processes, join, peer_lost
 from ortho_fx.models.training.progress import Progress
+from ortho_fx.models.training.signals import Signals
+from ortho_fx.models.training.space import require_space, size_of, size_to_come
 from ortho_fx.models.training.throughput import peak_flops, training_flops
 from ortho_fx.models.weights.bundle import save_weights
+from ortho_fx.processes import gathered, together
 from ortho_fx.toolchain import require_cpp_compiler
 from ortho_fx.version import __version__
 
@@ -73,43 +79,53 @@ class Diverged(OrthoFxError):
     """The loss or gradient of a run is no longer finite."""
 
 
-class Terminated(SystemExit):
-    """SIGTERM ended a run, which has saved a checkpoint. The exit code is 143, as of any process that SIGTERM ends."""
+class _OfData(OrthoFxError):
+    """Data that cannot be read; to go on would meet them again."""
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
+_T = TypeVar("_T")
+_EXPANSIONS = ("expansions-start.safetensors", "expansions.safetensors")
+# The files of a run; while one is written, it has a hidden name that begins with its own.
+_WRITTEN = ("run.json", *ROW_FILES, "metrics.csv", "model.safetensors", *_EXPANSIONS)
+
+
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, to_go_on: str | None = None) -> Result:
     """Trains a model and writes the run's directory; under torchrun, together with the other processes.
 
     Args:
         config: the run.
         resume: go on from the directory's newest checkpoint, with any number of processes.
         overwrite: start anew although the directory holds a checkpoint.
+        to_go_on: what a run that ends early advises (None: --resume if there is a checkpoint, or to start again).
 
     Raises:
-        OrthoFxError: a directory with a checkpoint but neither flag, a checkpoint of another configuration, or a disk
-            that cannot be written.
+        OrthoFxError: a directory with a checkpoint but neither flag, one that another run writes, no whole checkpoint
+            to resume from, one of another configuration or of a run on other data, a disk that is full or cannot be
+            written, or a process that is gone. The text says what is kept.
         Diverged: more than `config.skip_bad_steps` steps had a loss or a gradient that is not finite.
-        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved.
+        KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved. Their text,
+            or `kept`, says what is kept.
     """
-    with join(config.device) as processes:
-        return Run(config, processes).start(resume=resume, overwrite=overwrite)
+    with Signals(), join(config.device) as processes:
+        return Run(config, processes, to_go_on=to_go_on).start(resume=resume, overwrite=overwrite)
 
 
 class Run:
     """One run, as one of its processes sees it."""
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, config: TrainConfig, processes: Processes, *, to_go_on: str | None = None) -> None:
         assert config.steps is not None
         assert config.batch_size is not None
         if config.compile and processes.device.type == "cpu":
             require_cpp_compiler("train without compiling: --no-compile, or compile = false in the recipe")
         self.config, self.processes, self.task = config, processes, TASKS[config.model]
         self.steps, self.batch_size = config.steps, config.batch_size
-        self.directory, self.leads = config.directory, processes.rank == 0
+        self.directory, self.leads, self.to_go_on = config.directory, processes.rank == 0, to_go_on
         self.rows = processes.rows(config.batch_size, config.accumulate)
         built = build(config, processes.device)
         self.model, self.data, self.notes = built.model, built.data, built.notes
         self.configuration = {**config.configuration(), "data": self.data.name}
+        self.digest = together(lambda: data_digest(self.data) if processes.rank == 0 else "")[0]
         expansions = [m for m in self.model.modules() if isinstance(m, ExpansionActivation)]
         self.result = Result(
             config,
@@ -128,17 +144,37 @@ class Run:
         self.saved = 0
 
     def start(self, *, resume: bool, overwrite: bool) -> Result:
-        folder, first = self.directory / "checkpoints", 0
-        if resume:
-            newest = newest_checkpoint(folder, self.configuration)
-            first, self.skipped = newest.step, newest.skipped
-            self._load(newest.path)
-        elif checkpoints(folder) and not overwrite:
-            raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
-        # All processes must have looked for a checkpoint before one of them writes.
-        self.processes.wait()
-        if self.leads:
-            self._prepare(resume)
+        folder = self.directory / "checkpoints"
+        if resume and not checkpoints(folder):
+            raise OrthoFxError(f"there is no checkpoint in {folder} to resume from")
+        with contextlib.ExitStack() as stack:
+            together(lambda: stack.enter_context(locked(self.directory)) if self.leads else None)
+            # All processes must have looked for a checkpoint before one of them writes.
+            if any(gathered(bool(checkpoints(folder)) and not resume and not overwrite, None)):
+                raise OrthoFxError(f"{self.directory} holds a checkpoint: pass --resume or --overwrite")
+            checkpoint = self._load() if resume else None
+            first = 0 if checkpoint is None else checkpoint.step
+            together(lambda: self._prepare(resume, first) if self.leads else None)
+            try:
+                return self._run(first)
+            except Diverged:
+                raise
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(self._kept()) from None
+            except Terminated:
+                raise Terminated(self._kept()) from None
+            except _OfData as error:
+                raise OrthoFxError(f"{error}; {self._kept(advised=False)}") from None
+            except OrthoFxError as error:
+                raise OrthoFxError(f"{error}; {self._kept()}") from None
+            except RuntimeError as error:
+                if not peer_lost(error, self.processes):
+                    raise
+                raise OrthoFxError(
+                    f"process {self.processes.rank} has lost another process of the run; {self._kept()}"
+                ) from None
+
+    def _run(self, first: int) -> Result:
         log = RunLog(self.directory, first, writes=self.leads)
         with contextlib.closing(log):
             started = time.perf_counter()
@@ -147,6 +183,14 @@ class Run:
             self._export()
         self.result.seconds = time.perf_counter() - started
         return self.result
+
+    def _kept(self, advised: bool = True) -> str:
+        """What is left of a run that ends early, and how to go on."""
+        found = checkpoints(self.directory / "checkpoints")
+        if not found:
+            return f"no checkpoint was saved yet: {self.to_go_on or 'start again'}"
+        advice = f": {self.to_go_on or 'go on with --resume'}" if advised else ""
+        return f"{found[-1]} is kept{advice}"
 
     def _train(self, log: RunLog, first: int) -> None:
         config = self.config
@@ -170,21 +214,21 @@ class Run:
         self._clock = time.perf_counter()
         with (
             contextlib.closing(batches),
-            _Signals() as signals,
+            Signals() as signals,
             Progress(
                 title, self.steps, self.task.unit, first=first, compiles=config.compile, shown=self.leads
             ) as progress,
         ):
             for note in self.notes:
                 progress.line(note)
-            for step, parts in enumerate(batches, first):
+            signals.delayed = True
+            for step, parts in enumerate(_data_errors(batches), first):
                 self._step(log, progress, step, [self._on_device(part) for part in parts])
                 asked = torch.tensor([signals.asked, signals.terminated], device=self.processes.device).float()
                 stopped, terminated = self.processes.total(asked).tolist()
                 if stopped:
-                    self._save(step + 1)
-                    progress.line(f"stopped after step {step + 1} and saved: go on with --resume")
-                    raise Terminated(143) if terminated else KeyboardInterrupt
+                    self._save(log, step + 1)
+                    raise Terminated if terminated else KeyboardInterrupt
                 self._clock = time.perf_counter()
 
     def _step(self, log: RunLog, progress: Progress, step: int, parts: list[Batch]) -> None:
@@ -220,7 +264,7 @@ class Run:
         if self.skipped > config.skip_bad_steps:
             self._diverged(taken, done, parts)
         if done % config.save_every == 0 or done == self.steps:
-            self._save(done)
+            self._save(log, done)
         progress.pause(paused)
 
     def _note(self, row: dict[str, Any]) -> None:
@@ -246,7 +290,7 @@ class Run:
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             (rows,) = self.processes.rows(self.validation_size, 1)
             held = load_validation(self.data, size=self.validation_size, rows=rows, workers=self.workers, pin=self.pin)
-            for done, part in enumerate(held, 1):
+            for done, part in enumerate(_data_errors(held), 1):
                 totals += self.optimization.evaluate(*self._on_device(part))
                 progress.validating(done, batches)
         self.optimization.shared.train()
@@ -269,16 +313,23 @@ class Run:
         inputs, targets = (tensor.to(self.processes.device, non_blocking=True) for tensor in batch)
         return inputs, targets
 
-    def _prepare(self, resume: bool) -> None:
-        """Writes run.json. Unless the run resumes, removes an earlier run's checkpoints, weights and expansions."""
+    def _prepare(self, resume: bool, first: int) -> None:
+        """Writes run.json. Unless the run resumes, removes an earlier run's checkpoints, weights and expansions.
+
+        What a killed run has left half-written is removed as well.
+        """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            for left in self.directory.glob(".*"):
+                if left.name.startswith(tuple(f".{name}." for name in _WRITTEN)):
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if not resume:
                 remove_checkpoints(self.directory / "checkpoints")
-                for name in ("model.safetensors", "expansions.safetensors", "expansions-start.safetensors"):
+                for name in ("model.safetensors", *_EXPANSIONS):
                     (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise OrthoFxError(f"cannot write to {self.directory}: {error.strerror}") from None
+        if first < self.steps:
+            require_space(self.directory, size_to_come(self.model, self.average is not None))
         device = self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         described = {
@@ -301,25 +352,55 @@ class Run:
         state = {"model": model, "optimizer": optimizer}
         return state if self.average is None else {**state, "average": self.average.averages}
 
-    def _save(self, step: int) -> None:
+    def _save(self, log: RunLog, step: int) -> None:
         if step == self.saved:
             return
-        self.saved = step
+        state = self._state()
+        # Flushed first: rows survive whatever the checkpoint survives.
+        rows = together(lambda: self._ready(log, size_of(state)) if self.leads else {})[0]
         save_checkpoint(
             self.directory / "checkpoints",
             step,
-            self._state(),
+            state,
             self.configuration,
             self.processes,
             self.config.keep,
             skipped=self.skipped,
+            data=self.digest,
+            rows=rows,
         )
+        self.saved = step
 
-    def _load(self, path: Path) -> None:
+    def _ready(self, log: RunLog, size: int) -> dict[str, RowsWritten]:
+        require_space(self.directory, size)
+        return log.flush()
+
+    def _load(self) -> Checkpoint:
+        """Reads the newest whole checkpoint into the model, the optimizer and the average."""
+
+        def differ(checkpoint: Checkpoint) -> str | None:
+            differences = (rows_differ(self.directory / name, written) for name, written in checkpoint.rows.items())
+            return next(filter(None, differences), None)
+
         state = self._state()
-        load_tensors(path, state, self.processes)
-        optimizer = self.optimization.optimizer
-        set_state_dict(self.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        checkpoint, note = load_checkpoint(
+            self.directory / "checkpoints",
+            self.configuration,
+            state,
+            self.processes,
+            data=self.digest,
+            rows_differ=differ,
+        )
+        if note and self.leads:
+            print(f"ortho-fx: warning: {note}", file=sys.stderr, flush=True)
+        set_state_dict(
+            self.model,
+            self.optimization.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.skipped = checkpoint.skipped
+        return checkpoint
 
     def _export(self) -> None:
         """Writes model.safetensors, with the averaged weights if there is an average."""
@@ -332,26 +413,11 @@ class Run:
         self.processes.wait()
 
 
-class _Signals:
-    """Delays SIGTERM and a first Ctrl-C to the end of the step, so that the saved weights belong to the saved step.
-
-    A second Ctrl-C stops at once.
-    """
-
-    def __enter__(self) -> _Signals:
-        self.asked = self.terminated = False
-        # Python allows signal handlers in its main thread only.
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.terminated = self.terminated or number == signal.SIGTERM
+def _data_errors(batches: Iterable[_T]) -> Iterator[_T]:
+    """The same batches; an error of the data is told from the others."""
+    try:
+        yield from batches
+    except WorkerLost:
+        raise
+    except OrthoFxError as error:
+        raise _OfData(str(error)) from None

@@ -18,6 +18,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
+
+# What a launcher sets for each process.
+_NUMBERS = ("RANK", "WORLD_SIZE")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,48 @@ class Processes:
             dist.barrier()
 
 
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process among others, as its environment says.
+
+    Raises:
+        OrthoFxError: the environment says so only in part.
+    """
+    given = {name: os.environ[name] for name in _NUMBERS if os.environ.get(name)}
+    if not given and not dist.is_torchelastic_launched():
+        return False
+    missing = [name for name in (*_NUMBERS, *_ADDRESS) if not os.environ.get(name)]
+    if missing:
+        names = ", ".join(given) or "TORCHELASTIC_RUN_ID"
+        raise OrthoFxError(
+            f"the environment has {names}, and not {', '.join(missing)}: start several processes with torchrun, or "
+            f"unset {names} for a single one"
+        )
+    for name in (*_NUMBERS, "MASTER_PORT"):
+        if not os.environ[name].isascii() or not os.environ[name].isdecimal():
+            raise OrthoFxError(f"{name} in the environment must be a whole number; got {os.environ[name]!r}")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise OrthoFxError(
+            f"RANK in the environment must be below WORLD_SIZE, {given['WORLD_SIZE']}; got {given['RANK']}"
+        )
+    return True
+
+
+def peer_lost(error: RuntimeError, processes: Processes) -> bool:
+    """Whether an error says that another process of the run does not answer any more."""
+    return processes.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+
+
 @contextlib.contextmanager
 def join(device: str) -> Iterator[Processes]:
     """Joins the processes that torchrun started, and leaves them at the end; without torchrun, a single process.
 
     Args:
         device: "cpu" or "cuda"; under torchrun each process takes the GPU of its local rank.
+
+    Raises:
+        OrthoFxError: an environment that torchrun has not set whole, or processes that do not find each other.
     """
-    if not dist.is_torchelastic_launched() and not dist.is_initialized():
+    if not launched() and not dist.is_initialized():
         yield Processes(0, 1, torch.device(device))
         return
     owned = not dist.is_initialized()
@@ -85,7 +124,10 @@ def join(device: str) -> Iterator[Processes]:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if owned:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise OrthoFxError(f"the processes of this run do not find each other: {reason(error)}") from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
     finally:

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 from ortho_fx.cli.completion import PLUGINS
 from ortho_fx.cli.parser import Parser
-from ortho_fx.errors import OrthoFxError
+from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
-    parsed = None
     try:
         _load_plugins()
         parser = make_parser()
@@ -28,10 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        how = getattr(parsed, "to_go_on", None)
-        print("ortho-fx: interrupted" + (f"; {how}" if how else ""), file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(filter(None, ("ortho-fx: interrupted", str(interrupt)))), file=sys.stderr)
         return 130
+    except Terminated as end:
+        print("; ".join(filter(None, ("ortho-fx: terminated", end.kept))), file=sys.stderr)
+        return 143
 
 
 def _load_plugins() -> None:

@@ -29,7 +29,7 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("--out", required=True, help="folder of the runs, the table and the picture")
     command.add_argument("--no-timing", dest="timing", action="store_false", help="leave time and memory out")
     command.add_argument("--overwrite", action="store_true", help="start anew where the folder has a comparison")
-    command.set_defaults(run=run, to_go_on="the same command goes on")
+    command.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -44,6 +44,7 @@ def run(parsed: argparse.Namespace) -> int:
         reference=parsed.reference,
         timing=parsed.timing,
         overwrite=parsed.overwrite,
+        to_go_on=f"the same command{' without --overwrite' if parsed.overwrite else ''} goes on",
         progress=functools.partial(print, flush=True),
     )
     print(comparison)

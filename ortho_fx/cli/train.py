@@ -40,7 +40,7 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument(
         "--beside-gelu", action="store_true", help="train the untouched model as well, and print both losses"
     )
-    command.set_defaults(run=run, to_go_on="go on with --resume")
+    command.set_defaults(run=run)
 
 
 def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
@@ -91,7 +91,9 @@ def run(parsed: argparse.Namespace) -> int:
             print(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}", flush=True)
         # The earlier command may have been interrupted before this run started.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
-        result = train(config, resume=resume, overwrite=parsed.overwrite)
+        # When the second of two runs ends early, the first is complete, so --resume works without a checkpoint.
+        to_go_on = None if config is configs[0] else "go on with --resume"
+        result = train(config, resume=resume, overwrite=parsed.overwrite, to_go_on=to_go_on)
         if leads:
             print(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
         results.append(result)
