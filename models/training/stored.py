@@ -137,7 +137,8 @@ class _Files(FileSystem):
         # "x" fails where something stands already, a link too.
         with Path(path).open(mode.replace("w", "x")) as stream:
             written = threading.Event()
-            self._found[Path(path).name] = self._pool.submit(_follow, Path(path), written)
+            # Opened here: by the time that the thread begins, the file may have another name.
+            self._found[Path(path).name] = self._pool.submit(_follow, Path(path).open("rb"), written)
             try:
                 yield cast(io.IOBase, stream)
             finally:
@@ -150,8 +151,8 @@ class _Files(FileSystem):
         self._found[Path(new_path).name] = self._found.pop(Path(path).name)
 
 
-def _follow(path: Path, written: threading.Event) -> Digest:
-    with path.open("rb") as file:
+def _follow(file: io.BufferedReader, written: threading.Event) -> Digest:
+    with file:
         # Waits a moment at the end of what is there, so that it does not take the processor from the writer.
         return _hashed(file, lambda: written.wait(0.0 if file.peek(1) else 0.002))
 
