@@ -106,7 +106,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved. Their text,
             or `kept`, says what is kept.
     """
-    with Signals(), join(config.device) as processes:
+    # Signals last: while processes join, PyTorch waits for the others in code that lets no handler of Python's run.
+    with join(config.device) as processes, Signals():
         return Run(config, processes, to_go_on=to_go_on).start(resume=resume, overwrite=overwrite)
 
 

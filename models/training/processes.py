@@ -113,7 +113,8 @@ def join(device: str) -> Iterator[Processes]:
         device: "cpu" or "cuda"; under torchrun each process takes the GPU of its local rank.
 
     Raises:
-        OrthoFxError: an environment that torchrun has not set whole, or processes that do not find each other.
+        OrthoFxError: an environment that torchrun has not set whole, processes that do not find each other, or one
+            that is gone while the others wait for it.
     """
     if not launched() and not dist.is_initialized():
         yield Processes(0, 1, torch.device(device))
@@ -128,8 +129,13 @@ def join(device: str) -> Iterator[Processes]:
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
             raise OrthoFxError(f"the processes of this run do not find each other: {reason(error)}") from None
+    processes = Processes(dist.get_rank(), dist.get_world_size(), chosen)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        yield processes
+    except RuntimeError as error:
+        if not peer_lost(error, processes):
+            raise
+        raise OrthoFxError(f"process {processes.rank} has lost another process of the run") from None
     finally:
         if owned:
             dist.destroy_process_group()
