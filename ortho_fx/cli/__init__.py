@@ -14,7 +14,7 @@ from ortho_fx.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt, 143 for SIGTERM."""
     try:
         _load_plugins()
         parser = make_parser()
