@@ -118,7 +118,9 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     found = next((path / name for name in _IN_A_FOLDER if (path / name).is_file()), None)
     if found is None and (path / "run.json").is_file():
-        raise OrthoFxError(f"{path} has no model.safetensors: a run writes it at its end; go on with --resume")
+        saved = any((path / "checkpoints").glob("step-*/state.json"))
+        advice = "go on with --resume" if saved else "this one has saved no checkpoint yet, so start it again"
+        raise OrthoFxError(f"{path} has no model.safetensors: a run writes it at its end; {advice}")
     if found is None:
         raise OrthoFxError(f"{path} holds no weights: none of {', '.join(_IN_A_FOLDER)}")
     if found.suffix != ".json":

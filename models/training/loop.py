@@ -229,6 +229,7 @@ class Run:
                 stopped, terminated = self.processes.total(asked).tolist()
                 if stopped:
                     self._save(log, step + 1)
+                    progress.line(f"stopped after step {step + 1} and saved")
                     raise Terminated if terminated else KeyboardInterrupt
                 self._clock = time.perf_counter()
 

@@ -66,7 +66,11 @@ def test_the_weights_of_a_folder(tmp_path):
         "pytorch_model.bin.index.json"
     )
     (tmp_path / "run.json").write_text("{}")
-    assert error() == "HERE has no model.safetensors: a run writes it at its end; go on with --resume"
+    lacks = "HERE has no model.safetensors: a run writes it at its end; "
+    assert error() == lacks + "this one has saved no checkpoint yet, so start it again"
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
+    assert error() == lacks + "go on with --resume"
     index = tmp_path / "pytorch_model.bin.index.json"
     for content in ({}, {"weight_map": {"a": "../a.bin"}}, {"weight_map": {"a": "/a.bin"}}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps(content))

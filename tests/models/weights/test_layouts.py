@@ -250,7 +250,8 @@ def test_a_run_without_weights_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert error_of(tmp_path / "run") == (
-        "HERE/run has no model.safetensors: a run writes it at its end; go on with --resume"
+        "HERE/run has no model.safetensors: a run writes it at its end; this one has saved no checkpoint yet, so start "
+        "it again"
     )
 
 

@@ -132,25 +132,29 @@ def test_sigterm_saves_and_exits_with_143(recipe, tmp_path):
         "gpt2.PRESETS['test'] = gpt2.GPT2Config(256, 16, 1, 2, 16); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "train", recipe, "--steps", "100000", "--eval-every", "5"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in child.stdout:
         if line.startswith("step"):
             break
     child.terminate()
-    out, _ = child.communicate()
+    out, err = child.communicate()
     assert child.returncode == 143
-    stopped = int(re.search(r"stopped after step (\d+) and saved: go on with --resume", out)[1])
-    assert (tmp_path / "mine" / "checkpoints" / f"step-{stopped:08d}" / "state.json").exists()
+    stopped = int(re.search(r"stopped after step (\d+) and saved\n", out)[1])
+    checkpoint = tmp_path / "mine" / "checkpoints" / f"step-{stopped:08d}"
+    assert (checkpoint / "state.json").exists()
+    assert err == f"ortho-fx: terminated; mine/checkpoints/{checkpoint.name} is kept: go on with --resume\n"
 
 
 def test_an_interrupt_exits_with_130(capsys, monkeypatch):
-    def interrupt(*arguments, **settings):
-        raise KeyboardInterrupt
+    for told, shown in (("", ""), ("step 3 is kept", "; step 3 is kept")):
 
-    monkeypatch.setattr("ortho_fx.models.training.loop.train", interrupt)
-    code, _, err = run(capsys, "train", "gpt2")
-    assert code == 130
-    assert err == "ortho-fx: interrupted; go on with --resume\n"
+        def interrupt(*arguments, told=told, **settings):
+            raise KeyboardInterrupt(told)
+
+        monkeypatch.setattr("ortho_fx.models.training.loop.train", interrupt)
+        code, _, err = run(capsys, "train", "gpt2")
+        assert code == 130
+        assert err == f"ortho-fx: interrupted{shown}\n"
 
 
 def test_help_and_version_work_as_a_module():
