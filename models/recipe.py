@@ -21,10 +21,13 @@ import torch
 from ortho_fx.bases import BASES
 from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.data.batch import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Characters of a recipe.
+_LONGEST = 2**20
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -162,8 +165,12 @@ class TrainConfig:
                 raise OrthoFxError(f"{name} is a setting of {only}; the model is {self.model}")
         try:
             torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
+        except Exception:  # PyTorch raises errors of many kinds for devices that it knows by name alone
             raise OrthoFxError(f"device {self.device!r} is not available on this machine") from None
+        if self.seed >= 2**63:
+            raise OrthoFxError(f"seed must be below 2^63; got {self.seed}")
+        if "\0" in f"{self.out}{self.data}{self.start_from}":
+            raise OrthoFxError("paths have no zero byte; got one in out, data or start_from")
 
     @classmethod
     def settings(cls) -> tuple[Field[Any], ...]:
@@ -210,13 +217,16 @@ def load_recipe(name: str) -> dict[str, Any]:
         text = bundled.read_text(encoding="utf-8")
     else:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
+            with path.open(encoding="utf-8") as file:
+                text = file.read(_LONGEST + 1)
+        except (OSError, ValueError) as error:  # ValueError: no text, or a path with a zero byte
+            told = getattr(error, "strerror", None) or "it is not text"
             raise OrthoFxError(
-                f"cannot read recipe {name}: {reason}; recipes are TOML files, and these come with the package: "
+                f"cannot read recipe {name}: {told}; recipes are TOML files, and these come with the package: "
                 f"{', '.join(recipes())}"
             ) from None
+    if len(text) > _LONGEST:
+        raise OrthoFxError(f"recipe {name} has more than {_LONGEST} characters, so it is none")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -226,8 +236,8 @@ def load_recipe(name: str) -> dict[str, Any]:
             raise OrthoFxError("recipes need tomli before Python 3.11: pip install tomli") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise OrthoFxError(f"recipe {name} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        raise OrthoFxError(f"recipe {name} is not TOML: {reason(error)}") from None
 
 
 def _with_text(setting: Field[Any]) -> Field[Any]:

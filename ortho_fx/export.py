@@ -9,6 +9,7 @@ does it get its final name.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import warnings
@@ -151,11 +152,37 @@ def export_program(
     with evaluating(checked_model(model)), keeping_buffers(model):
         program = _program(model, example_inputs, dynamic_batch)
         with atomic_file(path) as temporary, _quiet():
-            torch.export.save(program, temporary)
+            with _writer(temporary) as file:
+                torch.export.save(program, file)
             module = torch.export.load(temporary).module()
             difference = _check(model, example_inputs, lambda batch: call(module, batch), dynamic_batch, tolerance)
         inputs = _described(program, example_inputs, dynamic_batch)
     return Export(path, _size(path), inputs, *difference, f"torch.export {torch.__version__}")
+
+
+class _Kept(io.FileIO):
+    """A file that keeps its first error: PyTorch's writer in C++ ends the process when a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        data = memoryview(content)
+        place = 0
+        while self.error is None and place < len(data):
+            try:
+                place += super().write(data[place:]) or 0  # a full disk may take a part
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[_Kept]:
+    """A file for PyTorch's writer; its error is raised at the end of the block."""
+    with _Kept(path, "wb") as file:
+        yield file
+        if file.error is not None:
+            raise file.error
 
 
 def _program(model: nn.Module, batch: Batch, dynamic_batch: bool) -> torch.export.ExportedProgram:

@@ -9,12 +9,13 @@ import functools
 import gzip
 import math
 import os
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,10 +24,15 @@ from torch import Tensor
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
+from ortho_fx.memory import require_memory
 from ortho_fx.models.data.augment import RandAugment, central_crop, mix, random_crop, row_generator, shift
 from ortho_fx.models.data.batch import Batch
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow's decoders for these; it has others, for formats that few read and few test.
+_FORMATS = ("BMP", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# Pixels of an image; a small file can promise many more than memory holds.
+_LARGEST = 2**27
 # The 256 values of a pixel normalised by ImageNet's mean and standard deviation: (channels, 256).
 _NORMALISED = (
     (np.arange(256) / 255 - np.array([[0.485], [0.456], [0.406]])) / np.array([[0.229], [0.224], [0.225]])
@@ -252,28 +258,37 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     if not path.exists() and not packed.exists():
         raise OrthoFxError(f"{path.parent} holds neither {path.name} nor {packed.name}")
     path = path if path.exists() else packed
+    start = 4 + 4 * dimensions
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path is packed else content
+        with gzip.open(path) if path is packed else path.open("rb") as file:
+            shape = _idx_shape(path, file.read(start), dimensions)
+            size = math.prod(shape)
+            require_memory(size, f"{path} promises {' x '.join(map(str, shape))} values")
+            # One more than promised: a packed file may unpack to any size.
+            content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
-    start = 4 + 4 * dimensions
-    # The header: two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
+    if len(content) != size:
+        came = f"{start + len(content)}" if len(content) < size else "more"
+        raise OrthoFxError(
+            f"{path} promises {' x '.join(map(str, shape))} values in a header of {start} bytes, {start + size} bytes "
+            f"in all; it has {came}"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _idx_shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
+    """The dimensions that the header of an IDX file promises."""
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
     magic = bytes((0, 0, 8, dimensions))
-    if content[:4] != magic:
+    if header[:4] != magic:
         raise OrthoFxError(
-            f"{path} must begin with {magic.hex(' ')}, as IDX files of this kind; got {content[:4].hex(' ')}"
+            f"{path} must begin with {magic.hex(' ')}, as IDX files of this kind; got {header[:4].hex(' ')}"
         )
-    if len(content) < start:
-        raise OrthoFxError(f"{path} must have a header of {start} bytes; it has {len(content)} bytes in all")
-    shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
-    if len(content) != start + math.prod(shape):
-        promised = " x ".join(map(str, shape))
-        raise OrthoFxError(
-            f"{path} promises {promised} values in a header of {start} bytes, {start + math.prod(shape)} bytes in all; "
-            f"it has {len(content)}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    size = 4 + 4 * dimensions
+    if len(header) < size:
+        raise OrthoFxError(f"{path} must have a header of {size} bytes; it has {len(header)} bytes in all")
+    return tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, size, 4))
 
 
 class ImageFolder(Images):
@@ -352,13 +367,39 @@ class ImageFolder(Images):
         from PIL import Image
 
         try:
-            with Image.open(path) as image:
+            with warnings.catch_warnings(), Image.open(path, formats=_FORMATS) as image:
+                warnings.simplefilter("ignore")
                 width, height = image.size
+                if width * height > _LARGEST:
+                    raise OrthoFxError(f"it has {width} x {height} pixels, and {_LARGEST:,} are the most")
                 box = central_crop(width, height) if generator is None else random_crop(width, height, generator)
                 sides = (self.image_size, self.image_size)
-                return np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BICUBIC, box=box))
+                return np.asarray(_eight_bits(image).convert("RGB").resize(sides, Image.Resampling.BICUBIC, box=box))
         except Exception as error:  # each decoder raises its own errors for damaged files
             raise OrthoFxError(f"cannot read the image {path}: {reason(error)}") from None
+
+
+def _eight_bits(image: Any) -> Any:
+    """The image with 8 bits a channel: convert("RGB") alone clips wider values at 255, which leaves one colour.
+
+    Grey images of 16 bits are scaled. Integers of 32 bits and floating point have no range that could be scaled from.
+
+    Raises:
+        OrthoFxError: an image of 32-bit integers or of floating point.
+    """
+    from PIL import Image
+
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not wide:
+        if image.mode in ("I", "F"):
+            kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+            raise OrthoFxError(f"its pixels are {kind}, whose range is unknown: save it with 8 or 16 bits a channel")
+        return image
+    # TIFF files may hold 12 bits in 16.
+    bits = image.tag_v2.get(258, (16,))[0] if image.format in ("TIFF", "MPO") else 16
+    largest = 2 ** min(max(bits, 8), 16) - 1
+    values = np.asarray(image).astype(np.float64) * (255 / largest)
+    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 
 def _list_images(folder: Path) -> dict[str, tuple[list[bytes], int]]:

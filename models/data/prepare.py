@@ -6,9 +6,12 @@ of a line, since no word of GPT-2's splitting of text crosses such a cut.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import reason
 from ortho_fx.models.data.text import FEWEST_FILES_TO_SPLIT, text_files
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ _PIECE = 2**18
 _PIECES_AT_ONCE = 16
 # BPE counts pairs in words. Beyond this many bytes its result hardly changes, but its memory still grows.
 _LEARN_FROM = 2**30
+_IDS = 2**32
 
 Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
 
@@ -109,8 +114,13 @@ def prepare(
     out = Path(out)
     if not 0 < validation_share < 1:
         raise OrthoFxError(f"validation_share must be between 0 and 1; got {validation_share}")
-    if tokenizer == "bpe" and vocabulary < 257:
-        raise OrthoFxError(f"vocabulary of bpe must be 257 or more, 256 bytes and the end of text; got {vocabulary}")
+    if tokenizer == "bpe" and not 257 <= vocabulary <= _IDS:
+        raise OrthoFxError(
+            f"vocabulary of bpe must be 257 (256 bytes and the end of text) to {_IDS}, as uint32 holds; "
+            f"got {vocabulary}"
+        )
+    if seed < 0:
+        raise OrthoFxError(f"seed must be 0 or more; got {seed}")
     there = [name for name in _FILES if (out / name).exists()]
     if there and not overwrite:
         raise OrthoFxError(f"{out} holds {', '.join(there)} already: pass --overwrite to replace what is there")
@@ -139,11 +149,14 @@ def _write(
         model = _train_bpe(parts[0], vocabulary, seed) if tokenizer == "bpe" else _read_tokenizer(Path(tokenizer))
         ids = model.get_vocab()
         end = next((ids[name] for name in _ENDS_OF_TEXT if name in ids), None)
+        if not ids:
+            raise OrthoFxError(f"{tokenizer} has an empty vocabulary, so it makes no tokens")
         made = {"vocabulary": max(ids.values()) + 1, "tokenizer": "tokenizer.json", "end_of_text": end}
         _partial(out / "tokenizer.json").write_text(model.to_str(pretty=True), encoding="utf-8")
 
         def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-            encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
+            with _errors_of(f"the tokenizer {tokenizer} cannot encode the text"):
+                encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     dtype = "uint16" if made["vocabulary"] <= 65536 else "uint32"
@@ -151,6 +164,9 @@ def _write(
         _write_tokens(_partial(out / name), split, encode, made["end_of_text"], np.dtype(dtype).newbyteorder("<"))
         for name, split in zip(_FILES, parts, strict=False)
     )
+    for split_name, count in (("training", train_tokens), ("validation", validation_tokens)):
+        if not count:
+            raise OrthoFxError(f"the tokenizer {tokenizer} leaves no token of the {split_name} text")
     train_bytes, validation_bytes = (sum(part.stop - part.start for part in split) for split in parts)
     sizes = (train_tokens, validation_tokens, train_bytes, validation_bytes)
     report = Prepared(out, *sizes, made["vocabulary"], dtype)
@@ -281,13 +297,15 @@ def _train_bpe(parts: Sequence[_Part], vocabulary: int, seed: int) -> Tokenizer:
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
+    size = sum(part.stop - part.start for part in parts)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        # Each merge needs a byte of text at least; the trainer reserves memory for all that it is asked for.
+        vocab_size=min(vocabulary, 257 + size),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    share = _LEARN_FROM / sum(part.stop - part.start for part in parts)
+    share = _LEARN_FROM / size
     chosen = np.random.default_rng(seed)
     # The text itself may mark ends of documents; the marks are not words to learn.
     texts = (words for text, _ in _texts(parts) if chosen.random() < share for words in text.split(END_OF_TEXT))
@@ -299,15 +317,34 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise OrthoFxError(f"tokenizer must be bytes, bpe or the path of a tokenizer.json; got {str(path)!r}")
     try:
-        model = _import_tokenizers().Tokenizer.from_file(str(path))
-    except OrthoFxError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise OrthoFxError(f"{path} is not a tokenizer.json: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise OrthoFxError(f"cannot read the tokenizer {path}: {reason(error)}") from None
+    tokenizers = _import_tokenizers()
+    with _errors_of(f"{path} is not a tokenizer.json"):
+        model = tokenizers.Tokenizer.from_str(text)
     # A tokenizer.json may ask for texts of one length, which would cut pieces off or fill them up.
     model.no_truncation()
     model.no_padding()
     return model
+
+
+@contextlib.contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Makes an error of the library tokenizers one line; it raises plain exceptions, and panics, which print more."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as printed:
+            os.dup2(printed.fileno(), 2)
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise OrthoFxError(f"{what}: {reason(error)}") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _import_tokenizers() -> Any:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ FEWEST_FILES_TO_SPLIT = 10
 
 
 class TokenFile:
-    """A file of token ids. Each process that reads it maps it into memory; a pickle has the path and the length only.
+    """A file of token ids, read in parts. A pickle has the path and the length only.
+
+    It is not mapped into memory: when a mapped file shrinks, the system ends the process that reads it.
 
     Args:
         path: a raw array of little-endian integers.
@@ -47,22 +50,33 @@ class TokenFile:
         self._count, rest = divmod(size, self.dtype.itemsize)
         if rest:
             raise OrthoFxError(f"{path} must hold integers of {self.dtype.itemsize} bytes each; it has {size} bytes")
-        self._map: NDArray[np.unsignedinteger[Any]] | None = None
+        self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, places: slice) -> NDArray[np.unsignedinteger[Any]]:
-        if self._map is None:
-            try:
-                # A plain array, since slices of a memmap are slower to make.
-                self._map = np.asarray(np.memmap(self.path, self.dtype, "r", shape=(self._count,)))
-            except (OSError, ValueError) as error:
-                raise OrthoFxError(f"{self.path} changed while it was read: {error}") from None
-        return self._map[places]
+        start, stop, _ = places.indices(self._count)
+        wanted, size = max(stop - start, 0), self.dtype.itemsize
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            # Processes share a file's position after a fork, so none is used.
+            content = os.pread(self._file.fileno(), wanted * size, start * size)
+        except OSError as error:
+            raise OrthoFxError(f"cannot read {self.path}: {error.strerror}") from None
+        if len(content) != wanted * size:
+            raise OrthoFxError(
+                f"{self.path} changed while it was read: it held {self._count} tokens, and ends before token {stop} now"
+            )
+        return np.frombuffer(content, dtype=self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_map": None}
+        return self.__dict__ | {"_file": None}
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_file") is not None:
+            self._file.close()  # type: ignore[union-attr]
 
 
 class Tokens:
@@ -197,7 +211,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OrthoFxError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OrthoFxError(f"{path} is not JSON: {error}") from None
     if not isinstance(meta, dict):
         raise OrthoFxError(f"{path} must be an object with vocabulary and dtype; got {type(meta).__name__}")
@@ -206,8 +220,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise OrthoFxError(f"vocabulary in {path} must be a whole number from 1 up; got {vocabulary!r}")
     if dtype not in ("uint16", "uint32"):
         raise OrthoFxError(f"dtype in {path} must be 'uint16' or 'uint32'; got {dtype!r}")
-    if type(size) not in (int, float) or not size > 0:
-        raise OrthoFxError(f"bytes_per_token in {path} must be a number above zero; got {size!r}")
+    if type(size) not in (int, float) or not 0 < size < math.inf:
+        raise OrthoFxError(f"bytes_per_token in {path} must be a finite number above zero; got {size!r}")
     return meta
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ _BEFORE, _AFTER, _REFERENCE = "0.55", "#D55E00", "0.1"
 _REFERENCE_DASH = (0, (4, 2))
 _DPI = 200
 _POINTS = 400
+_PLAIN = " ._+-,=:[]()"
+_LONGEST = 200  # of a file's name without its ending; file systems take 255 bytes
 
 
 def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
@@ -47,7 +51,7 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
     labels = _labels(runs)
     drawn = [_plot_losses(runs, labels, out / "loss.png"), _plot_norms(runs, labels, out / "norm.png")]
     for run, label in zip(runs, labels, strict=True):
-        own = out if len(runs) == 1 else out / label
+        own = out if len(runs) == 1 else out / file_name(label)
         if any("drift" in row for row in run.site_rows):
             drawn.append(_plot_drift(run, own / "drift.png"))
         drawn += _plot_sites(run, own)
@@ -71,10 +75,10 @@ def _plot_losses(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path
     left, right = axes[0, 0], axes[0, -1]
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
         style = _style(index)
-        _curve(left, run.rows, "loss", style, label)
+        _curve(left, run.rows, "loss", style, plain(label))
         _validations(left, run, "validation_loss", style)
         if accuracy:
-            _validations(right, run, "accuracy", style, label)
+            _validations(right, run, "accuracy", style, plain(label))
     left.plot([], [], color="0.3", lw=1.6, label="training, smoothed")
     left.plot([], [], color="0.3", lw=1.0, ls=(0, (4, 2)), marker="o", ms=3.5, mfc="white", label="validation")
     losses = [row[key] for run in runs for row in run.rows for key in ("loss", "validation_loss") if key in row]
@@ -90,12 +94,12 @@ def _plot_losses(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path
 def _plot_norms(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path:
     figure, axis = load_pyplot().subplots(figsize=(6, 3.6), layout="constrained")
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        _curve(axis, run.rows, "gradient_norm", _style(index), label)
+        _curve(axis, run.rows, "gradient_norm", _style(index), plain(label))
         skipped = [row["step"] for row in run.rows if row.get("skipped")]
         if skipped:
             place = axis.get_xaxis_transform()
             axis.plot(skipped, [0.03] * len(skipped), "x", color=_style(index)["color"], ms=5, transform=place)
-            axis.plot([], [], "x", color=_style(index)["color"], ms=5, label=f"{label}: skipped step")
+            axis.plot([], [], "x", color=_style(index)["color"], ms=5, label=f"{plain(label)}: skipped step")
     _log_scale(axis, [row["gradient_norm"] for run in runs for row in run.rows if "gradient_norm" in row], 5)
     _dress(axis, "step", "norm of the gradient")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
@@ -111,7 +115,7 @@ def _plot_drift(run: Run, path: Path) -> Path:
     for name, colour in zip(names, colours, strict=True):
         rows = [row for row in run.site_rows if row["site"] == name]
         steps = [row["step"] for row in rows]
-        left.plot(steps, [row["drift"] for row in rows], color=colour, lw=1.4, marker=".", ms=4, label=name)
+        left.plot(steps, [row["drift"] for row in rows], color=colour, lw=1.4, marker=".", ms=4, label=plain(name))
         right.plot(steps, [row["std"] for row in rows], color=colour, lw=1.4, marker=".", ms=4)
     _dress(left, "step", r"drift  $\Vert\theta-\theta_0\Vert\,/\,\Vert\theta_0\Vert$")
     _dress(right, "step", "standard deviation of the inputs")
@@ -134,10 +138,10 @@ def _plot_sites(run: Run, out: Path) -> list[Path]:
     for name in names:
         figure, axis = load_pyplot().subplots(figsize=(4.6, 3.6), layout="constrained")
         _plot_site(axis, before.sites[name], after.sites[name])
-        axis.set_title(f"{name}: {after.sites[name].activation.config}", fontsize=9)
+        axis.set_title(f"{plain(name)}: {after.sites[name].activation.config}", fontsize=9)
         _dress(axis, "x", "f(x)")
         axis.legend(*legend, frameon=False, fontsize=7.5, loc="best")
-        drawn.append(_write(figure, out / "sites" / f"{name}.png"))
+        drawn.append(_write(figure, out / "sites" / f"{file_name(name)}.png"))
     if len(names) > 1:
         columns = _columns(len(names))
         rows = math.ceil(len(names) / columns)
@@ -146,7 +150,7 @@ def _plot_sites(run: Run, out: Path) -> list[Path]:
         )
         for axis, name in zip(axes.flat, names, strict=False):
             _plot_site(axis, before.sites[name], after.sites[name], thin=True)
-            axis.set_title(_short(name), fontsize=7)
+            axis.set_title(plain(_short(name)), fontsize=7)
             _dress(axis, "", "", size=6)
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
@@ -298,6 +302,26 @@ def _columns(count: int) -> int:
     """Number of columns for a grid somewhat wider than high, with few empty places."""
     wanted = 1.4 * math.sqrt(count)
     return min(range(1, 7), key=lambda columns: -count % columns + 2 * abs(columns - wanted))
+
+
+def file_name(name: str) -> str:
+    """A name for a file in one folder, another for every name: what could leave the folder or be hidden is escaped.
+
+    Letters, digits and " _+-,=:[]" stay as they are, and dots that do not come first; other characters are written as
+    in a URL. A longer name than file systems take ends in a digest of it.
+    """
+    written = "".join(c if (c.isalnum() and c.isascii()) or c in _PLAIN else quote(c, safe="") for c in name)
+    if name.startswith(".") or not name:
+        written = "%2E" + written[1:]
+    if len(written) > _LONGEST:
+        written = f"{written[: _LONGEST - 17]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    return written
+
+
+def plain(name: str) -> str:
+    """The name as text for matplotlib, which reads $...$ as mathematics and leaves out labels that begin with "_"."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    return " " * shown.startswith("_") + shown.replace("$", r"\$")
 
 
 def _short(name: str) -> str:

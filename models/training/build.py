@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.memory import require_memory
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.data.images import Images
 from ortho_fx.models.data.sources import DataConfig, open_data
@@ -42,10 +43,18 @@ def build(config: TrainConfig, device: torch.device | None = None) -> Built:
     Raises:
         OrthoFxError: data or weights that cannot be read, or that do not fit each other or the run.
     """
+    assert config.batch_size is not None
     torch.manual_seed(config.seed)
     built = (_language_model if config.model == "gpt2" else _image_model)(config)
+    # Before anything of that size is made; the activations take many times more.
+    part = -(-config.batch_size // config.accumulate)
+    sample = (
+        built.data.context * 16
+        if isinstance(built.data, Tokens)
+        else 4 * built.data.channels * built.data.image_size**2
+    )
+    require_memory(part * sample, f"batch_size is {config.batch_size}")
     built.model.to(device or torch.device("cpu"))
-    assert config.batch_size is not None
     # 64 samples are enough to measure an activation's inputs. They are the same for any number of processes.
     first = slice(0, min(config.batch_size, 64))
     inputs = built.data.batch(config.seed, 0, config.batch_size, first)[0].to(device or torch.device("cpu"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -74,8 +75,11 @@ class Weights:
         """
         kind = KINDS[self.kind]
         # The meta device allocates and initialises nothing; the tensors then become the parameters.
-        with torch.device("meta"):
-            model = kind.model(self.config)
+        try:
+            with torch.device("meta"):
+                model = kind.model(self.config)
+        except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise OrthoFxError(f"its config makes no {self.kind}: {reason(error)}") from None
         _place_expansions(model, self.expansions)
         fitting(model, kind, self.state)
         model.load_state_dict({**self.state, **_copies(kind, self.state)}, assign=True)
@@ -177,7 +181,7 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
     try:
         values = json.loads(metadata["ortho_fx"])
         version = values["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OrthoFxError(f"its metadata are damaged: {type(error).__name__}, {reason(error)}") from None
     if version != VERSION:
         raise OrthoFxError(f"it has version {version!r} of weights; this release reads version {VERSION}")
@@ -188,9 +192,41 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
             site: SiteConfig(ExpansionConfig.from_dict(expansion), *values["channels"].get(site, ()))
             for site, expansion in values["expansions"].items()
         }
-        return Weights(values["model"], kind.config(**config), expansions, tensors, values["description"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(values["description"], dict):
+            raise TypeError("description must be an object")
+        config = _checked(kind.config(**config), len(tensors))
+        return Weights(values["model"], config, expansions, tensors, values["description"])
+    except OrthoFxError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise OrthoFxError(f"its metadata are damaged: {type(error).__name__}, {reason(error)}") from None
+
+
+def _checked(config: ModelConfig, tensors: int) -> ModelConfig:
+    """The config, with fields in the range of its model, and no more layers than the file has tensors for."""
+    for name, value in asdict(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        rate = name in _TRAINING
+        if isinstance(getattr(type(config)(), name), tuple) != isinstance(value, tuple) or not numbers:
+            raise OrthoFxError(f"its metadata are damaged: {name} is {value!r}")
+        for number in numbers:
+            whole = type(number) is int and 0 < number < 2**31
+            if not (type(number) in (int, float) and math.isfinite(number) if rate else whole):
+                kind = "a finite number" if rate else "a whole number from 1 to 2147483647"
+                raise OrthoFxError(f"its metadata are damaged: {name} must be {kind}; got {number!r}")
+    if isinstance(config, GPT2Config):
+        layers = config.layers
+        if config.width % config.heads:
+            raise OrthoFxError(
+                f"its metadata are damaged: width {config.width} is no multiple of the {config.heads} heads"
+            )
+    else:
+        layers = sum(config.depths)
+        if len(config.depths) != len(config.widths):
+            raise OrthoFxError(f"its metadata are damaged: depths {config.depths} and widths {config.widths} differ")
+    if layers > tensors:
+        raise OrthoFxError(f"its metadata are damaged: {layers} layers are more than its {tensors} tensors")
+    return config
 
 
 def kind_of(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from ortho_fx.bench.allocation import buffers_are_reused
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.memory import require_memory
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.toolchain import require_cpp_compiler
 
@@ -84,11 +85,13 @@ class BenchConfig:
             object.__setattr__(self, "rounds", 10 if self.trains else 20)
         if not self.expansions:
             raise OrthoFxError("there is no expansion to measure")
+        # Input, output, and the gradients of both.
+        require_memory(4 * self.tensor_bytes, f"elements is {self.elements}")
         if self.device_type not in ("cpu", "cuda"):
             raise OrthoFxError(f"device must be cpu or cuda; got {self.device!r}")
         try:
             torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
+        except Exception:  # PyTorch raises errors of many kinds for devices that it knows by name alone
             raise OrthoFxError(f"device {self.device!r} is not available on this machine") from None
         if self.mode != "default" and (self.device_type == "cpu" or self.what == "activation" or self.eager):
             raise OrthoFxError(f"mode {self.mode!r} is for compiled mlp, gpt2 and convnext on cuda")

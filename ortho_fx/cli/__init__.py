@@ -8,31 +8,66 @@ import sys
 from collections.abc import Sequence
 
 from ortho_fx.cli.completion import PLUGINS
+from ortho_fx.cli.mistakes import abandon_output, report, standard_streams
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt, 143 for SIGTERM."""
+    """Runs a command; returns its exit code: 0, 2 for a mistake, 130 for an interrupt, 143 for SIGTERM.
+
+    Any error is one line on the standard error; with ORTHO_FX_TRACEBACK=1, Python's traceback comes before it.
+    """
+    with standard_streams():
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            abandon_output()
+        except OSError as error:
+            abandon_output()
+            if code == 0:
+                report(OrthoFxError(f"cannot write to the standard output: {error.strerror}"))
+                return 2
+        return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parsed = None
     try:
+        _refuse_invalid_bytes(arguments)
         _load_plugins()
         parser = make_parser()
         _complete(parser)
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
-    except OrthoFxError as error:
-        print(f"ortho-fx: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        abandon_output()
+        if not getattr(parsed, "trains", False):
+            return 0
+        report(OrthoFxError("the standard output was closed before training was done, which ended it"))
+        return 2
     except KeyboardInterrupt as interrupt:
         print("; ".join(filter(None, ("ortho-fx: interrupted", str(interrupt)))), file=sys.stderr)
         return 130
     except Terminated as end:
         print("; ".join(filter(None, ("ortho-fx: terminated", end.kept))), file=sys.stderr)
         return 143
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        report(error)
+        return 2
+
+
+def _refuse_invalid_bytes(arguments: Sequence[str]) -> None:
+    """A run writes its arguments to files in UTF-8, which should not fail after the work."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise OrthoFxError(f"arguments must be text in UTF-8; got {argument!r}: rename what it names") from None
 
 
 def _load_plugins() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from ortho_fx.bases import BASES
-from ortho_fx.cli.parser import Commands, Parser, tied_help
+from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.parser import Commands, Parser, tied_help, whole
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.files import atomic_file
 
 
 def add(commands: Commands[Parser]) -> None:
@@ -27,19 +30,19 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("--what", default="activation", help="activation (default), mlp, gpt2 or convnext")
     command.add_argument("--bases", nargs="+", metavar="BASIS", help=f"{', '.join(BASES)} (default all)")
     command.add_argument(
-        "--degrees", nargs="+", type=int, metavar="DEGREE", help="degrees of each basis (default: a selection)"
+        "--degrees", nargs="+", type=whole(1), metavar="DEGREE", help="degrees of each basis (default: a selection)"
     )
     command.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
     command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     command.add_argument(
-        "--elements", type=int, default=4096 * 3072, help="size of the activation's input (default 4096 x 3072)"
+        "--elements", type=whole(1), default=4096 * 3072, help="size of the activation's input (default 4096 x 3072)"
     )
     command.add_argument("--size", default="tiny", help="preset of gpt2 or convnext (default tiny)")
-    command.add_argument("--batch-size", type=int, help="sequences or images a training step")
-    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
-    command.add_argument("--rounds", type=int, help="times that each is measured (default 20, training steps 10)")
+    command.add_argument("--batch-size", type=whole(1), help="sequences or images a training step")
+    command.add_argument("--threads", type=whole(1, os.cpu_count() or 1), help="threads of the CPU (default: all)")
+    command.add_argument("--rounds", type=whole(1), help="times that each is measured (default 20, training steps 10)")
     command.add_argument("--eager", action="store_true", help="measure without torch.compile")
     command.add_argument("--fresh", action="store_true", help="allocate outputs anew at each call, as malloc does it")
     command.add_argument("--mode", default="default", help="default, reduce-overhead or max-autotune, on cuda")
@@ -59,21 +62,39 @@ def run(parsed: argparse.Namespace) -> int:
     values = {field.name: getattr(parsed, field.name) for field in fields(BenchConfig) if field.name != "expansions"}
     expansions = choose_expansions(parsed.bases, parsed.degrees, parsed.granularity, parsed.tied)
     config = BenchConfig(expansions=expansions, **values)
-    try:
-        # A file that cannot be opened should fail before minutes of measuring.
-        file = Path(parsed.json).open("a") if parsed.json else None
-    except OSError as error:
-        raise OrthoFxError(f"cannot write {parsed.json}: {error.strerror}") from None
+    file = Path(parsed.json) if parsed.json else None
+    if file is not None:
+        _check_writable(file)  # before minutes of measuring
     report = bench(config, _status if sys.stderr.isatty() else lambda line: None)
     if sys.stderr.isatty():
         _status("")
-    print(report)
+    try:
+        if file is not None:
+            _write(file, json.dumps(report.to_dict(), indent=1) + "\n")
+    finally:  # what was measured is not lost with the file
+        say(report)
     if file is not None:
-        with file:
-            file.truncate(0)
-            file.write(json.dumps(report.to_dict(), indent=1) + "\n")
-        print(f"written to {parsed.json}")
+        say(f"written to {parsed.json}")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        there = path.exists()
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise OrthoFxError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _status(line: str) -> None:

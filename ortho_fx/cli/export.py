@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ortho_fx.activations.freeze import freeze_
-from ortho_fx.cli.parser import Commands, Parser
+from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.parser import Commands, Parser, whole
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.memory import require_memory
 
 ENDINGS = (".onnx", ".pt2")
 _DIGITS, _MNIST, _PHOTOGRAPHS = 8, 28, 224
@@ -35,9 +37,9 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("out", metavar="OUT", help="file that is written, in .onnx or .pt2")
     command.add_argument("--freeze", action="store_true", help="make expansions fixed functions at the least cost")
     batch = command.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=int, default=1, help="sequences or images that it takes (default 1)")
+    batch.add_argument("--batch-size", type=whole(1), default=1, help="sequences or images that it takes (default 1)")
     batch.add_argument("--dynamic-batch", action="store_true", help="let it take any number of them")
-    command.add_argument("--image-size", type=int, help="side of the images in pixels (default: that of the run)")
+    command.add_argument("--image-size", type=whole(1), help="side of the images in pixels (default: that of the run)")
     command.set_defaults(run=run)
 
 
@@ -45,23 +47,20 @@ def run(parsed: argparse.Namespace) -> int:
     out = Path(parsed.out)
     if out.suffix not in ENDINGS:
         raise OrthoFxError(f"OUT must end in {' or '.join(ENDINGS)}; got {parsed.out}")
-    for option in ("batch_size", "image_size"):
-        value = getattr(parsed, option)
-        if value is not None and value < 1:
-            raise OrthoFxError(f"--{option.replace('_', '-')} must be 1 or more; got {value}")
     # Imported here, because these imports are slow, and a wrong option should be reported at once.
     from ortho_fx.export import export_onnx, export_program
     from ortho_fx.models.weights.layouts import load_pretrained
 
     pretrained = load_pretrained(parsed.weights)
-    for note in pretrained.notes:
-        print(f"{parsed.weights}: {note}", file=sys.stderr)
     batch_size = 2 if parsed.dynamic_batch else parsed.batch_size
     inputs = _example_inputs(pretrained.model, batch_size, parsed.image_size, Path(parsed.weights))
     if parsed.freeze:
-        print(f"{len(freeze_(pretrained.model).names)} expansions frozen")
+        say(f"{len(freeze_(pretrained.model).names)} expansions frozen")
     export = export_onnx if out.suffix == ".onnx" else export_program
-    print(export(pretrained.model, inputs, out, dynamic_batch=parsed.dynamic_batch))
+    exported = export(pretrained.model, inputs, out, dynamic_batch=parsed.dynamic_batch)
+    for note in pretrained.notes:  # now, since an error is one line
+        say(f"{parsed.weights}: {note}", sys.stderr)
+    say(exported)
     return 0
 
 
@@ -73,8 +72,12 @@ def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, w
     if isinstance(model, GPT2):
         if image_size is not None:
             raise OrthoFxError(f"--image-size is for a convnext, and {weights} is a gpt2")
+        require_memory(4 * batch_size * config.context * config.vocabulary, f"the outputs of {batch_size} sequences")
         return torch.randint(config.vocabulary, (batch_size, config.context), generator=generator)
     side = image_size or _image_size(_settings(weights), config.channels)
+    # The images, and the first activation that the model makes of them.
+    values = config.channels * side**2 + config.widths[0] * (side // config.patch) ** 2
+    require_memory(4 * batch_size * values, f"{batch_size} images of {side} x {side} pixels")
     smallest = config.patch * 2 ** (len(config.depths) - 1)
     if side < smallest:
         raise OrthoFxError(f"--image-size must be {smallest} or more for this convnext; got {side}")
@@ -84,8 +87,11 @@ def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, w
 
 def _image_size(settings: Mapping[str, Any], channels: int) -> int:
     """The side of a run's images: from its settings, or else from its data."""
-    if settings.get("image_size"):
-        return int(settings["image_size"])
+    size = settings.get("image_size")
+    if size is not None:
+        if type(size) is not int or size < 1:
+            raise OrthoFxError(f"image_size of the run must be a whole number from 1 up; got {size!r}: --image-size")
+        return size
     if settings.get("data") == "digits":
         return _DIGITS
     return _MNIST if channels == 1 else _PHOTOGRAPHS
@@ -100,5 +106,6 @@ def _settings(weights: Path) -> Mapping[str, Any]:
         return {}
     with safetensors_library().safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    settings = json.loads(metadata.get("ortho_fx", "{}")).get("description", {}).get("run", {})
+    description = json.loads(metadata.get("ortho_fx", "{}")).get("description", {})
+    settings = description.get("run") if isinstance(description, dict) else None
     return settings if isinstance(settings, dict) else {}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from ortho_fx.activations.fit import fit
 from ortho_fx.bases import BASES
-from ortho_fx.cli.parser import Commands, Parser, tied_help
+from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.parser import Commands, Parser, number, tied_help, whole
 from ortho_fx.config import ExpansionConfig
-from ortho_fx.passes.vocabulary.targets import BY_NAME, choose_targets
+from ortho_fx.errors import OrthoFxError
+from ortho_fx.passes.vocabulary.targets import BY_NAME, Target, choose_targets
 
 
 def add(commands: Commands[Parser]) -> None:
@@ -21,27 +27,47 @@ def add(commands: Commands[Parser]) -> None:
         "ortho-fx fit relu --basis fourier --weight uniform --interval -5 5",
         allow_abbrev=False,
     )
-    command.add_argument("function", help=f"what is fitted: {', '.join(BY_NAME)}")
+    command.add_argument("function", help=f"what is fitted: {', '.join(fitted())}")
     command.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)} (default hermite)")
-    command.add_argument("--degree", type=int, help="degree of the expansion (default: that of the basis)")
-    command.add_argument("--clamp", type=float, help="cut inputs off so many standard deviations from the mean")
+    command.add_argument("--degree", type=whole(1), help="degree of the expansion (default: that of the basis)")
+    command.add_argument("--clamp", type=number(), help="cut inputs off so many standard deviations from the mean")
     command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--weight", default="gaussian", help="gaussian (default), or uniform on the interval")
-    command.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of x")
-    command.add_argument("--mean", type=float, default=0.0, help="mean of the gaussian weight (default 0)")
-    command.add_argument("--std", type=float, default=1.0, help="standard deviation of the gaussian weight (default 1)")
+    command.add_argument("--interval", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="range of x")
+    command.add_argument("--mean", type=number(), default=0.0, help="mean of the gaussian weight (default 0)")
     command.add_argument(
-        "--derivative-weight", type=float, default=0.0, help="weight of the derivative's error beside the value's"
+        "--std", type=number(), default=1.0, help="standard deviation of the gaussian weight (default 1)"
+    )
+    command.add_argument(
+        "--derivative-weight", type=number(), default=0.0, help="weight of the derivative's error beside the value's"
     )
     command.add_argument("--plot", metavar="FILE", help="draw the fit (png, pdf, svg)")
     command.set_defaults(run=run)
 
 
+def fitted() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The activations that are functions of their input alone, by name."""
+    found = {name: target.reference() or target.functions[0] for name, target in BY_NAME.items()}
+    return {name: function for name, function in found.items() if _takes_one(BY_NAME[name])}
+
+
+def _takes_one(target: Target) -> bool:
+    try:
+        return target.functions[0](torch.zeros(1)).shape == (1,)
+    except TypeError:  # a further argument, such as prelu's weight, is missing
+        return False
+
+
 def run(parsed: argparse.Namespace) -> int:
     choose_targets([parsed.function])  # raises for a name that is not known
-    target = BY_NAME[parsed.function]
+    functions = fitted()
+    if parsed.function not in functions:
+        raise OrthoFxError(
+            f"{parsed.function} has parameters besides its input, so it is no one function to fit; fitted are "
+            f"{', '.join(functions)}"
+        )
     result = fit(
-        target.reference() or target.functions[0],
+        functions[parsed.function],
         ExpansionConfig(parsed.basis, parsed.degree, clamp=parsed.clamp, tied=parsed.tied),
         weight=parsed.weight,
         interval=parsed.interval and tuple(parsed.interval),
@@ -49,8 +75,8 @@ def run(parsed: argparse.Namespace) -> int:
         mean=parsed.mean,
         std=parsed.std,
     )
-    print(result)
+    say(result)
     if parsed.plot:
         result.plot(parsed.plot)
-        print(f"drawn in {parsed.plot}")
+        say(f"drawn in {parsed.plot}")
     return 0

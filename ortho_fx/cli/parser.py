@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
+from collections.abc import Callable
 from typing import NoReturn
 
 from ortho_fx.errors import OrthoFxError
@@ -15,6 +18,46 @@ def tied_help() -> str:
     from ortho_fx.config import what_ties  # not above, because completions are answered without PyTorch
 
     return f"make the {what_ties()} multiples of one that learns"
+
+
+# No larger seed fits NumPy's, PyTorch's and those that are counted up from it.
+LARGEST_SEED = 2**63 - 1
+_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+_NUMBER = re.compile(r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+
+
+def whole(low: int | None = None, high: int = LARGEST_SEED) -> Callable[[str], int]:
+    """The type of an option: a whole number in ASCII digits, from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        value = int(text) if _WHOLE.fullmatch(text) else None
+        if value is None or value > high or (low is not None and value < low):
+            limits = f" up to {high}" if low is None else f" from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be a whole number{limits}; got {shown(text)}")
+        return value
+
+    return parse
+
+
+def number(low: float = -math.inf, *, infinite: bool = False) -> Callable[[str], float]:
+    """The type of an option: a number from `low`, in ASCII digits; not infinite unless `infinite`, never NaN."""
+
+    def parse(text: str) -> float:
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
+        # Python reads 1e309 as infinity.
+        infinity = math.isinf(value) and not (infinite and "inf" in text.lower())
+        if math.isnan(value) or infinity or value < low:
+            kind = "a number" if infinite else "a finite number"
+            least = "" if low == -math.inf else f", {low:g} or more"
+            raise argparse.ArgumentTypeError(f"must be {kind}{least}; got {shown(text)}")
+        return value
+
+    return parse
+
+
+def shown(text: str) -> str:
+    """A value in quotes, shortened."""
+    return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}")
 
 
 class Parser(argparse.ArgumentParser):

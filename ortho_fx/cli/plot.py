@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ortho_fx.cli.mistakes import say
 from ortho_fx.cli.parser import Commands, Parser
 
 
@@ -28,5 +29,5 @@ def run(parsed: argparse.Namespace) -> int:
 
     runs = [read_run(Path(directory)) for directory in parsed.runs]
     for path in plot_runs(runs, Path(parsed.out) if parsed.out else Path(parsed.runs[0]) / "plots"):
-        print(path)
+        say(path)
     return 0

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from torch import nn
 
+from ortho_fx.cli.mistakes import say
 from ortho_fx.cli.models import FORMS, build_model
 from ortho_fx.cli.parser import Commands, Parser
 from ortho_fx.passes.vocabulary.sites import Site
@@ -54,10 +55,10 @@ def run(parsed: argparse.Namespace) -> int:
         left = f"left: {site.reason}" if site.reason else ""
         rows.append((", ".join((site.name, *site.aliases)), site.kind, site.function, _owner(model, site), left))
     if sites:
-        print(table(rows))
+        say(table(rows))
     left_alone = sum(bool(site.reason) for site in sites)
     count = f"{len(sites)} activations" if len(sites) != 1 else "1 activation"
-    print(f"{type(model).__name__}: {count}, {len(sites) - left_alone} would be replaced, {left_alone} left")
+    say(f"{type(model).__name__}: {count}, {len(sites) - left_alone} would be replaced, {left_alone} left")
     return 0
 
 

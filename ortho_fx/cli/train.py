@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ortho_fx.cli.parser import Commands, Parser
+from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.parser import Commands, Parser, number, whole
 from ortho_fx.tables import table
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument(
         "--beside-gelu", action="store_true", help="train the untouched model as well, and print both losses"
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, trains=True)
 
 
 def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
@@ -48,6 +49,7 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
     from ortho_fx.models.recipe import TASKS, TrainConfig
 
     command.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(TASKS)}, the name of a recipe, or a TOML file")
+    types = {int: whole(0), float: number(infinite=True)}
     for setting in TrainConfig.settings():
         if setting.name in {"model", *without}:
             continue
@@ -58,7 +60,7 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
         if kind is bool:
             command.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+            command.add_argument(flag, type=types.get(kind, kind), default=argparse.SUPPRESS, help=text)
 
 
 def config_of(parsed: argparse.Namespace) -> TrainConfig:
@@ -88,17 +90,17 @@ def run(parsed: argparse.Namespace) -> int:
         if leads:
             of = f"from {config.start_from}" if config.start_from else config.size
             name = config.expansion or "gelu"
-            print(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}", flush=True)
+            say(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}")
         # The earlier command may have been interrupted before this run started.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
         # When the second of two runs ends early, the first is complete, so --resume works without a checkpoint.
         to_go_on = None if config is configs[0] else "go on with --resume"
         result = train(config, resume=resume, overwrite=parsed.overwrite, to_go_on=to_go_on)
         if leads:
-            print(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
+            say(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
         results.append(result)
     if leads and len(results) > 1:
-        print(_side_by_side(results))
+        say(_side_by_side(results))
     return 0
 
 

@@ -33,6 +33,8 @@ WEIGHTS = ("gaussian", "uniform", "measured")
 _NODES, _PANEL, _MOST_PANELS = 8, 0.25, 512
 # Without an interval, Gaussian errors are stated within so many standard deviations, at so many points.
 _STATED, _POINTS = 5.0, 2000
+# Widths and places of inputs. Squares of these are far from the ends of float64's range.
+_SMALLEST, _LARGEST, _APART = 1e-30, 1e30, 1e-9
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,25 @@ def fit_expansion(
     _check(weight, interval, derivative_weight, mean, std, seen)
     if isinstance(seen, Histogram):
         mean, std = seen.mean, seen.std
+    _check_scales(config, weight, interval, mean, std)
+    with np.errstate(all="ignore"):  # what is not finite is an error below
+        fitted = _fitted(function, config, weight, interval, derivative_weight, mean, std, seen)
+    errors = (fitted.rmse, fitted.max_error, fitted.derivative_rmse, fitted.derivative_max_error)
+    if not all(map(math.isfinite, errors)) or not all(np.isfinite(p).all() for p in fitted.parameters.values()):
+        raise OrthoFxError(f"the {config} fit of {name_of(function)} overflows: use a lower degree or a narrower range")
+    return fitted
+
+
+def _fitted(
+    function: Callable[[Tensor], Tensor],
+    config: ExpansionConfig,
+    weight: str,
+    interval: tuple[float, float] | None,
+    derivative_weight: float,
+    mean: float,
+    std: float,
+    seen: Tensor | Histogram | None,
+) -> FittedExpansion:
     assert config.degree is not None
     basis = basis_named(config.basis)
     widest = _PANEL / 2 if basis.piecewise and config.degree > 16 else _PANEL
@@ -131,7 +152,10 @@ def fit_expansion(
     )
     if config.size > (nodes := np.count_nonzero(weights)):
         raise OrthoFxError(f"a {config} fit has {config.size} coefficients for {nodes} nodes: fit fewer")
-    parameters = basis.fit(problem, config.degree, config.tied)
+    try:
+        parameters = basis.fit(problem, config.degree, config.tied)
+    except (np.linalg.LinAlgError, ArithmeticError) as error:
+        raise OrthoFxError(f"the {config} fit of {name_of(function)} has no solution in floats: {error}") from None
     if basis.fits_in_units:
         parameters = basis.rescale(parameters, centre, scale)
 
@@ -194,6 +218,25 @@ def _check(
             raise OrthoFxError("samples are not finite")
         if seen.constant:
             raise OrthoFxError(f"samples are constant ({seen.mean:g}): they have no scale to fit to")
+
+
+def _check_scales(
+    config: ExpansionConfig, weight: str, interval: tuple[float, float] | None, mean: float, std: float
+) -> None:
+    """Raises an `OrthoFxError` for places that float64 cannot tell apart, or whose powers it cannot hold."""
+    scales: dict[str, tuple[float, float]] = {}  # by name: the width, and the largest number beside it
+    if interval is not None:
+        scales["interval"] = (interval[1] - interval[0], max(map(abs, interval)))
+    if weight != "uniform" or config.clamp is not None:
+        scales["mean and std"] = (std, max(abs(mean), std))
+    if config.clamp is not None:
+        scales["clamp times std"] = (config.clamp * std, max(abs(mean), config.clamp * std))
+    for name, (width, largest) in scales.items():
+        if not (_SMALLEST <= width and largest <= _LARGEST and width >= _APART * largest):
+            raise OrthoFxError(
+                f"{name} must be from {_SMALLEST:g} to {_LARGEST:g}, and at least {_APART:g} of the places' distance "
+                f"from zero, for floats to tell inputs apart; got a width of {width:g} at up to {largest:g}"
+            )
 
 
 def _nodes(
