@@ -30,7 +30,7 @@ from ortho_fx.models.data.batch import Batch
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pillow's decoders for these; it has others, for formats that few read and few test.
-_FORMATS = ("BMP", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Pixels of an image; a small file can promise many more than memory holds.
 _LARGEST = 2**27
 # The 256 values of a pixel normalised by ImageNet's mean and standard deviation: (channels, 256).
@@ -269,7 +269,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     except (OSError, EOFError, zlib.error) as error:
         raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
     if len(content) != size:
-        came = f"{start + len(content)}" if len(content) < size else "more"
+        came = f"{start + len(content)}" if len(content) < size else f"{start + size + 1} or more"
         raise OrthoFxError(
             f"{path} promises {' x '.join(map(str, shape))} values in a header of {start} bytes, {start + size} bytes "
             f"in all; it has {came}"
@@ -396,7 +396,7 @@ def _eight_bits(image: Any) -> Any:
             raise OrthoFxError(f"its pixels are {kind}, whose range is unknown: save it with 8 or 16 bits a channel")
         return image
     # TIFF files may hold 12 bits in 16.
-    bits = image.tag_v2.get(258, (16,))[0] if image.format in ("TIFF", "MPO") else 16
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
     largest = 2 ** min(max(bits, 8), 16) - 1
     values = np.asarray(image).astype(np.float64) * (255 / largest)
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))

@@ -116,7 +116,7 @@ def prepare(
         raise OrthoFxError(f"validation_share must be between 0 and 1; got {validation_share}")
     if tokenizer == "bpe" and not 257 <= vocabulary <= _IDS:
         raise OrthoFxError(
-            f"vocabulary of bpe must be 257 (256 bytes and the end of text) to {_IDS}, as uint32 holds; "
+            f"vocabulary of bpe must be 257 or more, 256 bytes and the end of text, and {_IDS} at most; "
             f"got {vocabulary}"
         )
     if seed < 0:

@@ -221,7 +221,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if dtype not in ("uint16", "uint32"):
         raise OrthoFxError(f"dtype in {path} must be 'uint16' or 'uint32'; got {dtype!r}")
     if type(size) not in (int, float) or not 0 < size < math.inf:
-        raise OrthoFxError(f"bytes_per_token in {path} must be a finite number above zero; got {size!r}")
+        raise OrthoFxError(f"bytes_per_token in {path} must be a number above zero; got {size!r}")
     return meta
 
 

@@ -194,8 +194,8 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
         }
         if not isinstance(values["description"], dict):
             raise TypeError("description must be an object")
-        config = _checked(kind.config(**config), len(tensors))
-        return Weights(values["model"], config, expansions, tensors, values["description"])
+        checked = _checked(kind.config(**config), len(tensors))
+        return Weights(values["model"], checked, expansions, tensors, values["description"])
     except OrthoFxError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:

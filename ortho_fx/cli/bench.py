@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ortho_fx.bases import BASES
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, tied_help, whole
+from ortho_fx.cli.parser import Commands, Parser, Whole, tied_help
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
 
@@ -30,19 +30,19 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("--what", default="activation", help="activation (default), mlp, gpt2 or convnext")
     command.add_argument("--bases", nargs="+", metavar="BASIS", help=f"{', '.join(BASES)} (default all)")
     command.add_argument(
-        "--degrees", nargs="+", type=whole(1), metavar="DEGREE", help="degrees of each basis (default: a selection)"
+        "--degrees", nargs="+", type=Whole(1), metavar="DEGREE", help="degrees of each basis (default: a selection)"
     )
     command.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
     command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     command.add_argument(
-        "--elements", type=whole(1), default=4096 * 3072, help="size of the activation's input (default 4096 x 3072)"
+        "--elements", type=Whole(1), default=4096 * 3072, help="size of the activation's input (default 4096 x 3072)"
     )
     command.add_argument("--size", default="tiny", help="preset of gpt2 or convnext (default tiny)")
-    command.add_argument("--batch-size", type=whole(1), help="sequences or images a training step")
-    command.add_argument("--threads", type=whole(1, os.cpu_count() or 1), help="threads of the CPU (default: all)")
-    command.add_argument("--rounds", type=whole(1), help="times that each is measured (default 20, training steps 10)")
+    command.add_argument("--batch-size", type=Whole(1), help="sequences or images a training step")
+    command.add_argument("--threads", type=Whole(1, os.cpu_count() or 1), help="threads of the CPU (default: all)")
+    command.add_argument("--rounds", type=Whole(1), help="times that each is measured (default 20, training steps 10)")
     command.add_argument("--eager", action="store_true", help="measure without torch.compile")
     command.add_argument("--fresh", action="store_true", help="allocate outputs anew at each call, as malloc does it")
     command.add_argument("--mode", default="default", help="default, reduce-overhead or max-autotune, on cuda")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, whole
+from ortho_fx.cli.parser import Commands, Parser, Whole
 from ortho_fx.cli.train import add_settings, config_of
 
 
@@ -25,7 +25,7 @@ def add(commands: Commands[Parser]) -> None:
         "--activations", nargs="+", required=True, metavar="ACTIVATION", help="what is compared, such as hermite:3"
     )
     command.add_argument("--reference", default="gelu", help="what the others are read against (default gelu)")
-    command.add_argument("--seeds", type=whole(1, 10_000), default=3, help="seeds of each, counted from 0 (default 3)")
+    command.add_argument("--seeds", type=Whole(1, 10_000), default=3, help="seeds of each, counted from 0 (default 3)")
     command.add_argument("--out", required=True, help="folder of the runs, the table and the picture")
     command.add_argument("--no-timing", dest="timing", action="store_false", help="leave time and memory out")
     command.add_argument("--overwrite", action="store_true", help="start anew where the folder has a comparison")

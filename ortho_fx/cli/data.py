@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, number, whole
+from ortho_fx.cli.parser import Commands, Number, Parser, Whole
 
 
 def add(commands: Commands[Parser]) -> None:
@@ -22,12 +22,12 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("out", help="folder that is written")
     command.add_argument("--tokenizer", default="bytes", help="bytes (default), bpe, or a tokenizer.json")
     command.add_argument(
-        "--vocabulary", type=whole(257, 2**32), default=4096, help="size of the vocabulary of bpe (default 4096)"
+        "--vocabulary", type=Whole(257, 2**32), default=4096, help="size of the vocabulary of bpe (default 4096)"
     )
     command.add_argument(
-        "--validation-share", type=number(0), default=0.1, help="share of the files kept for validation (default 0.1)"
+        "--validation-share", type=Number(0), default=0.1, help="share of the files kept for validation (default 0.1)"
     )
-    command.add_argument("--seed", type=whole(0), default=0, help="seed of which files these are (default 0)")
+    command.add_argument("--seed", type=Whole(0), default=0, help="seed of which files these are (default 0)")
     command.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     command.set_defaults(run=run)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ortho_fx.activations.freeze import freeze_
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, whole
+from ortho_fx.cli.parser import Commands, Parser, Whole
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.memory import require_memory
 
@@ -37,9 +37,9 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument("out", metavar="OUT", help="file that is written, in .onnx or .pt2")
     command.add_argument("--freeze", action="store_true", help="make expansions fixed functions at the least cost")
     batch = command.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=whole(1), default=1, help="sequences or images that it takes (default 1)")
+    batch.add_argument("--batch-size", type=Whole(1), default=1, help="sequences or images that it takes (default 1)")
     batch.add_argument("--dynamic-batch", action="store_true", help="let it take any number of them")
-    command.add_argument("--image-size", type=whole(1), help="side of the images in pixels (default: that of the run)")
+    command.add_argument("--image-size", type=Whole(1), help="side of the images in pixels (default: that of the run)")
     command.set_defaults(run=run)
 
 

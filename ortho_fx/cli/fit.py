@@ -11,7 +11,7 @@ from torch import Tensor
 from ortho_fx.activations.fit import fit
 from ortho_fx.bases import BASES
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, number, tied_help, whole
+from ortho_fx.cli.parser import Commands, Number, Parser, Whole, tied_help
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.targets import BY_NAME, Target, choose_targets
@@ -29,17 +29,17 @@ def add(commands: Commands[Parser]) -> None:
     )
     command.add_argument("function", help=f"what is fitted: {', '.join(fitted())}")
     command.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)} (default hermite)")
-    command.add_argument("--degree", type=whole(1), help="degree of the expansion (default: that of the basis)")
-    command.add_argument("--clamp", type=number(), help="cut inputs off so many standard deviations from the mean")
+    command.add_argument("--degree", type=Whole(1), help="degree of the expansion (default: that of the basis)")
+    command.add_argument("--clamp", type=Number(), help="cut inputs off so many standard deviations from the mean")
     command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--weight", default="gaussian", help="gaussian (default), or uniform on the interval")
-    command.add_argument("--interval", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="range of x")
-    command.add_argument("--mean", type=number(), default=0.0, help="mean of the gaussian weight (default 0)")
+    command.add_argument("--interval", type=Number(), nargs=2, metavar=("LOW", "HIGH"), help="range of x")
+    command.add_argument("--mean", type=Number(), default=0.0, help="mean of the gaussian weight (default 0)")
     command.add_argument(
-        "--std", type=number(), default=1.0, help="standard deviation of the gaussian weight (default 1)"
+        "--std", type=Number(), default=1.0, help="standard deviation of the gaussian weight (default 1)"
     )
     command.add_argument(
-        "--derivative-weight", type=number(), default=0.0, help="weight of the derivative's error beside the value's"
+        "--derivative-weight", type=Number(), default=0.0, help="weight of the derivative's error beside the value's"
     )
     command.add_argument("--plot", metavar="FILE", help="draw the fit (png, pdf, svg)")
     command.set_defaults(run=run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 from ortho_fx.errors import OrthoFxError
@@ -26,33 +26,37 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
-def whole(low: int | None = None, high: int = LARGEST_SEED) -> Callable[[str], int]:
+@dataclass(frozen=True)
+class Whole:
     """The type of an option: a whole number in ASCII digits, from `low` to `high`."""
 
-    def parse(text: str) -> int:
+    low: int
+    high: int = LARGEST_SEED
+
+    def __call__(self, text: str) -> int:
         value = int(text) if _WHOLE.fullmatch(text) else None
-        if value is None or value > high or (low is not None and value < low):
-            limits = f" up to {high}" if low is None else f" from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be a whole number{limits}; got {shown(text)}")
+        if value is None or not self.low <= value <= self.high:
+            limits = f"from {self.low} {'up' if self.high == LARGEST_SEED else f'to {self.high}'}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}; got {shown(text)}")
         return value
 
-    return parse
 
+@dataclass(frozen=True)
+class Number:
+    """The type of an option: a number in ASCII digits from `low` up, not infinite unless `infinite`, and never NaN."""
 
-def number(low: float = -math.inf, *, infinite: bool = False) -> Callable[[str], float]:
-    """The type of an option: a number from `low`, in ASCII digits; not infinite unless `infinite`, never NaN."""
+    low: float = -math.inf
+    infinite: bool = False
 
-    def parse(text: str) -> float:
+    def __call__(self, text: str) -> float:
         value = float(text) if _NUMBER.fullmatch(text) else math.nan
         # Python reads 1e309 as infinity.
-        infinity = math.isinf(value) and not (infinite and "inf" in text.lower())
-        if math.isnan(value) or infinity or value < low:
-            kind = "a number" if infinite else "a finite number"
-            least = "" if low == -math.inf else f", {low:g} or more"
+        infinity = math.isinf(value) and not (self.infinite and "inf" in text.lower())
+        if math.isnan(value) or infinity or value < self.low:
+            kind = "a number" if self.infinite else "a finite number"
+            least = "" if self.low == -math.inf else f", {self.low:g} or more"
             raise argparse.ArgumentTypeError(f"must be {kind}{least}; got {shown(text)}")
         return value
-
-    return parse
 
 
 def shown(text: str) -> str:

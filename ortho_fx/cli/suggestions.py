@@ -13,6 +13,7 @@ from ortho_fx.bases import BASES
 from ortho_fx.bench.config import DTYPES, MODES, SUBJECTS
 from ortho_fx.cli.completion import FILE, Completer, Suggestion
 from ortho_fx.cli.export import ENDINGS
+from ortho_fx.cli.fit import fitted
 from ortho_fx.config import INITS, ExpansionConfig
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.recipe import DTYPES as TRAINING_DTYPES
@@ -60,7 +61,7 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         },
         "plot": {"runs": folder, "out": folder},
         "fit": {
-            "function": {"values": list(BY_NAME)},
+            "function": {"values": list(fitted())},
             "basis": {"values": list(BASES)},
             "weight": {"values": [weight for weight in WEIGHTS if weight != "measured"]},
             "plot": {"files": _PICTURES, "new": _PICTURES},

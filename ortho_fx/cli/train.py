@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ortho_fx.cli.mistakes import say
-from ortho_fx.cli.parser import Commands, Parser, number, whole
+from ortho_fx.cli.parser import Commands, Number, Parser, Whole
 from ortho_fx.tables import table
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
     from ortho_fx.models.recipe import TASKS, TrainConfig
 
     command.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(TASKS)}, the name of a recipe, or a TOML file")
-    types = {int: whole(0), float: number(infinite=True)}
+    types = {int: Whole(0), float: Number(infinite=True)}
     for setting in TrainConfig.settings():
         if setting.name in {"model", *without}:
             continue

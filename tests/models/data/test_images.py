@@ -142,7 +142,7 @@ def test_validation_samples_are_spread_over_the_set(tmp_path):
     ("damage", "message"),
     [
         (lambda b: b[:-1], r"promises 50 x 6 x 6 values in a header of 16 bytes, 1816 bytes in all; it has 1815"),
-        (lambda b: b + b"x", r"1816 bytes in all; it has 1817"),
+        (lambda b: b + b"x", r"1816 bytes in all; it has 1817 or more"),
         (lambda b: b[:10], r"must have a header of 16 bytes; it has 10 bytes in all"),
         (
             lambda b: b"\x00\x00\x08\x01" + b[4:],

@@ -90,7 +90,9 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, language_model, im
     directory = image_model({})
     assert error_of(capsys, "run", "model.bin") == "OUT must end in .onnx or .pt2; got model.bin"
     assert error_of(capsys, "nowhere", "a.pt2").startswith("weights are files in .safetensors, ")
-    assert error_of(capsys, "run", "a.pt2", "--batch-size", 0) == "--batch-size must be 1 or more; got 0"
+    assert error_of(capsys, "run", "a.pt2", "--batch-size", 0) == (
+        "argument --batch-size: must be a whole number from 1 up; got '0'"
+    )
     assert error_of(capsys, "run", "a.pt2", "--image-size", 3) == (
         "--image-size must be 4 or more for this convnext; got 3"
     )
