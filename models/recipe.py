@@ -23,6 +23,7 @@ from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.data.batch import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -141,6 +142,8 @@ class TrainConfig:
             object.__setattr__(self, "workers", 4 if self.device.startswith("cuda") else 0)
         one_of("dtype", self.dtype, DTYPES)
         one_of("parallel", self.parallel, PARALLEL)
+        if self.augment is not None:
+            one_of("augment", self.augment, AUGMENTS)
         least: dict[str, float] = dict.fromkeys(
             ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"), 1
         )
@@ -279,6 +282,8 @@ def _typed(setting: Field[Any], value: Any) -> Any:
     if type(value) is not kind:
         names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
         raise OrthoFxError(f"{setting.name} must be {names[kind]}; got {value!r}")
+    if value == "":
+        raise OrthoFxError(f"{setting.name} is empty: leave it out for its default")
     if kind is float and not math.isfinite(value) and setting.name != "clip":
         raise OrthoFxError(f"{setting.name} must be finite; got {value}")
     return value
