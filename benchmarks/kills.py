@@ -219,7 +219,8 @@ def campaign(kind: Kind, generator: random.Random, note: Callable[[str], None]) 
         found = content(out)
         if found != expected:
             different = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-            raise AssertionError(f"other than without a kill: {', '.join(different)}")
+            shown = "; ".join(f"{name}: {found.get(name)} and {expected.get(name)}"[:2000] for name in different)
+            raise AssertionError(f"other than without a kill: {', '.join(different)}: {shown}")
     row = {"kills": kills, "runs_to_the_end": ends, "seconds_without_a_kill": round(whole, 2), "all_identical": True}
     return {**row, "kills_of_one_process_alone": lost_one} if kind.processes > 1 else row
 

@@ -31,9 +31,9 @@ def trained(monkeypatch):
     """Records the directory of each run that is trained, and whether it was resumed."""
     runs = []
 
-    def train(config, *, resume, train=module.train):
+    def train(config, *, resume, to_go_on, train=module.train):
         runs.append((config.directory.name, resume))
-        return train(config, resume=resume)
+        return train(config, resume=resume, to_go_on=to_go_on)
 
     monkeypatch.setattr(module, "train", train)
     return runs
@@ -123,7 +123,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, trained):
 
 
 def test_whatever_else_goes_wrong_ends_the_comparison(tmp_path, monkeypatch):
-    def train(config, *, resume):
+    def train(config, *, resume, to_go_on):
         raise OrthoFxError("the disk is full")
 
     monkeypatch.setattr(module, "train", train)
@@ -188,7 +188,8 @@ def test_the_step_of_a_compiled_run_is_measured_compiled(monkeypatch):
 def test_a_comparison_is_one_process_with_at_least_one_seed(tmp_path, monkeypatch):
     with pytest.raises(OrthoFxError, match=r"^seeds must be 1 or more; got 0$"):
         compare(small(), ["hermite"], 0, tmp_path)
-    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(OrthoFxError, match=r"^a comparison is one process"):
         compare(small(), ["hermite"], 1, tmp_path)
 
