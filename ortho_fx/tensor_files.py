@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OrthoFxError(f"cannot read {path}: {reason(error)}") from None
     if not isinstance(values, dict):
         raise OrthoFxError(f"{path} must hold a JSON object; it holds a {type(values).__name__}")

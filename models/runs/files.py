@@ -78,7 +78,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if any(later.strip() for later in lines[number:]):
                 raise OrthoFxError(f"{path} line {number} is not a row with a step: {line[:60]!r}") from None
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
