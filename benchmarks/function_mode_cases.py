@@ -300,7 +300,8 @@ def measure_case(cls: type[Case]) -> dict[str, Any]:
         if way == "mode":
             answer_by(model, {f"gelu_call_{number}": expansion for number, expansion in enumerate(expansions)})
         else:
-            calls = [o for o in find_occurrences(model, choose_targets(None)) if o.owner is model and o.site.location]
+            found = find_occurrences(model, choose_targets(None), sharing="call")
+            calls = [one for one in found if one.owner is model and one.site.location]
             for number, (call, like) in enumerate(zip(calls, cls.by_text, strict=True)):
                 if not call.site.reason:
                     call.substitute(expansions[number] if number < 2 else copy.deepcopy(expansions[like]))

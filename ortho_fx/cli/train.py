@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
     from ortho_fx.models.recipe import TASKS, TrainConfig
 
     command.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(TASKS)}, the name of a recipe, or a TOML file")
-    types = {int: Whole(0), float: Number(infinite=True)}
+    types: dict[object, Callable[[str], Any]] = {int: Whole(0), float: Number(infinite=True)}
     for setting in TrainConfig.settings():
         if setting.name in {"model", *without}:
             continue
