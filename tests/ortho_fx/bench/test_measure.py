@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -139,7 +140,7 @@ def test_a_peer_that_fails_is_a_note(monkeypatch):
     monkeypatch.setattr(Rational, "forward", broken)
     report = bench(BenchConfig(**TINY, eager=True))
     assert report["rational 5/4"].error == "RuntimeError: no kernel"
-    assert "rational 5/4  failed: RuntimeError: no kernel" in str(report)
+    assert re.search("rational 5/4 +failed: RuntimeError: no kernel", str(report))
 
 
 def test_an_expansion_that_fails_raises(monkeypatch):
