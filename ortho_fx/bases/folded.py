@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_fx.bases.formula import Value, counts_turns, multiply_add
+from ortho_fx.bases.formula import TURNS, Value, counts_turns, multiply_add
 from ortho_fx.numerics.moments import Array
 
 # The name of a form, and its constants by name, each of shape (terms, groups).
@@ -66,7 +65,7 @@ def _difference(x: Tensor, slopes: Tensor, offsets: Tensor, down: Tensor, below:
 def circle(x: Value, frequency: Value) -> tuple[Value, Value]:
     """cos(w x) and sin(w x)."""
     if counts_turns(x):
-        turns = (frequency[0] * (0.5 / math.pi)) * x
+        turns = (frequency[0] * TURNS) * x
         return turns.cos_of_turns(), turns.sin_of_turns()
     angle = frequency[0] * x
     return angle.cos(), angle.sin()

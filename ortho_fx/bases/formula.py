@@ -7,6 +7,7 @@ formula serves them all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 Value = Any
 Term = Callable[[], Value]
+# The turns of one radian.
+TURNS = 0.5 / math.pi
 
 
 def after(x: Value, place: Value) -> Value:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
 from ortho_fx.bases.folded import Folded, circle, constant_polynomial, harmonics, packed
-from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, counts_turns, multiply_add, renamed
+from ortho_fx.bases.formula import TURNS, Parameter, Term, TorchorthoState, Value, counts_turns, multiply_add, renamed
 from ortho_fx.bases.fourier_fit import fit_waves
 from ortho_fx.bases.hermite import factorial_weights
 from ortho_fx.bases.numeric import sampled
@@ -30,8 +30,6 @@ from ortho_fx.bases.stable import stable
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
-
-_TURNS = 0.5 / math.pi
 
 
 def _inverse_factorial(k: int) -> float:
@@ -99,7 +97,7 @@ class Fourier(Basis):
         constant, *others = prepared
         coefficients, frequencies, phases = (p.to(dtype) for p in others)
         # As one tensor: AOTAutograd saves the result of a concatenation for the backward pass, and never recomputes it.
-        rows = coefficients * _inverse_factorials(coefficients), frequencies * _TURNS, phases * -_TURNS
+        rows = coefficients * _inverse_factorials(coefficients), frequencies * TURNS, phases * -TURNS
         return constant, *torch.stack(rows).unbind()
 
     def evaluate(self, x: Value, *parameters: Value) -> Value:
@@ -108,26 +106,29 @@ class Fourier(Basis):
         waves = _Waves(x, *parameters)
         y = parameters[0][0]
         for k in range(waves.count):
-            y = multiply_add(waves.weight(k), waves.cosine(k), y)
+            y = multiply_add(waves.weight(k), waves.cosine(waves.angle(k)), y)
         return y
 
     def derivatives(self, grad: Value, x: Value, *parameters: Value) -> tuple[Term, list[Term]]:
         if len(parameters[3]) < len(parameters[1]):
             return _harmonic_derivatives(grad, x, *parameters)
         waves = _Waves(x, *parameters)
+        # These caches end with the call: what they hold is as large as x.
+        angle = functools.cache(waves.angle)
+        sine = functools.cache(lambda k: waves.sine(angle(k)))
 
         def grad_x() -> Value:
             # d/dx a cos(w x - p) = -a w sin(w x - p)
-            slope = waves.rate(0) * waves.sine(0)
+            slope = waves.rate(0) * sine(0)
             for k in range(1, waves.count):
-                slope = multiply_add(waves.rate(k), waves.sine(k), slope)
+                slope = multiply_add(waves.rate(k), sine(k), slope)
             return grad * (slope * waves.unit)
 
         return grad_x, [
             lambda: grad,
-            *(lambda k=k: grad * waves.cosine(k) for k in range(waves.count)),
-            *(lambda k=k: grad * waves.sine(k) for k in range(waves.count)),
-            *(lambda k=k: grad * waves.sine(k) * x for k in range(waves.count)),
+            *(lambda k=k: grad * waves.cosine(angle(k)) for k in range(waves.count)),
+            *(lambda k=k: grad * sine(k) for k in range(waves.count)),
+            *(lambda k=k: grad * sine(k) * x for k in range(waves.count)),
         ]
 
     def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
@@ -198,18 +199,16 @@ class _Waves:
     def rate(self, k: int) -> Value:
         return self.weight(k) * self._frequencies[k]
 
-    @functools.cache  # noqa: B019
-    def _angle(self, k: int) -> Value:
+    def angle(self, k: int) -> Value:
         if self._turns:
             return multiply_add(self._frequencies[k], self._x, self._phases[k])
         return self._frequencies[k] * self._x - self._phases[k]
 
-    def cosine(self, k: int) -> Value:
-        return self._angle(k).cos_of_turns() if self._turns else self._angle(k).cos()
+    def cosine(self, angle: Value) -> Value:
+        return angle.cos_of_turns() if self._turns else angle.cos()
 
-    @functools.cache  # noqa: B019
-    def sine(self, k: int) -> Value:
-        return self._angle(k).sin_of_turns() if self._turns else self._angle(k).sin()
+    def sine(self, angle: Value) -> Value:
+        return angle.sin_of_turns() if self._turns else angle.sin()
 
 
 def _harmonic_derivatives(

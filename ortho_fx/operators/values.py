@@ -8,11 +8,12 @@ reduction of the angle, which is several times cheaper than the C library's func
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from ortho_fx.bases.formula import TURNS
 
 
 class Value:
@@ -98,7 +99,7 @@ class Value:
 
     @functools.cached_property
     def _in_turns(self) -> Value:
-        return self * (0.5 / math.pi)
+        return self * TURNS
 
     def cos_of_turns(self) -> Value:
         """cos(2 pi t), for t in float32."""

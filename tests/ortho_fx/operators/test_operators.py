@@ -1,5 +1,6 @@
 """The operators: exact derivatives of every order and kind, dtypes, what is saved, and how they trace."""
 
+import gc
 import itertools
 import math
 
@@ -35,6 +36,26 @@ def test_first_and_second_derivatives_agree_with_finite_differences(name, degree
     op = operator(basis_of(name))
     assert gradcheck(op, (x, *parameters), check_forward_ad=True)
     assert gradgradcheck(op, (x, *parameters), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_held_after_a_step(name):
+    op = operator(basis_of(name))
+
+    def step():
+        x, parameters = arguments(name, 4)
+        (first,) = torch.autograd.grad(op(x, *parameters).sum(), x, create_graph=True)
+        first.sum().backward()
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    step()
+    before = tensors()
+    for _ in range(3):
+        step()
+    assert tensors() == before
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 6, 3), 1), ((2, 3, 6), -1), ((6,), 0), ((2, 6, 2, 2), -3)])
