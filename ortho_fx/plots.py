@@ -49,10 +49,9 @@ def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
 
 def save(figure: Any, path: str | Path, dpi: int = 150) -> None:
     """Writes a figure to a file, whole or not at all; the ending of the path decides the format."""
-    if not Path(path).parent.is_dir():
+    if not Path(path).parent.is_dir():  # which atomic_file would make
         raise OrthoFxError(f"cannot write {path}: there is no folder {Path(path).parent}")
     try:
-        Path(path).parent.stat()  # a missing folder is an error, and none is made
         with atomic_file(Path(path)) as temporary:
             figure.savefig(temporary, dpi=dpi)
     except OrthoFxError:

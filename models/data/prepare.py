@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +152,8 @@ def _write(
         if not ids:
             raise OrthoFxError(f"{tokenizer} has an empty vocabulary, so it makes no tokens")
         made = {"vocabulary": max(ids.values()) + 1, "tokenizer": "tokenizer.json", "end_of_text": end}
-        _partial(out / "tokenizer.json").write_text(model.to_str(pretty=True), encoding="utf-8")
+        with _new(out / "tokenizer.json") as file:
+            file.write(model.to_str(pretty=True).encode())
 
         def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
             with _errors_of(f"the tokenizer {tokenizer} cannot encode the text"):
@@ -161,7 +162,7 @@ def _write(
 
     dtype = "uint16" if made["vocabulary"] <= 65536 else "uint32"
     train_tokens, validation_tokens = (
-        _write_tokens(_partial(out / name), split, encode, made["end_of_text"], np.dtype(dtype).newbyteorder("<"))
+        _write_tokens(out / name, split, encode, made["end_of_text"], np.dtype(dtype).newbyteorder("<"))
         for name, split in zip(_FILES, parts, strict=False)
     )
     for split_name, count in (("training", train_tokens), ("validation", validation_tokens)):
@@ -172,7 +173,8 @@ def _write(
     report = Prepared(out, *sizes, made["vocabulary"], dtype)
     made |= {"dtype": dtype, "train_tokens": train_tokens, "validation_tokens": validation_tokens}
     made["bytes_per_token"] = report.bytes_per_token
-    _partial(out / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    with _new(out / "meta.json") as file:
+        file.write((json.dumps(made, indent=1) + "\n").encode())
     for name in _FILES:
         if not _partial(out / name).exists():
             (out / name).unlink(missing_ok=True)  # the tokenizer of an earlier preparation
@@ -185,6 +187,12 @@ def _write(
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
+
+
+def _new(path: Path) -> BinaryIO:
+    """The unfinished file of a path, made anew: a link that stands in its place is removed and not followed."""
+    _partial(path).unlink(missing_ok=True)
+    return _partial(path).open("xb")
 
 
 def _split(files: Sequence[Path], share: float, seed: int) -> tuple[list[_Part], list[_Part]]:
@@ -269,7 +277,7 @@ def _write_tokens(
 ) -> int:
     """Writes the tokens of a split and returns their number."""
     count = 0
-    with path.open("wb") as file:
+    with _new(path) as file:
         for ids in _bytes(parts) if encode is None else _encoded(parts, encode, end):
             file.write(ids.astype(dtype).tobytes())
             count += len(ids)

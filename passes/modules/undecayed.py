@@ -133,7 +133,7 @@ def names_of(module: nn.Module, attribute: str = NAME, called: str = "") -> set[
 
 def _held(module: nn.Module, attribute: str) -> Any:
     """What a module has under this name, bound to it; None without. No `__getattr__` runs, and nothing of ours."""
-    held = vars(module).get(attribute)
+    held: Any = vars(module).get(attribute)
     if isinstance(held, NoWeightDecay):
         held = held.before
     if held is not None:

@@ -184,6 +184,19 @@ def test_what_is_there_is_replaced_when_asked_only(tmp_path):
     assert again.train_bytes + again.validation_bytes == sum(p.stat().st_size for p in source.glob("*.txt")) + 4
 
 
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path, name):
+    (tmp_path / "text.txt").write_text("one line\n" * 200)
+    other, out = tmp_path / "other", tmp_path / "out"
+    other.write_text("untouched")
+    out.mkdir()
+    (out / f"{name}.partial").symlink_to(other)
+    prepare(tmp_path / "text.txt", out)
+    assert other.read_text() == "untouched"
+    assert (out / name).is_file()
+    assert not (out / name).is_symlink()
+
+
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     source, out = write_texts(tmp_path / "texts"), tmp_path / "out"
     prepare(source, out)
