@@ -83,7 +83,8 @@ def lowering() -> Iterator[Case]:
         reason = support.reason(basis)
         if reason is not None:
             raise Wrong(reason)
-        if found != [f"ortho_fx_inductor.{name}.default" for name in (basis.name, f"{basis.name}_backward")]:
+        parts = ("_prepare", "", "_backward") if basis.maxima else ("", "_backward")
+        if found != [f"ortho_fx_inductor.{basis.name}{part}.default" for part in parts]:
             raise Wrong(f"our own kernels took {', '.join(found) or 'no operator'}")
         return "used"
 
