@@ -101,6 +101,33 @@ def place_of(line: Line, start: Value, lines: Sequence[Line], starts: Sequence[V
     return (start < math.inf).where(place, -1.0)
 
 
+def starts_and_places(lines: Sequence[Line]) -> tuple[list[Value], list[Value]]:
+    """`start_of` and `place_of` for every line, with each pair of lines compared once."""
+    unit = lines[0][0].constant(1.0)
+    starts, ends = [unit.constant(-math.inf)] * len(lines), [unit.constant(math.inf)] * len(lines)
+    flatter = {}
+    for k, (slope, offset) in enumerate(lines):
+        for j, (other, above) in enumerate(lines[:k]):
+            bend, drop = slope - other, above - offset
+            # Of parallel lines the upper one counts, and of equal lines the first: j ends before it starts, or k begins
+            # nowhere.
+            parallel = (drop < 0.0).where(-math.inf, math.inf)
+            crossing = bend.equals(0.0).where(parallel, drop / bend)
+            flatter[k, j] = bend < 0.0
+            # The steeper line begins where the other one ends.
+            starts[k] = starts[k].maximum(flatter[k, j].where(-math.inf, crossing))
+            ends[j] = ends[j].minimum(flatter[k, j].where(math.inf, crossing))
+            starts[j] = starts[j].maximum(flatter[k, j].where(crossing, -math.inf))
+            ends[k] = ends[k].minimum(flatter[k, j].where(crossing, math.inf))
+    starts = [(start < end).where(start, math.inf) for start, end in zip(starts, ends, strict=True)]
+    seen = [(start < math.inf).where(1.0, 0.0) for start in starts]
+    places = [unit.constant(0.0)] * len(lines)
+    for (k, j), is_flatter in flatter.items():
+        places[k] = places[k] + is_flatter.where(0.0, seen[j])
+        places[j] = places[j] + is_flatter.where(seen[k], 0.0)
+    return starts, [(start < math.inf).where(place, -1.0) for start, place in zip(starts, places, strict=True)]
+
+
 def bend_at(place: Value, lines: Sequence[Line], starts: Sequence[Value], places: Sequence[Value]) -> list[Value]:
     """Row `place` of each of the tensors that `bends` gives."""
 

@@ -25,12 +25,12 @@ from ortho_fx.operators.values import Value
 
 _OPERATIONS = SimpleNamespace(
     constant=lambda number, dtype: number,
-    to_dtype=lambda tensor, dtype: tensor.to(dtype),
     add=torch.add,
     sub=torch.sub,
     mul=torch.mul,
     gt=torch.gt,
-    where=torch.where,
+    # Tensors choose between two numbers in float32.
+    where=lambda condition, value, other, dtype: torch.where(condition, value, other).to(dtype),
     relu=torch.relu,
     round=torch.round,
     cos=torch.cos,

@@ -45,45 +45,69 @@ _ComputedBuffer: Any = _inductor.ComputedBuffer
 _Box = Any
 
 
+_FMA = _inductor.pointwise_overrides_data.get("fma")
+
+
+class _Numbers:
+    """The numbers of one kernel in one trace of it: loads them, and has the operations of `Value`.
+
+    The same operation on the same operands is done once. Inductor would find this out as well, but only after it has
+    gone through every operation several times, and that is most of the time of a compilation.
+
+    Args:
+        dtype: in which the kernel computes.
+        device: on which it runs. The compilers of GPUs make one operation of a product and a sum by themselves. That of
+            a CPU is told not to, so `fused` says that `fma` is wanted.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._known = dtype, dict[Any, tuple[Any, Any]]()
+        self.fused = device.type == "cpu" and _FMA is not None and _FMA.cppvec is not None
+
+    def load(self, tensor: _Box, index: Sequence[sympy.Expr]) -> Value:
+        value = self._once(("load", id(tensor), *index), lambda: tensor.make_loader()(index), tensor)
+        return self._value(value, tensor.get_dtype())
+
+    def place(self, index: Any) -> Value:
+        """An index as a number."""
+        index = sympy.sympify(index)
+        return self._value(
+            self._once(("index_expr", index), lambda: _ops.index_expr(index, torch.int64)), torch.int64
+        )
+
+    def where(self, condition: Any, value: Any, other: Any, dtype: torch.dtype) -> Any:
+        return self._called("where", condition, value, other)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self._called, name)
+
+    def _called(self, name: str, *operands: Any) -> Any:
+        plain = (float, int, torch.dtype)
+        key = (name, *(repr(operand) if isinstance(operand, plain) else id(operand) for operand in operands))
+        return self._once(key, lambda: getattr(_ops, name)(*operands), operands)
+
+    def _once(self, key: Any, compute: Callable[[], Any], kept: Any = None) -> Any:
+        """What was computed under this key; `kept` are the objects whose identity is in the key."""
+        if key not in self._known:
+            self._known[key] = compute(), kept
+        return self._known[key][0]
+
+    def _value(self, value: Any, dtype: torch.dtype) -> Value:
+        return Value(value if dtype == self._dtype else self.to_dtype(value, self._dtype), self._dtype, self)
+
+
 class _Parameter:
     """A parameter of the current expansion: its numbers as values of the kernel."""
 
-    def __init__(self, tensor: _Box, dtype: torch.dtype, group: sympy.Expr | None) -> None:
-        self._load, self._dtype, self._device = tensor.make_loader(), dtype, tensor.get_device_or_error()
-        self._size = int(tensor.get_size()[0])
+    def __init__(self, tensor: _Box, numbers: _Numbers, group: sympy.Expr | None) -> None:
+        self._tensor, self._numbers = tensor, numbers
         self._group = [] if group is None else [group]
 
     def __len__(self) -> int:
-        return self._size
+        return int(self._tensor.get_size()[0])
 
     def __getitem__(self, k: int) -> Value:
-        value = self._load([sympy.Integer(k), *self._group])
-        return _value(value, self._dtype, self._device)
-
-
-def _load(tensor: _Box, index: Sequence[sympy.Expr], dtype: torch.dtype) -> Value:
-    return _value(tensor.make_loader()(index), dtype, tensor.get_device_or_error())
-
-
-def _value(value: Any, dtype: torch.dtype, device: torch.device) -> Value:
-    return Value(_ops.to_dtype(value, dtype), dtype, _ON_CPU if device.type == "cpu" else _ELSEWHERE)
-
-
-class _Operations:
-    """The operations of a kernel, and whether `fma` is one of them.
-
-    The compilers of GPUs make one of a product and a sum by themselves. That of a CPU is told not to.
-    """
-
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_ops, name)
-
-
-_FMA = _inductor.pointwise_overrides_data.get("fma")
-_ON_CPU, _ELSEWHERE = _Operations(_FMA is not None and _FMA.cppvec is not None), _Operations(False)
+        return self._numbers.load(self._tensor, [sympy.Integer(k), *self._group])
 
 
 def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
@@ -103,8 +127,9 @@ def _lowered_forward(basis: Basis) -> Callable[..., _Box]:
             group = None
             if groups is not None:
                 group = index[channel_dim] // (size[channel_dim] // groups)
-            values = [_Parameter(parameter, dtype, group) for parameter in parameters]
-            y = basis.evaluate(_load(x, index, dtype), *values)
+            numbers = _Numbers(dtype, x.get_device_or_error())
+            values = [_Parameter(parameter, numbers, group) for parameter in parameters]
+            y = basis.evaluate(numbers.load(x, index), *values)
             if x.get_dtype() == torch.float16:
                 largest = torch.finfo(torch.float16).max
                 y = y.minimum(largest).maximum(-largest)
@@ -127,68 +152,70 @@ def _lowered_prepare(basis: Basis) -> Callable[..., _Box]:
         device, size = parameters[0].get_device_or_error(), parameters[0].get_size()
         for parameter in parameters:
             parameter.realize()
-        loads = [[parameters[at].make_loader() for at in pair] for pair in basis.maxima]
+        pairs = [[parameters[at] for at in pair] for pair in basis.maxima]
         count, behind = int(size[0]), size[1:]
 
-        def number(expression: Any) -> Value:
-            return _value(_ops.index_expr(sympy.sympify(expression), torch.int64), dtype, device)
+        def buffer(before: Sequence[int], compute: Callable[[_Maximum, Sequence[Any]], Value]) -> _Box:
+            """A tensor [maximum, ...before, row, ...groups], from `compute(a maximum, [...before, row])`."""
 
-        def line(which: Any, k: Any, column: Sequence[Any]) -> tropical.Line:
-            index = [sympy.sympify(k), *column]
-            pairs = [[_value(load(index), dtype, device) for load in pair] for pair in loads]
-            *others, last = pairs
-            for place, pair in enumerate(others):
-                here = number(which).equals(float(place))
-                last = [here.where(value, other) for value, other in zip(pair, last, strict=True)]
-            return last[0], last[1]
+            def inner(index: Sequence[Any]) -> Any:
+                maximum = _Maximum(_Numbers(dtype, device), pairs, count, index[0], index[len(before) + 2 :])
+                return compute(maximum, index[1 : len(before) + 2]).value
 
-        def buffer(compute: Callable[[Any, Any, Sequence[Any]], Value]) -> Callable[..., Value]:
-            box = _inductor.Pointwise.create(
-                device=device,
-                dtype=dtype,
-                inner_fn=lambda index: compute(index[0], index[1], index[2:]).value,
-                ranges=[sympy.Integer(len(loads)), sympy.Integer(count), *behind],
-            )
+            ranges = [sympy.Integer(size) for size in (len(pairs), *before, count)]
+            box = _inductor.Pointwise.create(device=device, dtype=dtype, inner_fn=inner, ranges=[*ranges, *behind])
             box.realize()
-            load = box.make_loader()
-            return lambda which, k, column: _value(load([which, sympy.sympify(k), *column]), dtype, device)
-
-        def start(which: Any, k: Any, column: Sequence[Any]) -> Value:
-            lines = [line(which, j, column) for j in range(count)]
-            return tropical.start_of(line(which, k, column), number(k), lines)
+            return box
 
         if count > _FEW_LINES:
-            start = buffer(start)
+            starts = buffer((), lambda maximum, at: maximum.start(at[0]))
+            places = buffer((), lambda maximum, at: maximum.place(at[0], starts))
 
-        def place(which: Any, k: Any, column: Sequence[Any]) -> Value:
-            lines, starts = zip(*((line(which, j, column), start(which, j, column)) for j in range(count)), strict=True)
-            return tropical.place_of(line(which, k, column), start(which, k, column), lines, starts)
-
-        if count > _FEW_LINES:
-            place = buffer(place)
-
-        def row(index: Sequence[Any]) -> Any:
-            which, kind, at, *column = index
-            lines, starts = zip(*((line(which, j, column), start(which, j, column)) for j in range(count)), strict=True)
+        def row(maximum: _Maximum, at: Sequence[Any]) -> Value:
             if count > _FEW_LINES:
-                places = [place(which, j, column) for j in range(count)]
+                found = maximum.rows(starts), maximum.rows(places)
             else:
-                places = [tropical.place_of(*pair, lines, starts) for pair in zip(lines, starts, strict=True)]
-            *others, last = tropical.bend_at(number(at), lines, starts, places)
-            for k, value in enumerate(others):
-                last = number(kind).equals(float(k)).where(value, last)
-            return last.value
+                found = tropical.starts_and_places(maximum.lines)
+            *others, last = tropical.bend_at(maximum.numbers.place(at[1]), maximum.lines, *found)
+            for kind, value in enumerate(others):
+                last = maximum.numbers.place(at[0]).equals(float(kind)).where(value, last)
+            return last
 
-        box = _inductor.Pointwise.create(
-            device=device,
-            dtype=dtype,
-            inner_fn=row,
-            ranges=[sympy.Integer(len(loads)), sympy.Integer(3), sympy.Integer(count), *behind],
-        )
-        box.realize()
-        return box
+        return buffer((3,), row)
 
     return lower
+
+
+class _Maximum:
+    """One of the maxima of a basis, `which`, in a trace of a kernel: its lines as numbers, for one group of channels."""
+
+    def __init__(
+        self, numbers: _Numbers, pairs: Sequence[Sequence[_Box]], count: int, which: Any, column: Sequence[Any]
+    ) -> None:
+        self.numbers, self._pairs, self._count, self._which, self._column = numbers, pairs, count, which, column
+
+    @functools.cached_property
+    def lines(self) -> list[tropical.Line]:
+        return [self._line(k) for k in range(self._count)]
+
+    def _line(self, k: Any) -> tropical.Line:
+        index = [sympy.sympify(k), *self._column]
+        *others, last = ([self.numbers.load(tensor, index) for tensor in pair] for pair in self._pairs)
+        for number, pair in enumerate(others):
+            here = self.numbers.place(self._which).equals(float(number))
+            last = [here.where(value, other) for value, other in zip(pair, last, strict=True)]
+        return last[0], last[1]
+
+    def start(self, k: Any) -> Value:
+        return tropical.start_of(self._line(k), self.numbers.place(k), self.lines)
+
+    def place(self, k: Any, starts: _Box) -> Value:
+        start = self.numbers.load(starts, [self._which, k, *self._column])
+        return tropical.place_of(self._line(k), start, self.lines, self.rows(starts))
+
+    def rows(self, tensor: _Box) -> list[Value]:
+        """The rows of a tensor of `buffer`."""
+        return [self.numbers.load(tensor, [self._which, sympy.Integer(k), *self._column]) for k in range(self._count)]
 
 
 def _of_channels(parameter: _Box, channels: sympy.Expr) -> _Box:
@@ -218,8 +245,9 @@ def _lowered_backward(basis: Basis) -> Callable[..., tuple[_Box, _Box]]:
         grouped = len(parameters[0].get_size()) > 1
 
         def derivatives(index: Sequence[sympy.Expr]) -> tuple[Any, list[Any]]:
-            values = [_Parameter(parameter, dtype, index[1] if grouped else None) for parameter in parameters]
-            return basis.derivatives(_load(grad, index, dtype), _load(x, index, dtype), *values)
+            numbers = _Numbers(dtype, device)
+            values = [_Parameter(parameter, numbers, index[1] if grouped else None) for parameter in parameters]
+            return basis.derivatives(numbers.load(grad, index), numbers.load(x, index), *values)
 
         def grad_x(index: Sequence[sympy.Expr]) -> Any:
             return _ops.to_dtype(derivatives(index)[0]().value, out_dtype)

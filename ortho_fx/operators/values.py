@@ -72,10 +72,7 @@ class Value:
 
     def where(self, value: Value | float, other: Value | float) -> Value:
         """`value` where this condition holds, and `other` elsewhere."""
-        chosen = self._operations.where(self.value, self._raw(value), self._raw(other))
-        if not (isinstance(value, Value) or isinstance(other, Value)):
-            chosen = self._operations.to_dtype(chosen, self.dtype)  # tensors choose between numbers in float32
-        return self._of(chosen)
+        return self._of(self._operations.where(self.value, self._raw(value), self._raw(other), self.dtype))
 
     def relu(self) -> Value:
         return self._of(self._operations.relu(self.value))
