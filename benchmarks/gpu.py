@@ -43,7 +43,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, rewrite_
-from ortho_fx.bench.candidates import TORCHORTHO, Candidate, make_candidates, trained_model, training_step
+from ortho_fx.bench.candidates import (
+    TORCHORTHO,
+    Candidate,
+    SquaredReLU,
+    exchanged,
+    make_candidates,
+    trained_model,
+    training_step,
+)
 from ortho_fx.bench.config import DEFAULT_EXPANSIONS, BenchConfig
 from ortho_fx.bench.measure import bench, compile_seconds
 
@@ -79,11 +87,6 @@ class Clock:
     def check(self) -> None:
         if time.monotonic() >= self.deadline:
             raise OutOfTime("no time was left")
-
-
-class SquaredReLU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
 
 
 class SwiGLU(nn.Module):
@@ -263,14 +266,12 @@ def steps(config: BenchConfig, peers: dict[str, nn.Module], dry: bool) -> Iterat
         rewrite_(changed, expansion, example_inputs=inputs)
         return step(str(expansion), "expansion", changed)
 
-    def exchanged(name: str) -> Candidate:
-        changed = copy.deepcopy(model)
-        exchange(changed, peers[name])
-        return step(name, "peer", changed.to(config.device))
+    def with_peer(name: str) -> Candidate:
+        return step(name, "peer", exchanged(model, peers[name]).to(config.device))
 
-    yield step("gelu", "reference", copy.deepcopy(model))
+    yield step("gelu", "reference", exchanged(model, nn.GELU()))
     yield rewritten(HERMITE)
-    yield exchanged("squared relu")
+    yield with_peer("squared relu")
     yield rewritten(HERMITE_CHANNEL)
     if config.what == "gpt2":
         changed = copy.deepcopy(model)
@@ -281,15 +282,7 @@ def steps(config: BenchConfig, peers: dict[str, nn.Module], dry: bool) -> Iterat
         yield rewritten(RATIONAL_CHANNEL)
     for name in peers:
         if name != "squared relu":
-            yield exchanged(name)
-
-
-def exchange(model: nn.Module, activation: nn.Module) -> None:
-    """Puts a copy of the activation in the place of each GELU."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GELU):
-                setattr(parent, name, copy.deepcopy(activation))
+            yield with_peer(name)
 
 
 def use_swiglu(model: nn.Module) -> None:

@@ -53,6 +53,7 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
     elements = (16384 if gpu else 4096) * ROW
     alone: dict[str, Any] = {"device": device, "elements": elements, "peers": False, "rounds": 50 if gpu else 15}
     model = {**alone, "expansions": FEW, "rounds": 20 if gpu else 8, "dtype": "bfloat16" if gpu else "float32"}
+    step = {**model, "expansions": (HERMITE, TROPICAL, RATIONAL, FOURIER), "peers": True}
     every = {
         "fresh": {**alone, "fresh": True, "expansions": (HERMITE, TROPICAL, RATIONAL, FOURIER)},
         "float32": {**alone, "peers": True, "expansions": (*DEFAULT_EXPANSIONS, TIED)},
@@ -61,8 +62,8 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
         "eager": {**alone, "eager": True, "expansions": (HERMITE,)},
         "channel": {**alone, "expansions": A_CHANNEL},
         "mlp": {**model, "what": "mlp", "elements": (8192 if gpu else 1024) * ROW},
-        "gpt2": {**model, "what": "gpt2", "size": "124m" if gpu else "tiny"},
-        "convnext": {**model, "what": "convnext", "size": "t" if gpu else "tiny"},
+        "gpt2": {**step, "what": "gpt2", "size": "124m" if gpu else "tiny"},
+        "convnext": {**step, "what": "convnext", "size": "t" if gpu else "tiny"},
         "compile": alone,
     }
     if gpu:

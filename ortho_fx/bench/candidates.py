@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import make_activation
+from ortho_fx.activations.expansion import ExpansionActivation, make_activation
 from ortho_fx.bench.config import ROW, BenchConfig
 from ortho_fx.config import ExpansionConfig
+from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.rewriting.optimizer import param_groups
 from ortho_fx.rewriting.rewrite import rewrite_
@@ -93,6 +94,13 @@ class Copy(nn.Module):
         return _CopyFunction.apply(x)
 
 
+class SquaredReLU(nn.Module):
+    """y(x) = max(x, 0)^2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
 def make_candidates(config: BenchConfig, others: Mapping[str, nn.Module] | None = None) -> Iterator[Candidate]:
     """Every candidate of a config: first the reference, then the floor, then the expansions, then peers.
 
@@ -150,13 +158,37 @@ def _torchortho() -> Iterator[tuple[str, int, Callable[[int], nn.Module]]]:
 
 
 def _training_steps(config: BenchConfig) -> Iterator[Candidate]:
-    """A training step of the model with GELU, and one with each expansion instead."""
+    """A training step with GELU in its exact form, one with each expansion, and one with each stock activation."""
     model, inputs, targets = trained_model(config)
-    yield training_step("gelu", "reference", copy.deepcopy(model), inputs, targets, config)
+
+    def step(name: str, kind: str, changed: nn.Module) -> Candidate:
+        return training_step(name, kind, changed, inputs, targets, config)
+
+    yield step("gelu", "reference", exchanged(model, nn.GELU()))
     for expansion in config.expansions:
         rewritten = copy.deepcopy(model)
         rewrite_(rewritten, expansion, example_inputs=inputs)
-        yield training_step(str(expansion), "expansion", rewritten, inputs, targets, config)
+        yield step(str(expansion), "expansion", rewritten)
+    if config.peers:
+        for name, activation in STOCK.items():
+            yield step(name, "peer", exchanged(model, activation))
+
+
+# What training steps have besides. On a CPU the tanh form of GELU takes several times the exact one's time.
+STOCK = {"gelu, tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(), "squared relu": SquaredReLU()}
+
+
+def exchanged(model: nn.Module, activation: nn.Module) -> nn.Module:
+    """A copy of the model, with a copy of the activation in the place of each of its own, modules and functions."""
+    changed = copy.deepcopy(model)
+    rewrite_(changed, ExpansionConfig("hermite"))
+    expansions = [name for name, module in changed.named_modules() if isinstance(module, ExpansionActivation)]
+    if not expansions:
+        raise OrthoFxError(f"{type(model).__name__} has no activation that could be exchanged")
+    for name in expansions:
+        parent, _, attribute = name.rpartition(".")
+        setattr(changed.get_submodule(parent), attribute, copy.deepcopy(activation))
+    return changed
 
 
 def trained_model(config: BenchConfig) -> tuple[nn.Module, Tensor, Tensor]:

@@ -48,7 +48,8 @@ class BenchConfig:
         eager: measure without torch.compile.
         fresh: allocate new memory for outputs at each call (see `ortho_fx.bench.measure`).
         mode: the mode of torch.compile, on CUDA.
-        peers: also measure a rational function, and torchortho if it is installed.
+        peers: also measure a rational function, and torchortho if it is installed; in a training step instead the tanh
+            form of GELU, SiLU and squared ReLU.
         compile_time: measure how long a model of twelve blocks takes to compile (`compile_seconds`).
 
     Raises:

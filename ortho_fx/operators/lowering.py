@@ -71,9 +71,7 @@ class _Numbers:
     def place(self, index: Any) -> Value:
         """An index as a number."""
         index = sympy.sympify(index)
-        return self._value(
-            self._once(("index_expr", index), lambda: _ops.index_expr(index, torch.int64)), torch.int64
-        )
+        return self._value(self._once(("index_expr", index), lambda: _ops.index_expr(index, torch.int64)), torch.int64)
 
     def where(self, condition: Any, value: Any, other: Any, dtype: torch.dtype) -> Any:
         return self._called("where", condition, value, other)
@@ -187,7 +185,7 @@ def _lowered_prepare(basis: Basis) -> Callable[..., _Box]:
 
 
 class _Maximum:
-    """One of the maxima of a basis, `which`, in a trace of a kernel: its lines as numbers, for one group of channels."""
+    """The maximum number `which` of a basis in a trace of a kernel: its lines as numbers, for a group of channels."""
 
     def __init__(
         self, numbers: _Numbers, pairs: Sequence[Sequence[_Box]], count: int, which: Any, column: Sequence[Any]

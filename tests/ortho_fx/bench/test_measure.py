@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ortho_fx import ExpansionConfig, OrthoFxError
-from ortho_fx.bench.candidates import Candidate, Rational
+from ortho_fx.bench.candidates import Candidate, Rational, SquaredReLU, exchanged, trained_model
 from ortho_fx.bench.config import ROW, BenchConfig
 from ortho_fx.bench.measure import bench, choose_expansions, compile_seconds, memory
 from ortho_fx.models import gpt2
@@ -114,11 +114,27 @@ def test_training_steps_without_compilation(what):
     a_channel = ExpansionConfig("tropical", 3, granularity="channel")
     config = BenchConfig(what, (HERMITE, a_channel), batch_size=1, rounds=1, eager=True)
     report = bench(config)
-    assert [m.name for m in report.measurements] == ["gelu", "hermite 3", "tropical 3 a channel"]
+    expansions, stock = ["hermite 3", "tropical 3 a channel"], ["gelu, tanh", "silu", "squared relu"]
+    assert [m.name for m in report.measurements] == ["gelu", *expansions, *stock]
     assert report["gelu"].seconds.keys() == {"step", "total"}
     assert report["hermite 3"].peak_bytes > 0
     header = str(report).splitlines()[1]
     assert header.split() == "step ms step / gelu fastest / gelu peak MiB".split()
+
+
+@pytest.mark.parametrize("what", ["gpt2", "convnext"])
+def test_an_activation_takes_the_place_of_all_others(what):
+    model, inputs, _ = trained_model(BenchConfig(what, batch_size=1))
+    with torch.no_grad():
+        exact = exchanged(model, nn.GELU())(inputs)
+        # ConvNeXt's own is the exact form, GPT-2's the tanh form.
+        torch.testing.assert_close(exact, model(inputs), atol=1e-2, rtol=1e-2)
+        assert (exchanged(model, SquaredReLU())(inputs) - exact).abs().max() > 1e-3
+
+
+def test_a_model_without_an_activation_has_none_to_exchange():
+    with pytest.raises(OrthoFxError, match="Linear has no activation"):
+        exchanged(nn.Linear(2, 2), nn.GELU())
 
 
 def test_a_compiled_training_step_has_kernels_both_ways(monkeypatch):
