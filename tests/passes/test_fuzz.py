@@ -192,7 +192,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(source=modules())
 def test_a_rewritten_module_computes_what_it_did_and_its_report_names_what_still_runs(folder, source):
     torch.manual_seed(0)

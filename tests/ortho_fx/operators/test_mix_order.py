@@ -59,8 +59,9 @@ class Scaled(nn.Module):
 
 
 MODELS = {"norms": Norms, "scaled": Scaled}
-every_model = pytest.mark.parametrize("model", MODELS)
-every_granularity = pytest.mark.parametrize("granularity", ["layer", "channel"])
+# Every pair of a model and a granularity with one kind, and every kind where it is mixed in both.
+PAIRS = [("hermite", model, granularity) for model in MODELS for granularity in ("layer", "channel")]
+OTHERS = [(kind, "norms", "channel") for kind in KINDS if kind != "hermite"]
 
 
 def build(model, kind, granularity):
@@ -95,9 +96,7 @@ def is_mixed(graph):
     return any("MixOrderReductionGrid" in kernel.definition for kernel in graph.kernels)
 
 
-@every_granularity
-@every_model
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "model", "granularity"), [*PAIRS, *OTHERS])
 def test_gradients_on_a_gpu(kind, model, granularity):
     model, (x, tangent) = build(model, kind, granularity), tensors()
     code = triton_code(model, x, options=settings())
@@ -127,9 +126,7 @@ def test_the_size_of_a_model_is_what_decides_by_default():
     assert is_mixed(code.backward) == (torch_private.release() >= (2, 15)), str(code)
 
 
-@every_granularity
-@every_model
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "model", "granularity"), [*PAIRS, OTHERS[-1]])
 def test_gradients_on_a_cpu(kind, model, granularity):
     torch.compiler.reset()
     model, (x, tangent) = build(model, kind, granularity), tensors()
