@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if not _is_of_writing(error):
             raise
         raise OrthoFxError(f"cannot save {path}: {reason(error)}; an earlier file there is untouched") from None
+
+
+def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Removes what a process that was killed has left of files with these names, under the hidden names of a write.
+
+    Raises:
+        OSError: a folder that cannot be written.
+    """
+    begins = tuple(f".{name}." for name in names)
+    for left in folder.glob(".*"):
+        if left.name.startswith(begins):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _is_of_writing(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from ortho_fx.bench.config import BenchConfig
 from ortho_fx.bench.measure import bench
 from ortho_fx.bench.report import environment_of
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.files import atomic_file, reason
+from ortho_fx.files import atomic_file, reason, remove_unfinished
 from ortho_fx.models.compare.activations import Activation, choose_activations
 from ortho_fx.models.compare.plot import plot_comparison
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison, StepCost
@@ -48,6 +48,7 @@ from ortho_fx.plots import load_pyplot
 # Settings of a single activation or run, and settings that do not change a run's results.
 _NOT_IN_COMMON = {"basis", "degree", "tied", "seed", "out", "workers", "parallel", "save_every", "keep"}
 _ROUNDS = 20
+_WRITTEN = ("compare.json", "compare.md", "compare.png")
 _Planned = tuple[str, TrainConfig]
 
 
@@ -100,6 +101,7 @@ def compare(
     ]
     with locked(out):
         try:
+            remove_unfinished(out, _WRITTEN)
             comparison = _open(config, [activation.label for activation in chosen], planned, out, overwrite)
             for number, (label, run) in enumerate(planned, 1):
                 if comparison.find(label, run.seed) is None:

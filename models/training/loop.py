@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.errors import OrthoFxError, Terminated
-from ortho_fx.files import atomic_file
+from ortho_fx.files import atomic_file, remove_unfinished
 from ortho_fx.models.data.digest import data_digest
 from ortho_fx.models.data.loader import WorkerLost, load, load_validation
 from ortho_fx.models.data.sources import Batch
@@ -321,9 +320,7 @@ class Run:
         What a killed run has left half-written is removed as well.
         """
         try:
-            for left in self.directory.glob(".*"):
-                if left.name.startswith(tuple(f".{name}." for name in _WRITTEN)):
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            remove_unfinished(self.directory, _WRITTEN)
             if not resume:
                 remove_checkpoints(self.directory / "checkpoints")
                 for name in ("model.safetensors", *_EXPANSIONS):
