@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ def read_tensors(path: Path, only: Only = iter) -> TensorFile:
     if path.suffix not in _PICKLED:
         raise OrthoFxError(f"weights are files in .safetensors, {', '.join(_PICKLED)}; got {path}")
     _check_exists(path)
+    _check_plain(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -106,6 +108,17 @@ def read_tensors(path: Path, only: Only = iter) -> TensorFile:
     if other is not None:
         raise OrthoFxError(f"{path} holds no state dict: {other} is a {type(state[other]).__name__}, not a tensor")
     return TensorFile(state)
+
+
+def _check_plain(path: Path) -> None:
+    """Refuses an archive that unpacks to more than its own size; PyTorch stores tensors without compression."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return  # the older format, a pickle, or damaged: torch.load says which
+    if size > (there := path.stat().st_size):
+        raise OrthoFxError(f"{path} is not readable: it has {there} bytes, and unpacks to {size}")
 
 
 def files_of(path: Path) -> list[Path]:

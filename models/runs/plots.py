@@ -310,8 +310,12 @@ def file_name(name: str) -> str:
     Letters, digits and " _+-,=:[]" stay as they are, and dots that do not come first; other characters are written as
     in a URL. A longer name than file systems take ends in a digest of it.
     """
-    written = "".join(c if (c.isalnum() and c.isascii()) or c in _PLAIN else quote(c, safe="") for c in name)
-    if name.startswith(".") or not name:
+    written = "".join(
+        c if (c.isalnum() and c.isascii()) or c in _PLAIN else quote(c, safe="", errors="surrogatepass") for c in name
+    )
+    if not name:
+        return "%"  # which stands alone for no other name
+    if name.startswith("."):
         written = "%2E" + written[1:]
     if len(written) > _LONGEST:
         written = f"{written[: _LONGEST - 17]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"

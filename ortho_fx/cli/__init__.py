@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ortho_fx.cli.completion import PLUGINS
-from ortho_fx.cli.mistakes import abandon_output, report, standard_streams
+from ortho_fx.cli.mistakes import abandon_output, quoted, report, standard_streams
 from ortho_fx.cli.parser import Parser
 from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.version import __version__
@@ -49,10 +49,10 @@ def _run(arguments: Sequence[str]) -> int:
         report(OrthoFxError("the standard output was closed before training was done, which ended it"))
         return 2
     except KeyboardInterrupt as interrupt:
-        print("; ".join(filter(None, ("ortho-fx: interrupted", str(interrupt)))), file=sys.stderr)
+        print(quoted("; ".join(filter(None, ("ortho-fx: interrupted", str(interrupt))))), file=sys.stderr)
         return 130
     except Terminated as end:
-        print("; ".join(filter(None, ("ortho-fx: terminated", end.kept))), file=sys.stderr)
+        print(quoted("; ".join(filter(None, ("ortho-fx: terminated", end.kept)))), file=sys.stderr)
         return 143
     except (SystemExit, GeneratorExit):
         raise

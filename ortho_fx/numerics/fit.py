@@ -111,8 +111,12 @@ def fit_expansion(
         fitted = _fitted(function, config, weight, interval, derivative_weight, mean, std, seen)
     errors = (fitted.rmse, fitted.max_error, fitted.derivative_rmse, fitted.derivative_max_error)
     if not all(map(math.isfinite, errors)) or not all(np.isfinite(p).all() for p in fitted.parameters.values()):
-        raise OrthoFxError(f"the {config} fit of {name_of(function)} overflows: use a lower degree or a narrower range")
+        raise _overflow(config, function)
     return fitted
+
+
+def _overflow(config: ExpansionConfig, function: Callable[[Tensor], Tensor]) -> OrthoFxError:
+    return OrthoFxError(f"the {config} fit of {name_of(function)} overflows: use a lower degree or a narrower range")
 
 
 def _fitted(
@@ -167,7 +171,10 @@ def _fitted(
     spread = (stated[0] + stated[1] - (stated[1] - stated[0]) * np.cos(angles)) / 2
     everywhere = torch.from_numpy(np.concatenate([finer, spread]))
     exact = differentiated(function, everywhere)
-    fitted = differentiated(lambda x: _evaluate(config, parameters, bounds, x), everywhere)
+    try:
+        fitted = differentiated(lambda x: _evaluate(config, parameters, bounds, x), everywhere)
+    except OrthoFxError:  # NaN, as infinity - infinity
+        raise _overflow(config, function) from None
     errors = [(part - at).abs().numpy() for part, at in zip(fitted, exact, strict=True)]
     rmse, slope_rmse = (math.sqrt(float(finer_weights @ error[: len(finer)] ** 2)) for error in errors)
     largest, slope_largest = (float(error[len(finer) :].max()) for error in errors)

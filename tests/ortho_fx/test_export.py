@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import resource
 import subprocess
 import sys
 
@@ -207,3 +208,17 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
     assert error_of(model, inputs(2, 4), "model.onnx", export=export_onnx) == (
         "ONNX files need libraries: pip install onnx onnxscript onnxruntime"
     )
+
+
+def test_a_program_on_a_full_disk_is_an_error_and_leaves_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"earlier")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OrthoFxError, match=r"cannot save .*model.pt2: File too large; an earlier file"):
+            export_program(nn.Linear(64, 64), torch.randn(2, 64), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]

@@ -5,7 +5,7 @@ import pytest
 
 from ortho_fx import files
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.files import atomic_file
+from ortho_fx.files import atomic_file, remove_unfinished
 
 
 def _full(*_):
@@ -75,3 +75,15 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="shapes"), atomic_file(tmp_path / "file"):
         raise RuntimeError("shapes do not match")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_write_leaves_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".run.json.a1b2").mkdir()
+    (tmp_path / ".run.json.a1b2" / "run.json").write_text("half")
+    (tmp_path / ".run.json.c3d4").symlink_to(tmp_path / "elsewhere")
+    kept = ["elsewhere", ".run.jsonl.a1b2", "run.json.a1b2", "run.json"]
+    for name in kept[1:]:
+        (tmp_path / name).write_text("")
+    remove_unfinished(tmp_path, ["run.json"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -90,3 +91,16 @@ def test_json_that_is_no_object_is_named(tmp_path):
             read_json(path)
     with pytest.raises(OrthoFxError, match="No such file or directory"):
         read_json(tmp_path / "none.json")
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert read_tensors(tmp_path / "plain.pt").tensors["a"].shape == (1000,)
+    with pytest.raises(OrthoFxError, match=r"packed.pt is not readable: it has \d+ bytes, and unpacks to"):
+        read_tensors(tmp_path / "packed.pt")

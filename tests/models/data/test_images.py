@@ -303,3 +303,52 @@ def test_without_pillow_or_torchvision_the_error_says_what_to_install(tmp_path, 
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(OrthoFxError, match=r"images are decoded with Pillow: pip install pillow"):
         ImageFolder(tmp_path)
+
+
+def _folder_of(tmp_path, image, name):
+    for split in ("train", "val"):
+        path = tmp_path / split / "a" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **({"format": "GIF"} if name == "gif.png" else {}))
+    return ImageFolder(tmp_path, Settings(augment="none"), image_size=28)
+
+
+_RAMP = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.ppm"])
+def test_grey_images_of_16_bits_are_scaled(tmp_path, name):
+    wide = _folder_of(tmp_path / "wide", Image.fromarray(_RAMP.astype(np.uint16)), name).batch(0, 0, 1)[0]
+    narrow = _folder_of(tmp_path / "narrow", Image.fromarray((_RAMP / 257).astype(np.uint8)), name).batch(0, 0, 1)[0]
+    torch.testing.assert_close(wide, narrow, rtol=0, atol=0.03)  # 1 of 255 is 0.017
+    assert wide.std() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name", "message"),
+    [
+        (_RAMP.astype(np.int32), "0.tif", "its pixels are 32-bit integers, whose range is unknown"),
+        (_RAMP.astype(np.float32), "0.tif", "its pixels are floating-point numbers, whose range is unknown"),
+        (_RAMP.astype(np.uint8), "gif.png", "cannot identify image file"),
+    ],
+)
+def test_images_without_a_range_or_of_other_formats_are_refused(tmp_path, pixels, name, message):
+    with pytest.raises(OrthoFxError, match=f"cannot read the image .*{name}: {message}"):
+        _folder_of(tmp_path, Image.fromarray(pixels), name).batch(0, 0, 1)
+
+
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ortho_fx.models.data.images._LARGEST", 1000)
+    with pytest.raises(OrthoFxError, match=r"it has 32 x 32 pixels, and 1,000 are the most"):
+        _folder_of(tmp_path, Image.fromarray(_RAMP.astype(np.uint8)), "0.png").batch(0, 0, 1)
+
+
+def test_a_packed_file_is_unpacked_as_far_as_its_header_promises(tmp_path):
+    header = bytes((0, 0, 8, 3)) + b"".join(size.to_bytes(4, "big") for size in (2, 4, 4))
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(header + bytes(2**24)))
+    with pytest.raises(OrthoFxError, match="48 bytes in all; it has 49 or more"):
+        IDX(tmp_path)
+    path.write_bytes(gzip.compress(header[:4] + b"\xff" * 12))
+    with pytest.raises(OrthoFxError, match=r"4294967295 x 4294967295 x 4294967295 values: that takes .* of memory"):
+        IDX(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from ortho_fx import OrthoFxError
 from ortho_fx.models.data.loader import load_validation
-from ortho_fx.models.data.text import StandardLibrary, TextFiles, TokenFiles, text_files
+from ortho_fx.models.data.text import StandardLibrary, TextFiles, TokenFile, TokenFiles, text_files
 
 
 def write_tokens(folder, train=1000, validation=300, dtype="uint16", meta=None):
@@ -170,3 +171,15 @@ def test_a_file_that_shrinks_before_it_is_read(tmp_path):
     np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(OrthoFxError, match=r"train.bin changed while it was read"):
         data.batch(0, 0, 4)
+
+
+def test_a_token_file_that_shrinks_is_an_error(tmp_path):
+    path = tmp_path / "train.bin"
+    np.arange(1000, dtype="<u2").tofile(path)
+    tokens = TokenFile(path, "uint16")
+    assert tokens[990:1000].tolist() == list(range(990, 1000))
+    os.truncate(path, 100)
+    assert tokens[10:20].tolist() == list(range(10, 20))
+    with pytest.raises(OrthoFxError, match="changed while it was read: it held 1000 tokens, and"):
+        tokens[990:1000]
+    assert pickle.loads(pickle.dumps(tokens))[0:2].tolist() == [0, 1]

@@ -211,3 +211,25 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
     run = make_run(tmp_path / "short", steps=1)
     with pytest.raises(OrthoFxError, match=r"^cannot write .*/file: File exists$"):
         plot_runs([run], tmp_path / "file")
+
+
+def test_names_make_files_in_the_folder_of_the_pictures():
+    names = ["/etc/passwd", "../../up", "..", ".", "", "a/b", "a%2Fb", "\x1b[31m", "two\nlines", "x" * 5000, "x" * 5001]
+    names += ["blocks.0.mlp.act", "_one", "\udcff", "é"]
+    files = [run_plots.file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    for file in files:
+        assert file.isprintable()
+        assert file.isascii()
+        assert "/" not in file
+        assert not file.startswith(".")
+        assert 0 < len(file) <= 200
+    assert run_plots.file_name("blocks.0.mlp.act") == "blocks.0.mlp.act"
+
+
+def test_labels_are_no_mathematics_and_none_is_hidden():
+    for name in ("a$\\frac{$b", "_one", "$x$", "two\nlines", "\udcff"):
+        label = run_plots.plain(name)
+        assert "$" not in label.replace(r"\$", "")
+        assert not label.startswith("_")
+        assert label.isprintable()

@@ -321,3 +321,29 @@ def test_a_full_disk_keeps_the_earlier_weights(tmp_path, monkeypatch, failure):
     monkeypatch.undo()
     assert read_weights(path).description == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "message"),
+    [
+        (gpt2, {"layers": 10**7}, r"layers are more than its \d+ tensors"),
+        (gpt2, {"layers": True}, "layers must be a whole number from 1 to 2147483647; got True"),
+        (gpt2, {"width": 10**30}, "width must be a whole number from 1 to"),
+        (gpt2, {"heads": 7}, "is no multiple of the 7 heads"),
+        (gpt2, {"dropout": float("inf")}, "dropout must be a finite number; got inf"),
+        (convnext, {"widths": [-4, 96]}, "widths must be a whole number from 1 to 2147483647; got -4"),
+        (convnext, {"depths": [1.5, 2]}, "depths must be a whole number from 1 to 2147483647; got 1.5"),
+        (convnext, {"depths": []}, "depths is"),
+        (convnext, {"depths": [1]}, "depths .* and widths .* differ"),
+        (convnext, {"classes": True}, "classes must be a whole number"),
+    ],
+)
+def test_a_config_out_of_range_is_refused_before_the_model_is_made(tmp_path, monkeypatch, build, changes, message):
+    model, path = build(), tmp_path / "model.safetensors"
+    save_weights(model, path, {})
+    values = json.loads(metadata(path)["ortho_fx"])
+    values["config"] |= changes
+    save_file(load_file(path), path, {"format": "pt", "ortho_fx": json.dumps(values)})
+    monkeypatch.setattr(type(model), "__init__", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(OrthoFxError, match=f"its metadata are damaged: .*{message}"):
+        load_model(path)

@@ -245,3 +245,37 @@ HERMITE = ExpansionConfig("hermite", 3)
 def test_mistakes_are_named(function, options, message):
     with pytest.raises(OrthoFxError, match=f"^{message}"):
         fit(function, HERMITE, **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mean": 1.0, "std": 1e-300},
+        {"mean": 1e300},
+        {"mean": 1e308, "std": 1e308},
+        {"std": 1e-320},
+        {"weight": "uniform", "interval": (0.0, 5e-324)},
+        {"weight": "uniform", "interval": (1.0, 1.0 + 1e-15)},
+        {"weight": "uniform", "interval": (-1e308, 1e308)},
+    ],
+)
+@pytest.mark.parametrize("basis", BASES)
+def test_places_that_floats_cannot_tell_apart_or_hold_are_refused(basis, settings):
+    with pytest.raises(OrthoFxError, match="for floats to tell inputs apart; got a width of"):
+        fit(F.gelu, ExpansionConfig(basis), **settings)
+
+
+@pytest.mark.parametrize("std", [1e-29, 1e-12, 1e12, 1e29])
+def test_a_fit_of_any_scale_is_finite_or_an_error(std, recwarn):
+    try:
+        found = fit(F.gelu, ExpansionConfig("hermite", 32), std=std)
+    except OrthoFxError as error:
+        assert "overflows" in str(error)  # noqa: PT017
+    else:
+        assert math.isfinite(found.max_error)
+    assert not recwarn.list
+
+
+def test_a_clamp_too_small_for_floats_is_refused():
+    with pytest.raises(OrthoFxError, match=r"^clamp times std must be from"):
+        fit(F.gelu, ExpansionConfig("hermite", 3, clamp=1e-300))
