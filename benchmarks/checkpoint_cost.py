@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_cost.py [--rounds 15]
 
-Without them is the save as it was before: `torch.distributed.checkpoint` into a folder, a `state.json`, and a rename.
+Without them is a plain save: `torch.distributed.checkpoint` into a folder, a `state.json`, and a rename.
 States are those of AdamW for GPT-2 of 1.3 and of 30 million parameters. The ratio is the median over pairs of saves, in
 alternating order. Writes results/checkpoint_cost.json and prints a table.
 """
@@ -105,7 +105,7 @@ def main() -> None:
         )
     result = {
         "date": date.today().isoformat(),
-        "hardware": f"one thread of a {platform.machine()} CPU, and one for the digests",
+        "hardware": f"one thread of a {platform.machine()} CPU",
         "torch": torch.__version__,
         "rounds": rounds,
         "models": rows,

@@ -154,7 +154,7 @@ def newest(folder: Path) -> int:
     for path in found:
         files = json.loads((path / "state.json").read_text())["files"]
         for name, digest in files.items():
-            problem = difference(path, name, Digest(**digest))
+            problem = difference(path, name, Digest.from_json(digest))
             if problem is not None:
                 raise AssertionError(f"{path}: {problem}")
     return int(found[-1].name.removeprefix("step-")) if found else 0

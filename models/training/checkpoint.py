@@ -101,7 +101,7 @@ def save_checkpoint(
             "skipped": skipped,
             "data": data,
             "rows": {name: asdict(written) for name, written in (rows or {}).items()},
-            "files": {name: asdict(digest) for part in found for name, digest in part.items()},
+            "files": {name: digest.to_json() for part in found for name, digest in part.items()},
             "processes": processes.count,
             "torch": torch.__version__,
             "random numbers": "each step seeds PyTorch's generators from the seed, the step and the rank",
@@ -231,10 +231,12 @@ def _described(path: Path) -> Checkpoint:
             dict(described["configuration"]),
             described.get("data"),
             {name: RowsWritten(**written) for name, written in described.get("rows", {}).items()},
-            {name: Digest(**digest) for name, digest in described.get("files", {}).items()},
+            {name: Digest.from_json(digest) for name, digest in described.get("files", {}).items()},
         )
     except OrthoFxError:
         raise
+    except ImportError as error:
+        raise OrthoFxError(f"{path} has {error}") from None
     except (*_FAILURES, AttributeError, RecursionError) as error:
         raise _Damaged(path, f"state.json: {reason(error)}") from None
     if checkpoint.step != _step(path):

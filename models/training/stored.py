@@ -1,5 +1,8 @@
 """The files of a checkpoint: written with a digest of each, and read without running a pickle.
 
+The digest is XXH3-128 of the package xxhash, or SHA-256 without that package, which is some ten times slower. It is
+there to find damage; see docs/security.md.
+
 `torch.distributed.checkpoint` writes them. Its index, `.metadata`, is a pickle. `_Index` reads it, and makes only the
 few classes that PyTorch puts there. The values beside the tensors are read by `torch.load(weights_only=True)`.
 """
@@ -12,13 +15,11 @@ import io
 import os
 import pickle
 import stat
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,8 +32,17 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ortho_fx.errors import OrthoFxError
 
+try:
+    from xxhash import xxh3_128
+except ImportError:
+    _HASHES: dict[str, Any] = {"sha256": hashlib.sha256}
+else:
+    _HASHES = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
+
 INDEX = ".metadata"
-_BLOCK = 1 << 20
+_HASH = next(iter(_HASHES))
+# A block is hashed while it is in the processor's cache.
+_BLOCK = 1 << 18
 # What an index holds: classes of these modules, by their names in the file.
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -46,10 +56,29 @@ _LAYOUTS = {str(layout): layout for layout in vars(torch).values() if isinstance
 
 @dataclass(frozen=True)
 class Digest:
-    """The length of a file in bytes, and its SHA-256 in hexadecimal digits."""
+    """The length of a file in bytes, and a hash of its content: the hash's name, and its hexadecimal digits."""
 
     size: int
-    sha256: str
+    hash: str
+    digits: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"size": self.size, self.hash: self.digits}
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> Digest:
+        """The digest that `to_json` described.
+
+        Raises:
+            ValueError: a description that has not one hash beside the size.
+            ImportError: a hash of xxhash, which is not installed.
+        """
+        (name,) = described.keys() - {"size"}
+        if name == "xxh3_128" and name not in _HASHES:
+            raise ImportError("digests of xxhash: pip install xxhash")
+        if name not in _HASHES:
+            raise ValueError(f"{name!r} is no hash of a file")
+        return cls(int(described["size"]), name, str(described[name]))
 
 
 def write_tensors(folder: Path, state: Mapping[str, Any], alone: bool) -> dict[str, Digest]:
@@ -57,11 +86,11 @@ def write_tensors(folder: Path, state: Mapping[str, Any], alone: bool) -> dict[s
 
     Every process has to call it, unless it is alone.
     """
-    with _Files() as files, _plainly():
-        writer = FileSystemWriter(folder)
-        writer.fs = files
+    files, writer = _Files(), FileSystemWriter(folder)
+    writer.fs = files
+    with _plainly():
         save(dict(state), storage_writer=writer, no_dist=alone)
-        return files.digests()
+    return files.digests
 
 
 def read_tensors(folder: Path, state: dict[str, Any], alone: bool) -> None:
@@ -71,7 +100,7 @@ def read_tensors(folder: Path, state: dict[str, Any], alone: bool) -> None:
         load(state, storage_reader=reader, planner=_Planner(), no_dist=alone)
 
 
-def digest_of(path: Path) -> Digest:
+def digest_of(path: Path, hash: str = _HASH) -> Digest:
     """The digest of a regular file.
 
     Raises:
@@ -79,10 +108,14 @@ def digest_of(path: Path) -> Digest:
     """
     # A pipe would wait for its writer without O_NONBLOCK, which regular files ignore.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
+    with os.fdopen(handle, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(0, "it is not a regular file")
-        return _hashed(file, lambda: True)
+        found, size, block = _HASHES[hash](), 0, memoryview(bytearray(_BLOCK))
+        while count := file.readinto(block):
+            found.update(block[:count])
+            size += count
+        return Digest(size, hash, found.hexdigest())
 
 
 def difference(folder: Path, name: str, expected: Digest) -> str | None:
@@ -92,69 +125,46 @@ def difference(folder: Path, name: str, expected: Digest) -> str | None:
         size = path.stat().st_size
         if size != expected.size:
             return f"{name} has {size:,} bytes instead of {expected.size:,}"
-        return None if digest_of(path) == expected else f"the content of {name} has changed"
+        return None if digest_of(path, expected.hash) == expected else f"the content of {name} has changed"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
 
 
-def _hashed(file: io.BufferedIOBase | io.BufferedReader, ended: Callable[[], bool]) -> Digest:
-    """The digest of a file's content until its end; while `ended` is false, another thread appends to it."""
-    digest, size = hashlib.sha256(), 0
-    while True:
-        last = ended()
-        block = file.read(_BLOCK)
-        digest.update(block)
-        size += len(block)
-        if last and not block:
-            return Digest(size, digest.hexdigest())
-
-
 class _Files(FileSystem):
-    """Creates files that did not exist, and digests each while it is written, in another thread.
-
-    A digest of its own would add a quarter to the time of a checkpoint. The thread reads what the writer has just put
-    into the page cache.
-    """
+    """Creates files that did not exist, and keeps their digests, by name."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "digest")
-        self._found: dict[str, Future[Digest]] = {}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-
-    def digests(self) -> dict[str, Digest]:
-        """The digests of the files that this process has written."""
-        return {name: found.result() for name, found in self._found.items()}
+        self.digests: dict[str, Digest] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        # "x" fails where something stands already, a link too.
-        with Path(path).open(mode.replace("w", "x")) as stream:
-            written = threading.Event()
-            # Opened here: by the time that the thread begins, the file may have another name.
-            self._found[Path(path).name] = self._pool.submit(_follow, Path(path).open("rb"), written)
-            try:
-                yield cast(io.IOBase, stream)
-            finally:
-                if not stream.closed:
-                    stream.flush()
-                written.set()
+        hashed = _Hashed(path)
+        with io.BufferedWriter(hashed, _BLOCK) as stream:
+            yield stream
+        self.digests[Path(path).name] = Digest(hashed.size, _HASH, hashed.hash.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
-        self._found[Path(new_path).name] = self._found.pop(Path(path).name)
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
 
 
-def _follow(file: io.BufferedReader, written: threading.Event) -> Digest:
-    with file:
-        # Waits a moment at the end of what is there, so that it does not take the processor from the writer.
-        return _hashed(file, lambda: written.wait(0.0 if file.peek(1) else 0.002))
+class _Hashed(io.FileIO):
+    """A new file that hashes what is written to it, below the buffer that gathers PyTorch's many small pieces."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        # "x" fails where something stands already, a link too.
+        super().__init__(os.fspath(path), "x")
+        self.hash, self.size = _HASHES[_HASH](), 0
+
+    def write(self, data: Any, /) -> int:
+        # No more than a block: the buffer above comes back with the rest.
+        block = memoryview(data)[:_BLOCK]
+        written = super().write(block)
+        self.hash.update(block[:written])
+        self.size += written
+        return written
 
 
 class _Reader(FileSystemReader):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from ortho_fx import OrthoFxError
 from ortho_fx.models.runs.files import RowsWritten
@@ -43,8 +44,37 @@ def test_round_trip(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["step-00000007"]
     files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "state.json"}
     assert description["files"] == {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
+        name: {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)} for name, content in files.items()
     }
+
+
+def test_digests_of_large_and_of_short_writes(tmp_path):
+    """A block is hashed at a time, whatever the sizes of the pieces that are written."""
+    content = os.urandom(3 * stored._BLOCK + 5)
+    files = stored._Files()
+    with files.create_stream(tmp_path / "file", "wb") as stream:
+        for start, stop in ((0, 3), (3, 2 * stored._BLOCK), (2 * stored._BLOCK, len(content))):
+            assert stream.write(content[start:stop]) == stop - start
+    assert (tmp_path / "file").read_bytes() == content
+    assert files.digests["file"] == stored.digest_of(tmp_path / "file")
+    assert files.digests["file"].digits == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_without_xxhash_digests_are_sha256_and_those_of_xxhash_are_refused(tmp_path, monkeypatch):
+    with_xxhash = save(tmp_path / "with", 7)
+    monkeypatch.setattr(stored, "_HASHES", {"sha256": hashlib.sha256})
+    monkeypatch.setattr(stored, "_HASH", "sha256")
+    without = save(tmp_path / "without", 7)
+    content = (without / ".metadata").read_bytes()
+    digest = json.loads((without / "state.json").read_text())["files"][".metadata"]
+    assert digest == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with pytest.raises(OrthoFxError, match=f"^{with_xxhash} has digests of xxhash: pip install xxhash$"):
+        load(tmp_path / "with")
+    monkeypatch.undo()
+    assert load(tmp_path / "without") == (7, [1, 1, 1], None)
+    (without / ".metadata").write_bytes(content[:-1] + b"x")
+    with pytest.raises(OrthoFxError, match=r"the content of \.metadata has changed"):
+        load(tmp_path / "without")
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -233,8 +263,7 @@ def sealed_again(path):
     described = json.loads((path / "state.json").read_text())
     described.pop("sha256")
     for name in described["files"]:
-        digest = stored.digest_of(path / name)
-        described["files"][name] = {"size": digest.size, "sha256": digest.sha256}
+        described["files"][name] = stored.digest_of(path / name).to_json()
     (path / "state.json").write_text(checkpoint._sealed(described))
 
 
