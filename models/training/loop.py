@@ -100,7 +100,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     Raises:
         OrthoFxError: a directory with a checkpoint but neither flag, one that another run writes, no whole checkpoint
             to resume from, one of another configuration or of a run on other data, a disk that is full or cannot be
-            written, or a process that is gone. The text says what is kept.
+            written, a process that is gone, or, once the current step is saved, a standard output that was closed. The
+            text says what is kept.
         Diverged: more than `config.skip_bad_steps` steps had a loss or a gradient that is not finite.
         KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved. Their text,
             or `kept`, says what is kept.
@@ -224,12 +225,16 @@ class Run:
             signals.delayed = True
             for step, parts in enumerate(_data_errors(batches), first):
                 self._step(log, progress, step, [self._on_device(part) for part in parts])
-                asked = torch.tensor([signals.asked, signals.terminated], device=self.processes.device).float()
-                stopped, terminated = self.processes.total(asked).tolist()
-                if stopped:
+                asked = [signals.asked, signals.terminated, progress.lost is not None]
+                counts = self.processes.total(torch.tensor(asked, device=self.processes.device).float())
+                stopped, terminated, unheard = counts.tolist()
+                if stopped or unheard:
                     self._save(log, step + 1)
                     progress.line(f"stopped after step {step + 1} and saved")
+                if stopped:
                     raise Terminated if terminated else KeyboardInterrupt
+                if unheard:
+                    raise OrthoFxError(f"cannot write to the standard output: {progress.lost or 'see process 0'}")
                 self._clock = time.perf_counter()
 
     def _step(self, log: RunLog, progress: Progress, step: int, parts: list[Batch]) -> None:

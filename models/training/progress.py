@@ -11,6 +11,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from ortho_fx.files import reason
+
 _SHORTEST_BAR, _LONGEST_BAR = 8, 40
 
 
@@ -24,6 +26,9 @@ class Progress:
         first: the number of steps that are done already.
         compiles: whether the first step compiles.
         shown: whether this process prints; only one of a distributed run does.
+
+    Attributes:
+        lost: why no more lines can be printed, as after `| head`; None while they can.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class Progress:
     ) -> None:
         self.title, self.steps, self.unit, self.shown = title, steps, unit, shown
         self.compiles, self._first, self._done = compiles, first, first
+        self.lost: str | None = None
         self._live: Any = None
         self._started = time.perf_counter()
         # The clock of the rate stands still in pauses; the time left counts from the first step, with them.
@@ -94,12 +100,17 @@ class Progress:
 
     def line(self, text: str, *shorter: str) -> None:
         """Prints a line, above the bar if there is one; on a terminal the first of the texts that fits into a line."""
-        if self._live is not None:
-            console = self._live.console
-            fits = (one for one in (text, *shorter) if len(one) <= console.width)
-            console.print(next(fits, (text, *shorter)[-1]), highlight=False, markup=False)
-        elif self.shown:
-            print(text, flush=True)
+        if self.lost is not None:
+            return
+        try:
+            if self._live is not None:
+                console = self._live.console
+                fits = (one for one in (text, *shorter) if len(one) <= console.width)
+                console.print(next(fits, (text, *shorter)[-1]), highlight=False, markup=False)
+            elif self.shown:
+                print(text, flush=True)
+        except OSError as error:  # an error here would end the run before it has saved
+            self.lost = reason(error)
 
     def bar(self, width: int, marks: str = "━─") -> str:
         """The line that a terminal shows, in at most `width` columns; `marks` draw the done and the open part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.mistakes import say_or_end
 from ortho_fx.cli.parser import Commands, Parser, Whole
 from ortho_fx.cli.train import add_settings, config_of
 
@@ -36,6 +36,7 @@ def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     from ortho_fx.models.compare.runs import compare
 
+    to_go_on = f"the same command{' without --overwrite' if parsed.overwrite else ''} goes on"
     comparison = compare(
         config,
         parsed.activations,
@@ -44,8 +45,8 @@ def run(parsed: argparse.Namespace) -> int:
         reference=parsed.reference,
         timing=parsed.timing,
         overwrite=parsed.overwrite,
-        to_go_on=f"the same command{' without --overwrite' if parsed.overwrite else ''} goes on",
-        progress=say,
+        to_go_on=to_go_on,
+        progress=lambda line: say_or_end(line, f"the runs that are done are kept in {parsed.out}: {to_go_on}"),
     )
-    say(comparison)
+    say_or_end(comparison, f"{parsed.out} is complete")
     return 0

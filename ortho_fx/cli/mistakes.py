@@ -57,6 +57,14 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(quoted(str(text), lines=True), file=sys.stdout if file is None else file, flush=True)
 
 
+def say_or_end(text: object, kept: str) -> None:
+    """Prints lines as `say` does. If nobody reads them any more, an `OrthoFxError` ends the command and says `kept`."""
+    try:
+        say(text)
+    except OSError as error:
+        raise OrthoFxError(f"cannot write to the standard output: {error.strerror}; {kept}") from None
+
+
 def report(error: BaseException) -> None:
     """Prints an error as one line on the standard error."""
     if os.environ.get(TRACEBACK):

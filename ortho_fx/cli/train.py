@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ortho_fx.cli.mistakes import say
+from ortho_fx.cli.mistakes import say_or_end
 from ortho_fx.cli.parser import Commands, Number, Parser, Whole
 from ortho_fx.tables import table
 
@@ -87,20 +87,24 @@ def run(parsed: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     results: list[Result] = []
     for config in configs:
+        # When the second of two runs ends early, the first is complete, so --resume works without a checkpoint.
+        to_go_on = None if config is configs[0] else "go on with --resume"
         if leads:
             of = f"from {config.start_from}" if config.start_from else config.size
             name = config.expansion or "gelu"
-            say(f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}")
+            begins = f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}"
+            say_or_end(begins, f"nothing in {config.directory} was changed: {to_go_on or 'run the command again'}")
         # The earlier command may have been interrupted before this run started.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
-        # When the second of two runs ends early, the first is complete, so --resume works without a checkpoint.
-        to_go_on = None if config is configs[0] else "go on with --resume"
         result = train(config, resume=resume, overwrite=parsed.overwrite, to_go_on=to_go_on)
         if leads:
-            say(f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions")
+            sizes = f"{result.parameters:,} parameters, {result.expansion_parameters:,} of them in expansions"
+            say_or_end(
+                sizes, f"{config.directory} is complete{'' if config is configs[-1] else ': go on with --resume'}"
+            )
         results.append(result)
     if leads and len(results) > 1:
-        say(_side_by_side(results))
+        say_or_end(_side_by_side(results), f"{configs[0].directory} and {configs[1].directory} are complete")
     return 0
 
 

@@ -1,8 +1,12 @@
 """How a run ends early, what it says then, and what it goes on from."""
 
+import errno
+import io
 import json
+import os
 import shutil
 import signal
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -65,6 +69,23 @@ def test_a_signal_says_what_is_kept(number, error):
         run.start(resume=False, overwrite=False)
     said = caught.value.kept if error is Terminated else str(caught.value)
     assert said == "run/checkpoints/step-00000005 is kept: go on with --resume"
+    assert sorted(train(config(), resume=True).losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_reader_that_is_gone_ends_a_run_after_it_has_saved(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    run = Run(config(), ALONE)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(OrthoFxError) as caught:
+        run.start(resume=False, overwrite=False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    # The first line is that of the validation at step 3.
+    assert str(caught.value) == (
+        "cannot write to the standard output: Broken pipe; run/checkpoints/step-00000003 is kept: go on with --resume"
+    )
     assert sorted(train(config(), resume=True).losses) == [1, 2, 3, 4, 5, 6]
 
 

@@ -80,6 +80,15 @@ def test_a_reader_that_is_gone_ends_training_with_an_error(monkeypatch, capsys, 
     assert capsys.readouterr().err.count("\n") == lines
 
 
+def test_lines_that_nobody_reads_end_a_command_and_say_what_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "abandon_output", lambda: None)
+    monkeypatch.setattr(sys, "stdout", _broken(BrokenPipeError(32, "Broken pipe")))
+    assert cli.main(["train", "gpt2", "--out", "run"]) == 2
+    assert capsys.readouterr().err.endswith(
+        ": cannot write to the standard output: Broken pipe; nothing in run was changed: run the command again\n"
+    )
+
+
 def test_the_traceback_is_shown_on_demand(monkeypatch, capsys):
     monkeypatch.setenv(TRACEBACK, "1")
     assert cli.main(["no-such-command"]) == 2
