@@ -187,6 +187,11 @@ def _without_times(value: Any) -> Any:
     return [_without_times(held) for held in value] if isinstance(value, list) else value
 
 
+def replacing(out: Path) -> list[str]:
+    """What `data` asks for if it was killed while its files took their places, or after that."""
+    return ["--overwrite"] if (out / "meta.json").exists() else []
+
+
 def campaign(kind: Kind, generator: random.Random, note: Callable[[str], None]) -> dict[str, Any]:
     """Kills one kind of command as often as it says; an AssertionError if anything is lost."""
     out = Path("whole")
@@ -201,7 +206,7 @@ def campaign(kind: Kind, generator: random.Random, note: Callable[[str], None]) 
         command = [*command, "--out", str(out)] if "out" not in kind.command else command
         for _ in range(min(kind.chain, kind.kills - kills)):
             before = newest(out) if trains else 0
-            resumed = [*command, "--resume"] if before else command
+            resumed = [*command, "--resume"] if before else [*command, *replacing(out)]
             # A resumed run is shorter; whatever it has left, the moment falls into it.
             left = whole * (1 - 0.7 * before / 20) if trains else whole
             alone = kind.processes > 1 and kills % 2 == 1
@@ -212,9 +217,8 @@ def campaign(kind: Kind, generator: random.Random, note: Callable[[str], None]) 
             if trains and newest(out) < before:
                 raise AssertionError(f"the checkpoint of step {before} is lost")
             note(f"{kills} of {kind.kills}, at step {newest(out) if trains else '?'}")
-        if trains and newest(out):
-            command = [*command, "--resume"]
-        finished(command, kind.processes)
+        resumed = [*command, "--resume"] if trains and newest(out) else [*command, *replacing(out)]
+        finished(resumed, kind.processes)
         ends += 1
         found = content(out)
         if found != expected:

@@ -175,13 +175,16 @@ def _write(
     made["bytes_per_token"] = report.bytes_per_token
     with _new(out / "meta.json") as file:
         file.write((json.dumps(made, indent=1) + "\n").encode())
-    for name in _FILES:
-        if not _partial(out / name).exists():
-            (out / name).unlink(missing_ok=True)  # the tokenizer of an earlier preparation
-            continue
+    written = [name for name in _FILES if _partial(out / name).exists()]
+    for name in written:
         with _partial(out / name).open("rb") as file:
             os.fsync(file.fileno())
-        _partial(out / name).replace(out / name)
+    # The training tokens last: tokens without their meta.json would be taken for those of another vocabulary.
+    for name in reversed(_FILES):
+        if name in written:
+            _partial(out / name).replace(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)  # the tokenizer of an earlier preparation
     return report
 
 

@@ -214,6 +214,28 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("placed", [0, 1, 2])
+def test_a_preparation_that_ends_while_files_take_their_places_is_not_trained_on(tmp_path, monkeypatch, placed):
+    source, out = write_texts(tmp_path / "texts"), tmp_path / "out"
+    replace, done = module.Path.replace, []
+
+    def ends(path, target):
+        if len(done) == placed:
+            raise OSError(errno.EIO, "Input/output error")
+        done.append(target.name)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Path, "replace", ends)
+        with pytest.raises(OrthoFxError, match="Input/output error"):
+            prepare(source, out)
+    assert sorted(done) == sorted(path.name for path in out.iterdir())
+    with pytest.raises(OrthoFxError, match=r"train\.bin"):
+        TokenFiles(out, 8)
+    prepare(source, out, overwrite=placed > 0)
+    assert TokenFiles(out, 8).vocabulary == 256
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
