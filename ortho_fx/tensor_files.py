@@ -1,7 +1,13 @@
-"""Reads files of tensors, ours and those of other libraries."""
+"""Reads files of tensors, ours and those of other libraries.
+
+The safetensors files that ortho_fx writes have a digest in their metadata: the SHA-256 of the other metadata and of
+the name, dtype, shape and bytes of every tensor. A file that has one is compared with it when its tensors are read.
+Files of others, and of earlier releases, have none.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -26,6 +32,8 @@ _IN_A_FOLDER = (
 # Keys under which other libraries store the state dict in a file that holds more.
 _WRAPPINGS = ("model", "state_dict")
 
+
+_DIGEST = "ortho_fx.sha256"
 
 # Chooses from the names in a file those of the tensors to read.
 Only = Callable[[Iterable[str]], Iterable[str]]
@@ -61,20 +69,60 @@ def safetensors_library() -> Any:
     return safetensors
 
 
-def read_safetensors(path: Path, only: Only = iter) -> TensorFile:
-    """The content of a safetensors file, or of these tensors in it; the tensors are copies.
+def with_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a safetensors file with these tensors, contiguous and on the CPU, and with its digest."""
+    return {**metadata, _DIGEST: _digest(tensors, tensors.__getitem__, metadata)}
+
+
+def _digest(names: Iterable[str], tensor_of: Callable[[str], Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(names):
+        tensor = tensor_of(name)
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file, before its tensors are read, which compares the digest.
 
     Raises:
         OrthoFxError: no file, or one that is not safetensors.
     """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def read_safetensors(path: Path, only: Only = iter) -> TensorFile:
+    """The content of a safetensors file, or of these tensors in it; the tensors are copies.
+
+    Raises:
+        OrthoFxError: no file, one that is not safetensors, or one that has another content than its digest says.
+    """
+    with _opened(path) as file:
+        # Copies, since the tensors are mapped into memory: they would change with the file.
+        tensors = {name: file.get_tensor(name).clone() for name in only(file.keys())}
+        metadata = dict(file.metadata() or {})
+        expected = metadata.pop(_DIGEST, None)
+
+        def tensor_of(name: str) -> Tensor:
+            return tensors[name] if name in tensors else file.get_tensor(name)
+
+        if expected is not None and _digest(file.keys(), tensor_of, metadata) != expected:
+            raise OrthoFxError(
+                f"{path} is damaged: its content has changed since it was written; bring it back from a copy (if you "
+                f"changed it yourself, remove {_DIGEST} from its metadata)"
+            )
+        return TensorFile(tensors, metadata)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     _check_exists(path)
     safetensors = safetensors_library()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            # Copies, since the tensors are mapped into memory: they would change with the file.
-            return TensorFile(
-                {name: file.get_tensor(name).clone() for name in only(file.keys())}, file.metadata() or {}
-            )
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise OrthoFxError(f"{path} is not a readable safetensors file: {reason(error)}") from None
 

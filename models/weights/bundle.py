@@ -32,7 +32,7 @@ from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.targets import choose_targets
-from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library
+from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library, with_digest
 
 VERSION = 1
 ModelConfig = GPT2Config | ConvNeXtConfig
@@ -115,7 +115,7 @@ def save_weights(
         if tensor.data_ptr() != state[original].data_ptr() and not torch.equal(tensor, state[original]):
             raise OrthoFxError(f"{copy} differs from {original}, and a {type(model).__name__} has one for both")
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
-    metadata = {"format": "pt", "ortho_fx": _describe(name, model, description)}
+    metadata = with_digest(tensors, {"format": "pt", "ortho_fx": _describe(name, model, description)})
     safetensors = safetensors_library()
     with atomic_file(Path(path)) as temporary:
         try:

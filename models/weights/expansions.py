@@ -22,7 +22,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file, reason
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import BY_NAME, Reference
-from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library
+from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library, with_digest
 
 _FORMAT, _VERSION = "ortho_fx expansions", "1"
 
@@ -98,7 +98,7 @@ def write_expansions(
     metadata = {"format": _FORMAT, "version": _VERSION, "step": str(step), "sites": json.dumps(sites)}
     flat = {f"{name}.{key}": tensor.contiguous() for name, held in tensors.items() for key, tensor in held.items()}
     with atomic_file(path) as partial:
-        partial.write_bytes(library.torch.save(flat, metadata))
+        partial.write_bytes(library.torch.save(flat, with_digest(flat, metadata)))
 
 
 def load_expansions(path: str | Path) -> SavedExpansions:

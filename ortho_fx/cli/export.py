@@ -99,13 +99,11 @@ def _image_size(settings: Mapping[str, Any], channels: int) -> int:
 
 def _settings(weights: Path) -> Mapping[str, Any]:
     """The settings of the run that made these weights; empty if they are unknown."""
-    from ortho_fx.tensor_files import files_of, safetensors_library
+    from ortho_fx.tensor_files import files_of, read_metadata
 
     file = files_of(weights)[0]
     if file.suffix != ".safetensors":
         return {}
-    with safetensors_library().safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    description = json.loads(metadata.get("ortho_fx", "{}")).get("description", {})
+    description = json.loads(read_metadata(file).get("ortho_fx", "{}")).get("description", {})
     settings = description.get("run") if isinstance(description, dict) else None
     return settings if isinstance(settings, dict) else {}

@@ -14,7 +14,7 @@ from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY
 from ortho_fx.passes.vocabulary.sites import plain_name
 from ortho_fx.rewriting.sources import expansion_config, unwrapped
 from ortho_fx.sharded import is_distributed, whole
-from ortho_fx.tensor_files import safetensors_library
+from ortho_fx.tensor_files import safetensors_library, with_digest
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def save_expansions(model: nn.Module, path: str | Path) -> ExpansionsFile:
                 sharded |= is_distributed(tensor)
                 tensors[f"{name}.{key}"] = whole(tensor).to("cpu").contiguous()
     library = safetensors_library()
-    content = library.torch.save(tensors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+    metadata = with_digest(tensors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+    content = library.torch.save(tensors, metadata)
     if not sharded or distributed.get_rank() == 0:
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)

@@ -24,7 +24,7 @@ from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY, Expansion
 from ortho_fx.passes.vocabulary.sites import COMPILED, plain_name
-from ortho_fx.tensor_files import errors_naming, files_of, read_json, read_tensors
+from ortho_fx.tensor_files import errors_naming, files_of, read_json, read_metadata, read_tensors
 
 VERSION = 1
 # Keys under which other libraries store the map in a larger one.
@@ -218,7 +218,7 @@ def _of_file(path: Path) -> Source:
 
 def _inside(path: Path) -> Source | None:
     """The expansions that the metadata of a safetensors file describe."""
-    metadata = read_tensors(path, only=lambda names: ()).metadata if path.suffix == ".safetensors" else {}
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     if CONFIG_KEY not in metadata:
         return None
     try:

@@ -7,9 +7,10 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from ortho_fx import OrthoFxError
-from ortho_fx.tensor_files import files_of, read_json, read_safetensors, read_tensors
+from ortho_fx.tensor_files import files_of, read_json, read_safetensors, read_tensors, with_digest
 
 
 def test_a_state_dict_is_unwrapped(tmp_path):
@@ -53,6 +54,46 @@ def test_tensors_do_not_change_with_their_file(tmp_path):
         file.seek(-16, os.SEEK_END)
         file.write(bytes(16))
     assert torch.equal(tensors["a"], torch.ones(4))
+
+
+def test_no_flipped_bit_is_loaded(tmp_path):
+    """Each byte of a file with a digest, one bit flipped: an error, or, in the digest's own name, the same content."""
+    path = tmp_path / "file.safetensors"
+    dtypes = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64)
+    tensors = {str(dtype): torch.ones(3, 2).to(dtype) for dtype in dtypes}
+    tensors |= {"scalar": torch.tensor(2.0), "empty": torch.empty(0, 3)}
+    metadata = {"step": "120", "description": '{"degree": 3}'}
+    whole = save(tensors, with_digest(tensors, metadata))
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            read = read_safetensors(path)
+        except OrthoFxError:
+            refused += 1
+            continue
+        assert {key: read.metadata[key] for key in metadata} == metadata, place
+        assert read.tensors.keys() == tensors.keys()
+        assert all(torch.equal(read.tensors[name], tensors[name]) for name in tensors), place
+    assert len(whole) - refused <= len("ortho_fx.sha256")
+
+
+def test_a_digest_covers_what_is_not_read_and_may_be_missing(tmp_path):
+    path = tmp_path / "file.safetensors"
+    tensors = {"a": torch.ones(4), "b": torch.zeros(4)}
+    metadata = with_digest(tensors, {"step": "1"})
+    path.write_bytes(save(tensors, metadata))
+    read = read_safetensors(path, only=lambda names: ["b"])
+    assert (list(read.tensors), read.metadata) == (["b"], {"step": "1"})
+    path.write_bytes(save({**tensors, "a": 2 * tensors["a"]}, metadata))
+    with pytest.raises(
+        OrthoFxError,
+        match=r"file\.safetensors is damaged: its content has changed since it was written; bring it back from a copy "
+        r"\(if you changed it yourself, remove ortho_fx\.sha256 from its metadata\)$",
+    ):
+        read_safetensors(path, only=lambda names: ["b"])
+    path.write_bytes(save({**tensors, "a": 2 * tensors["a"]}, {"step": "1"}))
+    assert read_safetensors(path).tensors["a"].tolist() == [2, 2, 2, 2]
 
 
 def test_the_weights_of_a_folder(tmp_path):

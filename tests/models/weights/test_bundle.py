@@ -125,7 +125,7 @@ def test_the_file_describes_its_model(tmp_path):
         model, {"stages.0.*": ExpansionConfig(granularity="channel"), "*": ExpansionConfig()}, example_inputs=IMAGES
     )
     save_weights(model, tmp_path / "file", {"data": "digits", "steps": 3})
-    assert metadata(tmp_path / "file").keys() == {"format", "ortho_fx"}
+    assert metadata(tmp_path / "file").keys() == {"format", "ortho_fx", "ortho_fx.sha256"}
     assert metadata(tmp_path / "file")["format"] == "pt"
     values = json.loads(metadata(tmp_path / "file")["ortho_fx"])
     sites = expansions(model)
@@ -140,6 +140,16 @@ def test_the_file_describes_its_model(tmp_path):
         "description": {"data": "digits", "steps": 3},
     }
     assert read_weights(tmp_path / "file").description == values["description"]
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_weights(GPT2(SMALL_GPT2), path, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for load in (load_model, lambda path: load_weights(GPT2(SMALL_GPT2), path)):
+        with pytest.raises(OrthoFxError, match=r"model\.safetensors is damaged: its content has changed"):
+            load(path)
 
 
 def test_size_is_the_preset_of_that_shape(tmp_path):

@@ -77,6 +77,17 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["e.safetensors"]
 
 
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "e.safetensors"
+    write(path, {"a": make_activation(ExpansionConfig())}, {"a": INPUTS})
+    whole = path.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b'"step":"12"', b'"step":"13"')):
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(OrthoFxError, match=r"e\.safetensors is damaged: its content has changed"):
+            load_expansions(path)
+
+
 def test_files_of_something_else_are_named(tmp_path):
     path = tmp_path / "e.safetensors"
     with pytest.raises(OrthoFxError, match=r"e\.safetensors"):

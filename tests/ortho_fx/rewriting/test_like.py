@@ -192,6 +192,10 @@ def test_a_file_of_expansions_alone(tmp_path):
     torch.testing.assert_close(again[3].bounds, model[3].bounds, rtol=0, atol=0)
     inside = nn.Sequential(torch.compile(mixed()))
     assert save_expansions(inside, file.path).numbers == file.numbers
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(OrthoFxError, match=r"expansions\.safetensors is damaged: its content has changed"):
+        rewrite_like_(fresh(), file.path)
     with pytest.raises(OrthoFxError, match=r"must end in \.safetensors$"):
         save_expansions(model, tmp_path / "expansions.pt")
     with pytest.raises(OrthoFxError, match=r"^Sequential holds no expansion to save: call rewrite_ first$"):
