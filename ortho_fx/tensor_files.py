@@ -79,7 +79,7 @@ def _digest(names: Iterable[str], tensor_of: Callable[[str], Tensor], metadata: 
     for name in sorted(names):
         tensor = tensor_of(name)
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
