@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -40,7 +41,7 @@ VERSION = 3
 _WITHOUT_DIGESTS = 2
 _FAILURES = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError)
 _NAME = re.compile(r"step-(\d{8,})")
-# What an interrupted save leaves: a folder with a random name, or, from version 2, with this one.
+# What an interrupted save or removal leaves: a folder with a random name, or, from version 2, with this one.
 _UNFINISHED = re.compile(r"\.step-\d{8,}\..+\.partial|step-\d{8,}\.partial")
 
 
@@ -289,6 +290,9 @@ def _remove(path: Path) -> None:
     """Removes a folder, or a link or file in its place; what a link points to stays."""
     try:
         if path.is_dir() and not path.is_symlink():
+            if _NAME.fullmatch(path.name):
+                # First the name: a process that is killed here must not leave a checkpoint without some of its files.
+                path = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial"))
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -97,6 +97,25 @@ def test_what_an_interrupted_save_left_is_passed_over_and_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_removal_leaves_no_checkpoint_without_its_files(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        (path / "__0_0.distcp").unlink()
+        raise Killed
+
+    save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        save(tmp_path, 4, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
+    assert load(tmp_path)[0] == 4
+    save(tmp_path, 6, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
 def test_what_is_not_ours_stays_and_ends_nothing(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
