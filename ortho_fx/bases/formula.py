@@ -25,7 +25,7 @@ def after(x: Value, place: Value) -> Value:
     """A mask: 1 where x > place, 0 elsewhere."""
     # A mask of numbers, because a boolean mask takes several times as long in tensor operations, and twice as long in
     # a kernel for a CPU.
-    return (x - place).sign().relu() if isinstance(x, Tensor) else (x > place).where(1.0, 0.0)
+    return (x - place).sign().relu() if isinstance(x, Tensor) else (x > place).as_number()
 
 
 def masked(mask: Value, value: Value) -> Value:

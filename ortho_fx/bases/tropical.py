@@ -88,7 +88,7 @@ def start_of(line: Line, number: Value, lines: Sequence[Line]) -> Value:
         crossing = drop / parallel.where(1.0, bend)
         start = start.maximum((bend > 0.0).where(crossing, -math.inf))
         end = end.minimum((bend < 0.0).where(crossing, math.inf))
-        first = drop.equals(0.0).where((number > k).where(1.0, 0.0), (drop > 0.0).where(1.0, 0.0))
+        first = drop.equals(0.0).where((number > k).as_number(), (drop > 0.0).as_number())
         hidden = hidden.maximum(parallel.where(first, 0.0))
     return (start < end).where((hidden > 0.0).where(math.inf, start), math.inf)
 
@@ -97,7 +97,7 @@ def place_of(line: Line, start: Value, lines: Sequence[Line], starts: Sequence[V
     """How many lines come before one in the order of `bends`; -1 for a line that is nowhere the largest."""
     place = start.constant(0.0)
     for (slope, _), other in zip(lines, starts, strict=True):
-        place = place + ((other < math.inf).where(1.0, 0.0)) * (line[0] > slope).where(1.0, 0.0)
+        place = place + ((other < math.inf).as_number()) * (line[0] > slope).as_number()
     return (start < math.inf).where(place, -1.0)
 
 
@@ -120,7 +120,7 @@ def starts_and_places(lines: Sequence[Line]) -> tuple[list[Value], list[Value]]:
             starts[j] = starts[j].maximum(flatter[k, j].where(crossing, -math.inf))
             ends[k] = ends[k].minimum(flatter[k, j].where(crossing, math.inf))
     starts = [(start < end).where(start, math.inf) for start, end in zip(starts, ends, strict=True)]
-    seen = [(start < math.inf).where(1.0, 0.0) for start in starts]
+    seen = [(start < math.inf).as_number() for start in starts]
     places = [unit.constant(0.0)] * len(lines)
     for (k, j), is_flatter in flatter.items():
         places[k] = places[k] + is_flatter.where(0.0, seen[j])

@@ -25,6 +25,7 @@ from ortho_fx.operators.values import Value
 
 _OPERATIONS = SimpleNamespace(
     constant=lambda number, dtype: number,
+    to_dtype=lambda tensor, dtype: tensor.to(dtype),
     add=torch.add,
     sub=torch.sub,
     mul=torch.mul,

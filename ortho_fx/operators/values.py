@@ -74,6 +74,10 @@ class Value:
         """`value` where this condition holds, and `other` elsewhere."""
         return self._of(self._operations.where(self.value, self._raw(value), self._raw(other), self.dtype))
 
+    def as_number(self) -> Value:
+        """1 where this condition holds, and 0 elsewhere."""
+        return self._of(self._operations.to_dtype(self.value, self.dtype))
+
     def relu(self) -> Value:
         return self._of(self._operations.relu(self.value))
 
