@@ -10,9 +10,15 @@ from ortho_fx import (
     torch_private,  # noqa: F401  -- first of all: it refuses a PyTorch that is too old
 )
 from ortho_fx.activations.expansion import (
+    ChebyshevActivation,
     ExpansionActivation,
     FourierActivation,
+    GELUSeriesActivation,
     HermiteActivation,
+    PiecewisePowerActivation,
+    ReLUSquaredSeriesActivation,
+    SafeRationalActivation,
+    SiLUSeriesActivation,
     TropicalActivation,
     TropicalRationalActivation,
 )
@@ -42,6 +48,7 @@ from ortho_fx.version import __version__
 __all__ = [
     "Annealing",
     "Calibration",
+    "ChebyshevActivation",
     "Check",
     "CompileSupport",
     "ExpansionActivation",
@@ -52,13 +59,18 @@ __all__ = [
     "FourierActivation",
     "FreezeReport",
     "FrozenExpansion",
+    "GELUSeriesActivation",
     "Gains",
     "HermiteActivation",
     "OrthoFxError",
+    "PiecewisePowerActivation",
     "Polynomial",
     "PolynomialReport",
+    "ReLUSquaredSeriesActivation",
     "RevertReport",
     "RewriteReport",
+    "SafeRationalActivation",
+    "SiLUSeriesActivation",
     "Site",
     "TropicalActivation",
     "TropicalRationalActivation",

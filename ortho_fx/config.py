@@ -11,7 +11,7 @@ from ortho_fx.arguments import is_integer, is_number
 from ortho_fx.bases import BASES, basis_named
 from ortho_fx.errors import OrthoFxError
 
-INITS = ("stable", "paper", "calibrated", "fit")
+INITS = ("stable", "paper", "calibrated", "fit", "exact")
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
@@ -23,11 +23,14 @@ class ExpansionConfig:
     """The settings of an expansion: its basis and degree, its initialisation, and which channels share it.
 
     Args:
-        basis: "hermite", "fourier", "tropical", "tropical_rational", or the name of a basis from `register_basis`.
-        degree: 1 to 32 for Hermite, 1 to 64 for our other bases; None is the default of the basis (3, 5, 5, 6).
+        basis: "hermite", "fourier", "tropical", "tropical_rational", "chebyshev", "safe_rational", "piecewise_power",
+            "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from `register_basis`.
+        degree: the number of terms; the class of each basis states its range. None is the default of the basis.
         init: "stable" (forward and backward gains are 1 for inputs N(0, 1), and the variance of a signal converges to 1
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
-            mean and standard deviation of each site's inputs) or "fit" (the closest fit to the replaced activation).
+            mean and standard deviation of each site's inputs), "fit" (the closest fit to the replaced activation) or
+            "exact" (the replaced activation itself, for a basis that holds it: "gelu_series" for GELU, "tropical" for
+            ReLU, "piecewise_power" for ReLU^2).
         granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
             groups of neighbouring channels).
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.
@@ -37,8 +40,8 @@ class ExpansionConfig:
             learnable numbers. Forward and backward then take about two thirds of the time.
 
     Raises:
-        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, or
-            `tied` for a basis without frequencies.
+        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, a
+            clamp with init "exact", or `tied` for a basis without frequencies.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -69,6 +72,8 @@ class ExpansionConfig:
         if self.clamp is not None:
             if not is_number(self.clamp) or self.clamp <= 0:
                 raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
+            if self.init == "exact":
+                raise OrthoFxError("init 'exact' has no clamp: a clamped function is not the activation it replaces")
             object.__setattr__(self, "clamp", float(self.clamp))
         if not isinstance(self.tied, bool):
             raise OrthoFxError(f"tied must be True or False; got {self.tied!r}")

@@ -19,7 +19,11 @@ def basis_of(kind: str) -> Basis:
 
 
 def config_of(kind: str, degree: int | None = None, init: str = "stable", **settings: Any) -> ExpansionConfig:
-    return ExpansionConfig(basis_of(kind).name, degree, init, tied=kind.endswith("tied"), **settings)
+    """A config of this kind; a degree that its basis does not have becomes the nearest one."""
+    basis = basis_of(kind)
+    if degree is not None:
+        degree = min(max(degree, basis.degrees[0]), basis.degrees[-1])
+    return ExpansionConfig(basis.name, degree, init, tied=kind.endswith("tied"), **settings)
 
 
 @contextlib.contextmanager

@@ -70,16 +70,18 @@ def gains(
         The gains, as Python floats.
 
     Raises:
-        OrthoFxError: a mean that is not finite, a std that is not finite or not above zero, a config with init "fit",
-            or a function that returns NaN, another shape, or no gradient.
+        OrthoFxError: a mean that is not finite, a std that is not finite or not above zero, a config with init "fit"
+            or "exact", or a function that returns NaN, another shape, or no gradient.
 
     Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
     if not (is_number(mean) and is_number(std) and std > 0):
         raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if isinstance(activation, ExpansionConfig):
-        if activation.init == "fit":
-            raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
+        if activation.init in ("fit", "exact"):
+            raise OrthoFxError(
+                f"the gains of init {activation.init!r} depend on the function that is fitted: pass an activation"
+            )
         activation = make_activation(replace(activation, granularity="layer"), dtype=torch.float64)
     if isinstance(activation, ExpansionActivation):
         unit, layer_map = _of_expansion(activation, mean, std)

@@ -78,7 +78,7 @@ def check_needs_no_example(config: ExpansionConfig | None) -> None:
     if config is None:
         return
     for setting, value in (("granularity", config.granularity), ("init", config.init)):
-        if value not in ("layer", "stable", "paper", "fit"):
+        if value not in ("layer", "stable", "paper", "fit", "exact"):
             raise OrthoFxError(
                 f"{setting} {value!r} needs a batch to run: call rewrite_(model, config, example_inputs=...)"
             )
@@ -92,8 +92,8 @@ def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
     """Why a site that could be replaced is left; empty if it is replaced."""
     if config is None:
         return "excluded by its name"
-    if config.init == "fit" and one.reference is None:
-        return "its arguments are known only when it runs, and init 'fit' needs them before"
+    if config.init in ("fit", "exact") and one.reference is None:
+        return f"its arguments are known only when it runs, and init {config.init!r} needs them before"
     if one.backward is not None:
         plain = {"granularity": config.granularity == "layer", "clamp": config.clamp is None}
         settings = [name for name, is_plain in plain.items() if not is_plain]
