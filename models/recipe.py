@@ -77,6 +77,7 @@ class TrainConfig:
         None, "weights to fine-tune: a run, a file or a folder of ours, of transformers' GPT-2 or timm's ConvNeXt", str
     )
     dropout: float = _setting(0.0, "dropout of gpt2")
+    gated: bool = _setting(False, "give gpt2 SwiGLU MLPs of as many parameters; expansions replace their SiLU")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
     basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
@@ -160,6 +161,7 @@ class TrainConfig:
             raise OrthoFxError(f"clip must be above zero; got {self.clip}")
         for name, only in (
             ("dropout", "gpt2"),
+            ("gated", "gpt2"),
             ("drop_path", "convnext"),
             ("mixup", "convnext"),
             ("cutmix", "convnext"),
@@ -193,13 +195,13 @@ class TrainConfig:
     def expansion(self) -> ExpansionConfig | None:
         """The expansion that replaces the model's activations."""
         assert self.init is not None
-        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied)
+        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied, self.gated)
         return None if self.basis == "none" else ExpansionConfig(*expansion)
 
     @property
     def directory(self) -> Path:
         kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
-        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}")
+        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{'-gated' * self.gated}")
 
     def configuration(self) -> dict[str, Any]:
         """The fields that a checkpoint must share with the run that resumes from it."""

@@ -25,6 +25,7 @@ from ortho_fx.activations.expansion import (
 from ortho_fx.activations.fit import Fit, fit
 from ortho_fx.activations.freeze import FreezeReport, FrozenExpansion, freeze_
 from ortho_fx.activations.gains import Gains, gains
+from ortho_fx.activations.gated import GatedExpansion
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
@@ -61,6 +62,7 @@ __all__ = [
     "FrozenExpansion",
     "GELUSeriesActivation",
     "Gains",
+    "GatedExpansion",
     "HermiteActivation",
     "OrthoFxError",
     "PiecewisePowerActivation",

@@ -38,6 +38,8 @@ class ExpansionConfig:
             others.
         tied: whether the frequencies of a Fourier expansion are w_k = k w with one learnable number w, instead of n
             learnable numbers. Forward and backward then take about two thirds of the time.
+        gated: whether the output is a factor of a product, as in SwiGLU: y = f(a) b. The start for measured inputs is
+            then f_1((x - mean) / std) instead of std f_1((x - mean) / std), so that the product has the variance of b.
 
     Raises:
         OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, a
@@ -52,6 +54,7 @@ class ExpansionConfig:
     granularity: str = "layer"
     clamp: float | None = None
     tied: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         basis = basis_named(self.basis)
@@ -77,6 +80,8 @@ class ExpansionConfig:
             object.__setattr__(self, "clamp", float(self.clamp))
         if not isinstance(self.tied, bool):
             raise OrthoFxError(f"tied must be True or False; got {self.tied!r}")
+        if not isinstance(self.gated, bool):
+            raise OrthoFxError(f"gated must be True or False; got {self.gated!r}")
         if self.tied and not basis.tieable:
             raise OrthoFxError(f"tied is for the {what_ties()}; {self.basis} has none")
 
@@ -123,8 +128,11 @@ class ExpansionConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, with a version, for checkpoints."""
-        return {"version": VERSION, **asdict(self)}
+        """The fields as plain values, with a version, for checkpoints; `gated` only if it is set."""
+        values = asdict(self)
+        if not self.gated:
+            del values["gated"]
+        return {"version": VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExpansionConfig:
@@ -145,6 +153,8 @@ class ExpansionConfig:
         parts = [self.basis, str(self.degree)]
         if self.tied:
             parts.append("tied")
+        if self.gated:
+            parts.append("gated")
         if self.granularity != "layer":
             parts.append(f"a {self.granularity}" if self.granularity == "channel" else self.granularity)
         if self.clamp is not None:

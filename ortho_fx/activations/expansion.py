@@ -71,7 +71,7 @@ class ExpansionActivation(LearnableExpansion):
     float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as measured by benchmarks/accuracy.py.
 
     Args:
-        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
+        degree, init, granularity, clamp, tied, gated: as in `ExpansionConfig`.
         channels: number of channels, for a granularity other than "layer".
         channel_dim: the dimension of the channels. When omitted, it is dimension 1 or -1, whichever has `channels`
             elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
@@ -102,6 +102,7 @@ class ExpansionActivation(LearnableExpansion):
         granularity: str = "layer",
         clamp: float | None = None,
         tied: bool = False,
+        gated: bool = False,
         channels: int | None = None,
         channel_dim: int | None = None,
         reference: Callable[[Tensor], Tensor] | None = None,
@@ -110,7 +111,7 @@ class ExpansionActivation(LearnableExpansion):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
+        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied, gated)
         if init in ("fit", "exact") and reference is None:
             raise OrthoFxError(f"init {init!r} needs the function to fit: pass reference=, or let rewrite_ find it")
         # In a tuple, so that a module does not become a submodule: its parameters are not the expansion's.
@@ -161,6 +162,8 @@ class ExpansionActivation(LearnableExpansion):
         else:
             values = dict(initial_parameters(self.config))
             if inputs is not None:
+                if self.config.gated:
+                    values = self.basis.affine(values, 1 / std, 0.0)
                 values = self.basis.rescale(values, mean, std)
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
@@ -260,6 +263,8 @@ class ExpansionActivation(LearnableExpansion):
             shown += f", clamp={self.config.clamp:g}"
         if self.config.tied:
             shown += ", tied=True"
+        if self.config.gated:
+            shown += ", gated=True"
         return shown
 
 
@@ -442,22 +447,28 @@ class PiecewisePowerActivation(ExpansionActivation):
 class GELUSeriesActivation(ExpansionActivation):
     r"""y(x) = w GELU(s x + t) + \sum_{k=0}^n a_k He_k(x) / k!, with learnable `coefficients` a_0 .. a_n.
 
-    `weight` w, `scale` s and `shift` t, of shape (1,), are buffers: fixed, saved with the model. With init "exact" they
-    are 1, 1 and 0, and the coefficients are zero: y is GELU. Degrees 1 to 32; 3 by default. Inputs, dtypes, groups and
-    errors are those of `ExpansionActivation`.
+    `gelu_weight` w, `scale` s and `shift` t, of shape (1,), are buffers: fixed, saved with the model. With init "exact"
+    they are 1, 1 and 0, and the coefficients are zero: y is GELU. Degrees 1 to 32; 3 by default. Inputs, dtypes, groups
+    and errors are those of `ExpansionActivation`.
     """
 
     basis = GELU_SERIES
 
 
 class SiLUSeriesActivation(ExpansionActivation):
-    r"""y(x) = w SiLU(s x + t) + \sum_{k=0}^n a_k He_k(x) / k!; otherwise as `GELUSeriesActivation`."""
+    r"""y(x) = w SiLU(s x + t) + \sum_{k=0}^n a_k He_k(x) / k!; `silu_weight` is w.
+
+    The rest is as `GELUSeriesActivation`.
+    """
 
     basis = SILU_SERIES
 
 
 class ReLUSquaredSeriesActivation(ExpansionActivation):
-    r"""y(x) = w relu(s x + t)^2 + \sum_{k=0}^n a_k He_k(x) / k!; otherwise as `GELUSeriesActivation`."""
+    r"""y(x) = w relu(s x + t)^2 + \sum_{k=0}^n a_k He_k(x) / k!; `relu_squared_weight` is w.
+
+    The rest is as `GELUSeriesActivation`.
+    """
 
     basis = RELU_SQUARED_SERIES
 
@@ -532,6 +543,7 @@ def make_activation(
         granularity=config.granularity,
         clamp=config.clamp,
         tied=config.tied,
+        gated=config.gated,
         channels=channels,
         channel_dim=channel_dim,
         reference=reference,

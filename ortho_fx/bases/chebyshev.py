@@ -85,7 +85,12 @@ class Chebyshev(Basis):
         series = series.convert(kind=Polynomial).convert(kind=Series, domain=[-_REACH, _REACH])
         coefficients[: len(series.coef)] = series.coef
         values = {"coefficients": coefficients, "centre": np.zeros(1), "scale": np.full(1, 1 / _REACH)}
-        return stable(self, values, _affine, bounds)
+        return stable(self, values, bounds)
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        coefficients = scale * values["coefficients"]
+        coefficients[0] += shift
+        return {**values, "coefficients": coefficients}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: it changes centre and scale."""
@@ -131,12 +136,6 @@ class Chebyshev(Basis):
 
     def remedies(self, clamp: float | None) -> tuple[str, ...]:
         return ("clamp=4",) if clamp is None else ()
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    coefficients = scale * values["coefficients"]
-    coefficients[0] += shift
-    return {**values, "coefficients": coefficients}
 
 
 CHEBYSHEV = Chebyshev(

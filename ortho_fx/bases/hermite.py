@@ -132,11 +132,16 @@ class Hermite(Basis):
         order = np.arange(degree + 1)
         coefficients = np.array([1.0, 1.0, -1.0, -1.0])[order % 4] * ratio ** np.maximum(order - 1, 0)
         coefficients[0] = 0.0
-        return stable(self, {"coefficients": coefficients}, _affine, bounds)
+        return stable(self, {"coefficients": coefficients}, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         constant, scale = factorial_weights(degree, 1)
         return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        coefficients = scale * values["coefficients"]
+        coefficients[0] += shift
+        return {"coefficients": coefficients}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the change of variable follows from the generating function exp(x t - t^2 / 2).
@@ -174,12 +179,6 @@ def factorial_weights(degree: int, power: int) -> tuple[float, float]:
     """sqrt(1 - 1 / n!^power), and 1 / sqrt(sum_{k<n} 1 / k!^power)."""
     total = math.fsum(1.0 / math.factorial(k) ** power for k in range(degree))
     return math.sqrt(1.0 - 1.0 / math.factorial(degree) ** power), 1.0 / math.sqrt(total)
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    coefficients = scale * values["coefficients"]
-    coefficients[0] += shift
-    return {"coefficients": coefficients}
 
 
 def _moments(a: Array) -> Moments:

@@ -97,9 +97,13 @@ class PiecewisePower(Basis):
         """A line for x > 0 that bends down, and a flatter one for x <= 0, scaled and shifted to gains of 1."""
         right, left = np.zeros(degree), np.zeros(degree)
         right[:2], left[:2] = (1.0, -0.1)[:degree], (0.4, 0.05)[:degree]
-        return stable(
-            self, {"constant": np.zeros(1), "knot": np.zeros(1), "right": right, "left": left}, _affine, bounds
-        )
+        values = {"constant": np.zeros(1), "knot": np.zeros(1), "right": right, "left": left}
+        return stable(self, values, bounds)
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        scaled = {name: scale * values[name] for name in ("constant", "right", "left")}
+        scaled["constant"] = scaled["constant"] + shift
+        return {**values, **scaled}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: it moves the knot, and scales the k-th coefficients by std^(1 - k)."""
@@ -160,12 +164,6 @@ class PiecewisePower(Basis):
 
     def remedies(self, clamp: float | None) -> tuple[str, ...]:
         return ("clamp=4",) if clamp is None else ()
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    scaled = {name: scale * values[name] for name in ("constant", "right", "left")}
-    scaled["constant"] = scaled["constant"] + shift
-    return {**values, **scaled}
 
 
 PIECEWISE_POWER = PiecewisePower(

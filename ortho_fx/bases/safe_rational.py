@@ -93,7 +93,13 @@ class SafeRational(Basis):
         values = {"numerator": np.zeros(degree + 1), "denominator": np.zeros(degree // 2 + 1)}
         values["numerator"][1:3] = 1.0, -0.2
         values["denominator"][-1] = 2.5 ** -(degree // 2)
-        return stable(self, values, _affine, bounds)
+        return stable(self, values, bounds)
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        """Exact: the square of the denominator's polynomial has at most the numerator's degree."""
+        root = Polynomial(values["denominator"])
+        whole = _padded(1 + root * root, len(values["numerator"]))
+        return {**values, "numerator": scale * values["numerator"] + shift * whole}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: both polynomials are expanded around another centre."""
@@ -153,13 +159,6 @@ def _padded(polynomial: Any, size: int) -> Array:
     """The coefficients of a polynomial, from the constant on."""
     coefficients = polynomial.coef
     return np.concatenate([coefficients, np.zeros(size - len(coefficients))])
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    """Exact: the square of the denominator's polynomial has at most the numerator's degree."""
-    root = Polynomial(values["denominator"])
-    whole = _padded(1 + root * root, len(values["numerator"]))
-    return {**values, "numerator": scale * values["numerator"] + shift * whole}
 
 
 SAFE_RATIONAL = SafeRational(

@@ -21,11 +21,19 @@ from ortho_fx.bases.stable import stable
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
-_IDENTITY = {"weight": np.ones(1), "scale": np.ones(1), "shift": np.zeros(1)}
-
 
 class StockSeries(Basis):
     closed_form = True
+
+    @property
+    def _weight(self) -> str:
+        """The name of w. It has the name of g, so that a state never loads as one of another g."""
+        return self.parameters[1].name
+
+    def _alone(self, degree: int) -> dict[str, Array]:
+        """The parameters of g itself."""
+        coefficients = np.zeros(degree + 1)
+        return {"coefficients": coefficients, self._weight: np.ones(1), "scale": np.ones(1), "shift": np.zeros(1)}
 
     @abstractmethod
     def stock(self, x: Value) -> Value:
@@ -59,20 +67,25 @@ class StockSeries(Basis):
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """The stock activation alone, scaled and shifted to gains of 1."""
-        return stable(self, {"coefficients": np.zeros(degree + 1), **_IDENTITY}, _affine, bounds)
+        return stable(self, self._alone(degree), bounds)
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        coefficients = scale * values["coefficients"]
+        coefficients[0] += shift
+        return {**values, "coefficients": coefficients, self._weight: scale * values[self._weight]}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the series is rescaled as a Hermite expansion, and the stock activation gets other w, s and t."""
         return {
             **HERMITE.rescale(values, mean, std),
-            "weight": std * values["weight"],
+            self._weight: std * values[self._weight],
             "scale": values["scale"] / std,
             "shift": values["shift"] - values["scale"] * (mean / std),
         }
 
     def fit(self, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:
         """The series is fitted to the difference from the stock activation; no difference gives zeros."""
-        zeros = {"coefficients": np.zeros(degree + 1), **_IDENTITY}
+        zeros = self._alone(degree)
         value, slope = sampled(self, zeros, problem.z)
         rest = replace(problem, value=problem.value - value, slope=problem.slope - slope * problem.inside)
         rounding = 1e-12 * (1.0 + np.abs(problem.value))
@@ -82,12 +95,6 @@ class StockSeries(Basis):
 
     def remedies(self, clamp: float | None) -> tuple[str, ...]:
         return HERMITE.remedies(clamp)
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    coefficients = scale * values["coefficients"]
-    coefficients[0] += shift
-    return {**values, "coefficients": coefficients, "weight": scale * values["weight"]}
 
 
 class GELUSeries(StockSeries):
@@ -117,10 +124,16 @@ class ReLUSquaredSeries(StockSeries):
         return x.relu() * 2.0
 
 
-_PARAMETERS = (
-    Parameter("coefficients", offset=1),
-    *(Parameter(name, learnable=False, scalar=True) for name in ("weight", "scale", "shift")),
+def _parameters(stock: str) -> tuple[Parameter, ...]:
+    fixed = (f"{stock}_weight", "scale", "shift")
+    return (
+        Parameter("coefficients", offset=1),
+        *(Parameter(name, learnable=False, scalar=True) for name in fixed),
+    )
+
+
+GELU_SERIES = GELUSeries("gelu_series", "GELUSeries", _parameters("gelu"), HERMITE.degrees, 3)
+SILU_SERIES = SiLUSeries("silu_series", "SiLUSeries", _parameters("silu"), HERMITE.degrees, 3)
+RELU_SQUARED_SERIES = ReLUSquaredSeries(
+    "relu_squared_series", "ReLUSquaredSeries", _parameters("relu_squared"), HERMITE.degrees, 3
 )
-GELU_SERIES = GELUSeries("gelu_series", "GELUSeries", _PARAMETERS, HERMITE.degrees, 3)
-SILU_SERIES = SiLUSeries("silu_series", "SiLUSeries", _PARAMETERS, HERMITE.degrees, 3)
-RELU_SQUARED_SERIES = ReLUSquaredSeries("relu_squared_series", "ReLUSquaredSeries", _PARAMETERS, HERMITE.degrees, 3)
