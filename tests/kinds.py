@@ -12,6 +12,9 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.passes.vocabulary import targets
 
 KINDS = (*BASES, "fourier tied")
+# For tests that take long because they compile: one basis for each set of operations and way to prepare parameters.
+COMPILED_BASES = ("hermite", "fourier", "tropical", "tropical_rational", "safe_rational", "gelu_series")
+COMPILED = (*COMPILED_BASES, "fourier tied")
 
 
 def basis_of(kind: str) -> Basis:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ortho_fx.activations.expansion import make_activation
 from tests.h100 import Code, triton_code
 from tests.interpreter import run
-from tests.kinds import KINDS, config_of
+from tests.kinds import COMPILED, config_of
 from tests.ortho_fx.operators.expansions import AROUND, LAST, Around, noise
 
 
@@ -47,7 +47,7 @@ SIZES = {
     "large": Size((4096, 3072), (4096, 3072)),
 }
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "kind": KINDS,
+    "kind": COMPILED,
     "granularity": ("layer", "channel", "group:3"),
     "dtype": ("float32", "bfloat16", "float16"),
     "size": ("odd", "even", "symbolic", "image", "image last"),
