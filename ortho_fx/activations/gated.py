@@ -18,7 +18,9 @@ class GatedExpansion(nn.Module):
     r"""y = f(a) b, elementwise, with a learnable expansion f in the place of SwiGLU's SiLU or GeGLU's GELU.
 
     It takes a and b as two tensors, or one tensor whose halves they are. `torch.compile` makes one kernel of it in the
-    forward pass. In the backward pass one kernel computes both inputs' gradients and the sums of the coefficients'.
+    forward pass. In the backward pass on a GPU one kernel computes both inputs' gradients and the sums of the
+    coefficients'. Halves of one tensor take one kernel each there. On a CPU, large tensors take one kernel for each
+    input, and the gradients of halves are copied once more.
 
     Gains: for independent a and b of N(0, 1), E[y^2] = E[f^2], and the gradients grow by E[f'^2] to a and by E[f^2] to
     b. With init "stable" all three are 1. `gains(module)` has the forward gain, and the mean of both backward gains.

@@ -91,7 +91,7 @@ class PiecewisePower(Basis):
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         knot, degree = float(values["knot"][0]), len(values["right"])
-        return clamped(lambda x: sampled(self, values, x), bounds or (-12.0, 12.0), degree, knot)
+        return clamped(lambda x: sampled(self, values, x), bounds or (-12.0, 12.0), degree, (knot,))
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """A line for x > 0 that bends down, and a flatter one for x <= 0, scaled and shifted to gains of 1."""

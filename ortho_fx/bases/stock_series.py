@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
 class StockSeries(Basis):
     closed_form = True
+    # Beyond these arguments g is x, 0 or x^2 to the last digit of float64. Between two of them it bends little.
+    transition: ClassVar[Array]
+    # The slope that the start adds to g.
+    added_slope: ClassVar[float] = 0.0
 
     @property
     def _weight(self) -> str:
@@ -61,13 +66,15 @@ class StockSeries(Basis):
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         scale, shift = (float(values[name][0]) for name in ("scale", "shift"))
-        fastest = len(values["coefficients"]) + 4 * abs(scale)
-        knot = -shift / scale if scale else None
-        return clamped(lambda x: sampled(self, values, x), bounds or (-12.0, 12.0), fastest, knot)
+        breaks = (self.transition - shift) / scale if scale else ()
+        degree = len(values["coefficients"])
+        return clamped(lambda x: sampled(self, values, x), bounds or (-12.0, 12.0), degree, breaks)
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
-        """The stock activation alone, scaled and shifted to gains of 1."""
-        return stable(self, self._alone(degree), bounds)
+        """The stock activation, for ReLU^2 with a slope added, scaled and shifted to gains of 1."""
+        values = self._alone(degree)
+        values["coefficients"][1] = self.added_slope
+        return stable(self, values, bounds)
 
     def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
         coefficients = scale * values["coefficients"]
@@ -98,6 +105,8 @@ class StockSeries(Basis):
 
 
 class GELUSeries(StockSeries):
+    transition = np.linspace(-10.0, 10.0, 11)
+
     def stock(self, x: Value) -> Value:
         return x * 0.5 * ((x * math.sqrt(0.5)).erf() + 1.0)
 
@@ -107,6 +116,8 @@ class GELUSeries(StockSeries):
 
 
 class SiLUSeries(StockSeries):
+    transition = np.linspace(-40.0, 40.0, 41)
+
     def stock(self, x: Value) -> Value:
         return x * x.sigmoid()
 
@@ -116,6 +127,11 @@ class SiLUSeries(StockSeries):
 
 
 class ReLUSquaredSeries(StockSeries):
+    transition = np.zeros(1)
+    # The layer map of c (ReLU^2 + b) with gains of 1 has its repelling fixed point at 1.24, so that a signal of 1.25
+    # times the variance would grow without bound. With this slope the point is at 3.0, as for Hermite of degree 3.
+    added_slope = -1.5
+
     def stock(self, x: Value) -> Value:
         positive = x.relu()
         return positive * positive

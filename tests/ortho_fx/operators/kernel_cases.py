@@ -68,7 +68,15 @@ class Case(NamedTuple):
 
 # The largest errors that are accepted, for float32 (by kind) and for half precision. Half precision is rounded once, by
 # at most half a unit; the gradients of parameters are float32.
-LARGEST = {"hermite": 12.0, "fourier": 16.0, "fourier tied": 16.0, "tropical": 8.0, "tropical_rational": 12.0}
+LARGEST = {
+    "hermite": 12.0,
+    "fourier": 16.0,
+    "fourier tied": 16.0,
+    "tropical": 8.0,
+    "tropical_rational": 12.0,
+    "safe_rational": 12.0,
+    "gelu_series": 12.0,
+}
 ROUNDED = 0.51
 
 
