@@ -26,6 +26,7 @@ from ortho_fx.activations.fit import Fit, fit
 from ortho_fx.activations.freeze import FreezeReport, FrozenExpansion, freeze_
 from ortho_fx.activations.gains import Gains, gains
 from ortho_fx.activations.gated import GatedExpansion
+from ortho_fx.activations.polynorm import PolyNormActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
@@ -66,6 +67,7 @@ __all__ = [
     "HermiteActivation",
     "OrthoFxError",
     "PiecewisePowerActivation",
+    "PolyNormActivation",
     "Polynomial",
     "PolynomialReport",
     "ReLUSquaredSeriesActivation",

@@ -181,7 +181,7 @@ def test_a_state_dict_loads_into_a_freshly_rewritten_model():
         ),
         (
             (Block(), {"basis": "hermite", "degre": 3}),
-            "unknown option 'degre'; options are basis, degree, init, granularity, clamp, tied",
+            "unknown option 'degre'; options are basis, degree, init, granularity, clamp, tied, gated",
         ),
     ],
 )
