@@ -83,7 +83,7 @@ class TrainConfig:
     basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
-        None, f"start of the expansions: {', '.join(INITS)} (default: stable, or fit with start_from)", str
+        None, f"start of the expansions: {', '.join(INITS)} or preset:FILE (default: stable, or fit with start_from)", str
     )
     granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)

@@ -12,6 +12,8 @@ from ortho_fx.bases import BASES, basis_named
 from ortho_fx.errors import OrthoFxError
 
 INITS = ("stable", "paper", "calibrated", "fit", "exact")
+# A start from a file: "preset:FILE".
+PRESET = "preset:"
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
@@ -30,7 +32,7 @@ class ExpansionConfig:
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
             mean and standard deviation of each site's inputs), "fit" (the closest fit to the replaced activation) or
             "exact" (the replaced activation itself, for a basis that holds it: "gelu_series" for GELU, "tropical" for
-            ReLU, "piecewise_power" for ReLU^2).
+            ReLU, "piecewise_power" for ReLU^2), or "preset:FILE" (a function that `ortho-fx harvest` has written).
         granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
             groups of neighbouring channels).
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.
@@ -65,8 +67,8 @@ class ExpansionConfig:
                 f"degree of {self.basis} must be an integer from {basis.degrees[0]} to {basis.degrees[-1]}; "
                 f"got {self.degree!r}"
             )
-        if self.init not in INITS:
-            raise OrthoFxError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+        if self.init not in INITS and not (isinstance(self.init, str) and self.init.removeprefix(PRESET) != self.init):
+            raise OrthoFxError(f"init must be one of {', '.join(INITS)} or preset:FILE; got {self.init!r}")
         if self.init == "paper" and not basis.has_paper_start:
             others = ", ".join(init for init in INITS if init != self.init)
             raise OrthoFxError(f"init of {self.basis} must be one of {others}; the paper has no start for it")

@@ -77,8 +77,10 @@ def check_needs_no_example(config: ExpansionConfig | None) -> None:
     """Raises an `OrthoFxError` if the config needs a run of the model."""
     if config is None:
         return
-    for setting, value in (("granularity", config.granularity), ("init", config.init)):
-        if value not in ("layer", "stable", "paper", "fit", "exact"):
+    needs = {"granularity": config.granularity != "layer", "init": config.init == "calibrated"}
+    for setting, it_does in needs.items():
+        if it_does:
+            value = getattr(config, setting)
             raise OrthoFxError(
                 f"{setting} {value!r} needs a batch to run: call rewrite_(model, config, example_inputs=...)"
             )

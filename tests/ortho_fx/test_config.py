@@ -32,7 +32,7 @@ def test_round_trip_and_hash():
         ({"tied": True}, "tied is for the frequencies of fourier; hermite has none"),
         ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
         ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
-        ({"init": "zeros"}, f"init must be one of {', '.join(INITS)}; got 'zeros'"),
+        ({"init": "zeros"}, f"init must be one of {', '.join(INITS)} or preset:FILE; got 'zeros'"),
     ],
 )
 def test_wrong_values_are_named(arguments, message):
