@@ -83,7 +83,9 @@ class TrainConfig:
     basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
-        None, f"start of the expansions: {', '.join(INITS)} or preset:FILE (default: stable, or fit with start_from)", str
+        None,
+        f"start of the expansions: {', '.join(INITS)} or preset:FILE (default: stable, or fit with start_from)",
+        str,
     )
     granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
@@ -204,9 +206,13 @@ class TrainConfig:
         return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{'-gated' * self.gated}")
 
     def configuration(self) -> dict[str, Any]:
-        """The fields that a checkpoint must share with the run that resumes from it."""
+        """The fields that a checkpoint must share with the run that resumes from it; `gated` only if it is set.
+
+        Checkpoints of earlier releases lack that field, and had no gates.
+        """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
         free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
+        free |= set() if self.gated else {"gated"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
