@@ -410,6 +410,9 @@ class ChebyshevActivation(ExpansionActivation):
     T_k are the Chebyshev polynomials of the first kind. `centre` c and `scale` s, of shape (1,), are buffers: fixed,
     saved with the model. They start at 0 and 1/4, so all T_k are within [-1, 1] for inputs up to 4. Degrees 1 to 32; 3
     by default. Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
+
+    T_n grows like (2 s (x - c))^n / 2 outside. In float32 T_32 overflows from about 32 deviations on, and the output is
+    then not finite, even where its coefficient is 0. A clamp prevents this.
     """
 
     basis = CHEBYSHEV
