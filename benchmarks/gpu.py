@@ -137,7 +137,7 @@ def numbers(clock: Clock, device: str, dry: bool) -> dict[str, Any]:
         kernel_cases.Case(kind, granularity, dtype, "large", "alone")
         for dtype in ("bfloat16", "float32", "float16")
         for granularity in ("layer", "channel", "group:3")
-        for kind in kernel_cases.KINDS
+        for kind in kernel_cases.COMPILED
     ]
     if dry:
         # Without a compiler, what is around is rounded on its own.

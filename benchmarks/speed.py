@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py [--only SECTION ...] [--quick]    # torchortho too, with pip install -e ".[bench]"
 
-Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, and with an
-expansion for each channel; an MLP block; training steps of GPT-2 and ConvNeXt; the compilation of twelve blocks.
-ortho_fx/bench/measure.py describes the measurements; `ortho-fx bench` measures any of them under other settings. Runs
-on a GPU if there is one, with GPT-2 124M and ConvNeXt-T under autocast to bfloat16; `--device cpu` uses the CPU.
+Sections: the activation alone in three dtypes, with fresh allocations (CPU), without torch.compile, with an expansion
+for each channel, and of the bases that are not from the paper; an MLP block; training steps of GPT-2 and ConvNeXt; the
+compilation of twelve blocks. ortho_fx/bench/measure.py describes the measurements; `ortho-fx bench` measures any of
+them under other settings. Runs on a GPU if there is one, with GPT-2 124M and ConvNeXt-T under autocast to bfloat16;
+`--device cpu` uses the CPU.
 
 Prints a table for each section. Writes results/speed_cpu.json or results/speed_<GPU>.json, with date, hardware and
 versions for each section. `--only` measures some sections anew and keeps the others in that file; `--quick` tries
@@ -44,6 +45,12 @@ A_CHANNEL = tuple(
     for basis in ("hermite", "tropical", "fourier")
     for granularity in ("layer", "channel")
 )
+# Those that do not come from the paper.
+FURTHER = tuple(
+    ExpansionConfig(basis, granularity=granularity)
+    for basis in ("chebyshev", "safe_rational", "piecewise_power", "gelu_series", "silu_series", "relu_squared_series")
+    for granularity in ("layer", "channel")
+)
 
 
 def sections(device: str) -> dict[str, dict[str, Any]]:
@@ -61,6 +68,7 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
         "float16": {**alone, "dtype": "float16", "expansions": FEW},
         "eager": {**alone, "eager": True, "expansions": (HERMITE,)},
         "channel": {**alone, "expansions": A_CHANNEL},
+        "bases": {**alone, "expansions": FURTHER},
         "mlp": {**model, "what": "mlp", "elements": (8192 if gpu else 1024) * ROW},
         "gpt2": {**step, "what": "gpt2", "size": "124m" if gpu else "tiny"},
         "convnext": {**step, "what": "convnext", "size": "t" if gpu else "tiny"},

@@ -77,12 +77,15 @@ class TrainConfig:
         None, "weights to fine-tune: a run, a file or a folder of ours, of transformers' GPT-2 or timm's ConvNeXt", str
     )
     dropout: float = _setting(0.0, "dropout of gpt2")
+    gated: bool = _setting(False, "give gpt2 SwiGLU MLPs of as many parameters; expansions replace their SiLU")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
     basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
-        None, f"start of the expansions: {', '.join(INITS)} (default: stable, or fit with start_from)", str
+        None,
+        f"start of the expansions: {', '.join(INITS)} or preset:FILE (default: stable, or fit with start_from)",
+        str,
     )
     granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
@@ -160,6 +163,7 @@ class TrainConfig:
             raise OrthoFxError(f"clip must be above zero; got {self.clip}")
         for name, only in (
             ("dropout", "gpt2"),
+            ("gated", "gpt2"),
             ("drop_path", "convnext"),
             ("mixup", "convnext"),
             ("cutmix", "convnext"),
@@ -193,18 +197,22 @@ class TrainConfig:
     def expansion(self) -> ExpansionConfig | None:
         """The expansion that replaces the model's activations."""
         assert self.init is not None
-        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied)
+        expansion = (self.basis, self.degree, self.init, self.granularity, self.clamp, self.tied, self.gated)
         return None if self.basis == "none" else ExpansionConfig(*expansion)
 
     @property
     def directory(self) -> Path:
         kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
-        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}")
+        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{'-gated' * self.gated}")
 
     def configuration(self) -> dict[str, Any]:
-        """The fields that a checkpoint must share with the run that resumes from it."""
+        """The fields that a checkpoint must share with the run that resumes from it; `gated` only if it is set.
+
+        Checkpoints of earlier releases lack that field, and had no gates.
+        """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
         free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
+        free |= set() if self.gated else {"gated"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

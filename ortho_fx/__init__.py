@@ -10,15 +10,23 @@ from ortho_fx import (
     torch_private,  # noqa: F401  -- first of all: it refuses a PyTorch that is too old
 )
 from ortho_fx.activations.expansion import (
+    ChebyshevActivation,
     ExpansionActivation,
     FourierActivation,
+    GELUSeriesActivation,
     HermiteActivation,
+    PiecewisePowerActivation,
+    ReLUSquaredSeriesActivation,
+    SafeRationalActivation,
+    SiLUSeriesActivation,
     TropicalActivation,
     TropicalRationalActivation,
 )
 from ortho_fx.activations.fit import Fit, fit
 from ortho_fx.activations.freeze import FreezeReport, FrozenExpansion, freeze_
 from ortho_fx.activations.gains import Gains, gains
+from ortho_fx.activations.gated import GatedExpansion
+from ortho_fx.activations.polynorm import PolyNormActivation
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.doctor import CompileSupport, compile_support
 from ortho_fx.errors import OrthoFxError
@@ -42,6 +50,7 @@ from ortho_fx.version import __version__
 __all__ = [
     "Annealing",
     "Calibration",
+    "ChebyshevActivation",
     "Check",
     "CompileSupport",
     "ExpansionActivation",
@@ -52,13 +61,20 @@ __all__ = [
     "FourierActivation",
     "FreezeReport",
     "FrozenExpansion",
+    "GELUSeriesActivation",
     "Gains",
+    "GatedExpansion",
     "HermiteActivation",
     "OrthoFxError",
+    "PiecewisePowerActivation",
+    "PolyNormActivation",
     "Polynomial",
     "PolynomialReport",
+    "ReLUSquaredSeriesActivation",
     "RevertReport",
     "RewriteReport",
+    "SafeRationalActivation",
+    "SiLUSeriesActivation",
     "Site",
     "TropicalActivation",
     "TropicalRationalActivation",

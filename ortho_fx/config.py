@@ -11,7 +11,9 @@ from ortho_fx.arguments import is_integer, is_number
 from ortho_fx.bases import BASES, basis_named
 from ortho_fx.errors import OrthoFxError
 
-INITS = ("stable", "paper", "calibrated", "fit")
+INITS = ("stable", "paper", "calibrated", "fit", "exact")
+# A start from a file: "preset:FILE".
+PRESET = "preset:"
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
@@ -23,11 +25,14 @@ class ExpansionConfig:
     """The settings of an expansion: its basis and degree, its initialisation, and which channels share it.
 
     Args:
-        basis: "hermite", "fourier", "tropical", "tropical_rational", or the name of a basis from `register_basis`.
-        degree: 1 to 32 for Hermite, 1 to 64 for our other bases; None is the default of the basis (3, 5, 5, 6).
+        basis: "hermite", "fourier", "tropical", "tropical_rational", "chebyshev", "safe_rational", "piecewise_power",
+            "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from `register_basis`.
+        degree: the number of terms; the class of each basis states its range. None is the default of the basis.
         init: "stable" (forward and backward gains are 1 for inputs N(0, 1), and the variance of a signal converges to 1
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
-            mean and standard deviation of each site's inputs) or "fit" (the closest fit to the replaced activation).
+            mean and standard deviation of each site's inputs), "fit" (the closest fit to the replaced activation) or
+            "exact" (the replaced activation itself, for a basis that holds it: "gelu_series" for GELU, "tropical" for
+            ReLU, "piecewise_power" for ReLU^2), or "preset:FILE" (a function that `ortho-fx harvest` has written).
         granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
             groups of neighbouring channels).
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.
@@ -35,10 +40,12 @@ class ExpansionConfig:
             others.
         tied: whether the frequencies of a Fourier expansion are w_k = k w with one learnable number w, instead of n
             learnable numbers. Forward and backward then take about two thirds of the time.
+        gated: whether the output is a factor of a product, as in SwiGLU: y = f(a) b. The start for measured inputs is
+            then f_1((x - mean) / std) instead of std f_1((x - mean) / std), so that the product has the variance of b.
 
     Raises:
-        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, or
-            `tied` for a basis without frequencies.
+        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, a
+            clamp with init "exact", or `tied` for a basis without frequencies.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -49,6 +56,7 @@ class ExpansionConfig:
     granularity: str = "layer"
     clamp: float | None = None
     tied: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         basis = basis_named(self.basis)
@@ -59,8 +67,8 @@ class ExpansionConfig:
                 f"degree of {self.basis} must be an integer from {basis.degrees[0]} to {basis.degrees[-1]}; "
                 f"got {self.degree!r}"
             )
-        if self.init not in INITS:
-            raise OrthoFxError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+        if self.init not in INITS and not (isinstance(self.init, str) and self.init.removeprefix(PRESET) != self.init):
+            raise OrthoFxError(f"init must be one of {', '.join(INITS)} or preset:FILE; got {self.init!r}")
         if self.init == "paper" and not basis.has_paper_start:
             others = ", ".join(init for init in INITS if init != self.init)
             raise OrthoFxError(f"init of {self.basis} must be one of {others}; the paper has no start for it")
@@ -69,9 +77,13 @@ class ExpansionConfig:
         if self.clamp is not None:
             if not is_number(self.clamp) or self.clamp <= 0:
                 raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
+            if self.init == "exact":
+                raise OrthoFxError("init 'exact' has no clamp: a clamped function is not the activation it replaces")
             object.__setattr__(self, "clamp", float(self.clamp))
         if not isinstance(self.tied, bool):
             raise OrthoFxError(f"tied must be True or False; got {self.tied!r}")
+        if not isinstance(self.gated, bool):
+            raise OrthoFxError(f"gated must be True or False; got {self.gated!r}")
         if self.tied and not basis.tieable:
             raise OrthoFxError(f"tied is for the {what_ties()}; {self.basis} has none")
 
@@ -118,8 +130,11 @@ class ExpansionConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, with a version, for checkpoints."""
-        return {"version": VERSION, **asdict(self)}
+        """The fields as plain values, with a version, for checkpoints; `gated` only if it is set."""
+        values = asdict(self)
+        if not self.gated:
+            del values["gated"]
+        return {"version": VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExpansionConfig:
@@ -140,6 +155,8 @@ class ExpansionConfig:
         parts = [self.basis, str(self.degree)]
         if self.tied:
             parts.append("tied")
+        if self.gated:
+            parts.append("gated")
         if self.granularity != "layer":
             parts.append(f"a {self.granularity}" if self.granularity == "channel" else self.granularity)
         if self.clamp is not None:

@@ -79,7 +79,7 @@ def compile_support(*, check: bool = False) -> CompileSupport:
         >>> print(ortho_fx.compile_support())  # doctest: +SKIP
         ortho_fx 0.1.0, PyTorch 2.15.0+cu132, Python 3.11.7
         ...
-        fused on cpu: hermite, fourier, tropical, tropical_rational
+        fused on cpu: hermite, fourier, tropical, ...
     """
 
     fallbacks: dict[str, dict[str, str]] = {}

@@ -423,6 +423,7 @@ _LAUNCH = re.compile(r"^ +(\w+)\.run\((.*), stream=\w+\)$")
 _LIBRARY_CALL = re.compile(r"^ +(?:\w+ = )?((?:extern_kernels|aten|torch\.ops\.\w+)\.[\w.]+)\(")
 _WORKSPACE = re.compile(r"^ +(workspace_\d+) = empty_strided_cuda\(\(([^)]*)\), .*, torch\.(\w+)\)")
 _REUSED = re.compile(r"^ +(workspace_\d+) = (workspace_\d+);")
+_IN_PLACE_OF = re.compile(r"^ +(workspace_\d+) = reinterpret_tensor\((\w+), \(([^)]*)\)")
 _SIZE = re.compile(r"^ +(\w*numel) = (.*)$")
 
 
@@ -441,6 +442,9 @@ def _parse(source: str, graph: _Graph, whole: int) -> Graph:
             workspaces[match[1]] = numel, getattr(torch, match[3])
         elif match := _REUSED.match(line):
             workspaces[match[1]] = workspaces[match[2]]
+        elif match := _IN_PLACE_OF.match(line):
+            numel = math.prod(_evaluate(size, sizes) for size in _split(match[3]))
+            workspaces[match[1]] = numel, graph.get_dtype(match[2])
         elif match := _LIBRARY_CALL.match(line):
             externs.append(match[1])
         elif match := _SIZE.match(line):

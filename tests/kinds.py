@@ -12,6 +12,9 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.passes.vocabulary import targets
 
 KINDS = (*BASES, "fourier tied")
+# For tests that take long because they compile: one basis for each set of operations and way to prepare parameters.
+COMPILED_BASES = ("hermite", "fourier", "tropical", "tropical_rational", "safe_rational", "gelu_series")
+COMPILED = (*COMPILED_BASES, "fourier tied")
 
 
 def basis_of(kind: str) -> Basis:
@@ -19,7 +22,11 @@ def basis_of(kind: str) -> Basis:
 
 
 def config_of(kind: str, degree: int | None = None, init: str = "stable", **settings: Any) -> ExpansionConfig:
-    return ExpansionConfig(basis_of(kind).name, degree, init, tied=kind.endswith("tied"), **settings)
+    """A config of this kind; a degree that its basis does not have becomes the nearest one."""
+    basis = basis_of(kind)
+    if degree is not None:
+        degree = min(max(degree, basis.degrees[0]), basis.degrees[-1])
+    return ExpansionConfig(basis.name, degree, init, tied=kind.endswith("tied"), **settings)
 
 
 @contextlib.contextmanager

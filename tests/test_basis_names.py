@@ -14,7 +14,7 @@ FILES = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if ROOT / "ortho_fx" / "bases" not in file.parents
 )
-CLASSES = {"HermiteActivation", "FourierActivation", "TropicalActivation", "TropicalRationalActivation"}
+CLASSES = {f"{basis.title}Activation" for basis in BASES.values()}
 CONSTANTS = {name.upper() for name in BASES}
 
 
@@ -42,7 +42,7 @@ def chooses(node):
             return names_a_basis(node.slice)
         case ast.MatchValue():
             return names_a_basis(node.value)
-        case ast.Attribute():
+        case ast.Attribute(value=ast.Attribute(attr="ortho_fx")):
             return node.attr in BASES
         case ast.Call(func=ast.Name(id="isinstance" | "issubclass")):
             return any(map(names_a_basis, node.args[1:]))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import ortho_fx
 from ortho_fx import cli, moved
+from ortho_fx.bases import OURS
 from ortho_fx.models import gpt2
 from tests.kinds import activations_from_outside, bases_from_outside
 
@@ -75,11 +76,11 @@ def test_a_page_runs_from_top_to_bottom(page):
 
 
 LOAD = """
-import sys, torch, chebyshev_basis
+import sys, torch, legendre_basis
 import ortho_fx
 model, x, y = torch.load("saved.pt", weights_only=False)
 torch.testing.assert_close(model(x), y)
-torch.testing.assert_close(torch.export.load("chebyshev.pt2").module()(x), y)
+torch.testing.assert_close(torch.export.load("legendre.pt2").module()(x), y)
 """
 WITHOUT = """
 import torch, ortho_fx
@@ -94,7 +95,7 @@ def test_the_basis_of_the_guide_is_like_ours(capsys):
     page = read(ROOT / "docs" / "guides" / "extend.md")[0]
     assert "forward=1.0" in capsys.readouterr().out
     for degree in range(1, 17):
-        gains = ortho_fx.gains(ortho_fx.ExpansionConfig("chebyshev", degree))
+        gains = ortho_fx.gains(ortho_fx.ExpansionConfig("legendre", degree))
         assert (gains.forward, gains.backward) == pytest.approx((1, 1), abs=1e-9)
     assert page["moved"].abs().max() > 0.01
     assert page["gelu"].rmse == pytest.approx(ortho_fx.fit(F.gelu, ortho_fx.ExpansionConfig("hermite", 8)).rmse)
@@ -112,7 +113,7 @@ def test_the_basis_of_the_guide_is_like_ours(capsys):
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert done.stdout == "basis must be one of hermite, fourier, tropical, tropical_rational; got 'chebyshev'\n"
+    assert done.stdout == f"basis must be one of {', '.join(basis.name for basis in OURS)}; got 'legendre'\n"
 
 
 def test_the_readme_runs_from_top_to_bottom(capsys):

@@ -68,6 +68,9 @@ def _language_model(config: TrainConfig) -> Built:
         loaded = load_pretrained(config.start_from, kind="gpt2", dropout=config.dropout)
         model, notes = loaded.model, loaded.notes
         assert isinstance(model, GPT2)
+        if model.config.gated != config.gated:
+            has = "has" if model.config.gated else "does not have"
+            raise OrthoFxError(f"{config.start_from} {has} gated MLPs, and gated is {config.gated} here")
         data = open_data(DataConfig(config.data, context=model.config.context), "tokens")
         if data.vocabulary is not None and data.vocabulary > model.config.vocabulary:
             raise OrthoFxError(
@@ -78,7 +81,7 @@ def _language_model(config: TrainConfig) -> Built:
         preset, notes = gpt2.PRESETS[config.size], ()
         data = open_data(DataConfig(config.data, context=preset.context), "tokens")
         vocabulary = data.vocabulary or preset.vocabulary
-        model = GPT2(replace(preset, vocabulary=vocabulary, dropout=config.dropout))
+        model = GPT2(replace(preset, vocabulary=vocabulary, dropout=config.dropout, gated=config.gated))
     # Files of tokens need not state a vocabulary, so the data checks each batch against the model's.
     data.vocabulary = model.config.vocabulary
     return Built(model, data, notes)

@@ -209,6 +209,10 @@ def _checked(config: ModelConfig, tensors: int) -> ModelConfig:
         rate = name in _TRAINING
         if isinstance(getattr(type(config)(), name), tuple) != isinstance(value, tuple) or not numbers:
             raise OrthoFxError(f"its metadata are damaged: {name} is {value!r}")
+        if isinstance(getattr(type(config)(), name), bool):
+            if not isinstance(value, bool):
+                raise OrthoFxError(f"its metadata are damaged: {name} must be true or false; got {value!r}")
+            continue
         for number in numbers:
             whole = type(number) is int and 0 < number < 2**31
             if not (type(number) in (int, float) and math.isfinite(number) if rate else whole):

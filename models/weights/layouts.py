@@ -271,7 +271,7 @@ def _gpt2_config(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None
     context = _of_rank(state, "positions.weight", 2).shape[0]
     layers = len({match[1] for match in map(re.compile(r"blocks\.(\d+)\..*").fullmatch, state) if match})
     heads = _heads(layers, width)[0] if settings is None else _stated_heads(settings, width)
-    return GPT2Config(vocabulary, context, layers, heads, width)
+    return GPT2Config(vocabulary, context, layers, heads, width, gated="blocks.0.mlp.gate.weight" in state)
 
 
 def _stated_heads(settings: Mapping[str, Any], width: int) -> int:

@@ -15,10 +15,24 @@ from torch import Tensor, fx, nn
 from ortho_fx import torch_private
 from ortho_fx.activations import nested, originals, shards, torchortho
 from ortho_fx.activations.channels import channel_dim_of
-from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL, Basis, basis_named
+from ortho_fx.bases import (
+    BASES,
+    CHEBYSHEV,
+    FOURIER,
+    GELU_SERIES,
+    HERMITE,
+    PIECEWISE_POWER,
+    RELU_SQUARED_SERIES,
+    SAFE_RATIONAL,
+    SILU_SERIES,
+    TROPICAL,
+    TROPICAL_RATIONAL,
+    Basis,
+    basis_named,
+)
 from ortho_fx.config import ExpansionConfig, SiteConfig
 from ortho_fx.errors import OperandError, OrthoFxError
-from ortho_fx.numerics.fit import FittedExpansion, fit_expansion
+from ortho_fx.numerics.fit import FittedExpansion, check_exact, fit_expansion
 from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.numerics.initialisation import initial_parameters
 from ortho_fx.numerics.moments import Values
@@ -57,11 +71,12 @@ class ExpansionActivation(LearnableExpansion):
     float32, in value and gradient, on [-10, 10] and in units of max(1, |exact|), as measured by benchmarks/accuracy.py.
 
     Args:
-        degree, init, granularity, clamp, tied: as in `ExpansionConfig`.
+        degree, init, granularity, clamp, tied, gated: as in `ExpansionConfig`.
         channels: number of channels, for a granularity other than "layer".
         channel_dim: the dimension of the channels. When omitted, it is dimension 1 or -1, whichever has `channels`
             elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
-        reference: the function that init="fit" fits: any elementwise function that autograd differentiates.
+        reference: the function that init="fit" fits, and at which init="exact" starts: any elementwise function that
+            autograd differentiates.
         device, dtype: of the parameters, as in `torch.nn` modules.
         inplace: has no effect: the output is always a new tensor. Libraries pass it to every activation.
 
@@ -87,6 +102,7 @@ class ExpansionActivation(LearnableExpansion):
         granularity: str = "layer",
         clamp: float | None = None,
         tied: bool = False,
+        gated: bool = False,
         channels: int | None = None,
         channel_dim: int | None = None,
         reference: Callable[[Tensor], Tensor] | None = None,
@@ -95,9 +111,9 @@ class ExpansionActivation(LearnableExpansion):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied)
-        if init == "fit" and reference is None:
-            raise OrthoFxError("init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it")
+        self.config = ExpansionConfig(self.basis.name, degree, init, granularity, clamp, tied, gated)
+        if init in ("fit", "exact") and reference is None:
+            raise OrthoFxError(f"init {init!r} needs the function to fit: pass reference=, or let rewrite_ find it")
         # In a tuple, so that a module does not become a submodule: its parameters are not the expansion's.
         self._reference = (reference,)
         groups = self.config.groups(channels)
@@ -130,16 +146,24 @@ class ExpansionActivation(LearnableExpansion):
         self.set_parameters(self.initial_values(inputs)[0])
 
     def initial_values(self, inputs: Histogram | None = None) -> tuple[Values, FittedExpansion | None]:
-        """The values that `reset_parameters` sets, by name, and the fit that gave them; None unless init is "fit"."""
+        """The values that `reset_parameters` sets, by name, and the fit that gave them, if init is "fit" or "exact".
+
+        Raises:
+            OrthoFxError: init "exact", and no expansion of this basis and degree is the replaced function.
+        """
         mean, std = (0.0, 1.0) if inputs is None else (inputs.mean, inputs.std)
         fitted = None
-        if self.config.init == "fit":
+        if self.config.init in ("fit", "exact"):
             assert self.reference is not None
-            fitted = _fit(self.reference, self.config, inputs)
+            fitted = _fit(self.reference, self.config, None if self.config.init == "exact" else inputs)
             values = dict(fitted.parameters)
+            if self.config.init == "exact":
+                check_exact(fitted)
         else:
             values = dict(initial_parameters(self.config))
             if inputs is not None:
+                if self.config.gated:
+                    values = self.basis.affine(values, 1 / std, 0.0)
                 values = self.basis.rescale(values, mean, std)
         if self.config.clamp is not None:
             values["bounds"] = mean + np.array([-1.0, 1.0]) * self.config.clamp * std
@@ -239,6 +263,8 @@ class ExpansionActivation(LearnableExpansion):
             shown += f", clamp={self.config.clamp:g}"
         if self.config.tied:
             shown += ", tied=True"
+        if self.config.gated:
+            shown += ", gated=True"
         return shown
 
 
@@ -378,9 +404,92 @@ class TropicalRationalActivation(ExpansionActivation):
     basis = TROPICAL_RATIONAL
 
 
+class ChebyshevActivation(ExpansionActivation):
+    r"""y(x) = \sum_{k=0}^n a_k T_k(s (x - c)), with learnable `coefficients` a_0 .. a_n.
+
+    T_k are the Chebyshev polynomials of the first kind. `centre` c and `scale` s, of shape (1,), are buffers: fixed,
+    saved with the model. They start at 0 and 1/4, so all T_k are within [-1, 1] for inputs up to 4. Degrees 1 to 32; 3
+    by default. Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
+
+    T_n grows like (2 s (x - c))^n / 2 outside. In float32 T_32 overflows from about 32 deviations on, and the output is
+    then not finite, even where its coefficient is 0. A clamp prevents this.
+    """
+
+    basis = CHEBYSHEV
+
+
+class SafeRationalActivation(ExpansionActivation):
+    r"""y(x) = (\sum_{k=0}^n a_k x^k) / (1 + (\sum_{k=0}^{n//2} b_k x^k)^2), with everything learnable.
+
+    Parameters: `numerator` a of shape (n + 1,) and `denominator` b of shape (n // 2 + 1,). Degrees 2 to 16; 5 by
+    default, a rational of degrees 5 / 4. The denominator is at least 1 for any parameters: there is no pole, and all
+    derivatives exist. The function grows like |x| at most at an odd degree, and is bounded at an even one, unless the
+    last b is zero. In float32 the powers of x overflow, and give NaN, from |x| = 1e7 at degree 5. Inputs, dtypes,
+    groups and errors are those of `ExpansionActivation`.
+
+    Source: the Pade activation units of Molina et al., arXiv 1907.06732, have 1 + |Q(x)| as their denominator; it has
+    kinks, and no second derivative there.
+    """
+
+    basis = SAFE_RATIONAL
+
+
+class PiecewisePowerActivation(ExpansionActivation):
+    r"""y(x) = c + \sum_{k=1}^n r_k (x - t)^k for x > t, and c + \sum_{k=1}^n l_k (x - t)^k elsewhere; all learnable.
+
+    Parameters: `constant` c and `knot` t of shape (1,), `right` r and `left` l of shape (n,). Degrees 1 to 8; 2 by
+    default, at which ReLU^2, LeakyReLU^2 and ASQU are points of the family: `init="exact"` starts there. Of xIELU one
+    side is. Inputs, dtypes, groups and errors are those of `ExpansionActivation`.
+
+    Source: ReLU^2 is that of Primer, arXiv 2109.08668.
+    """
+
+    basis = PIECEWISE_POWER
+
+
+class GELUSeriesActivation(ExpansionActivation):
+    r"""y(x) = w GELU(s x + t) + \sum_{k=0}^n a_k He_k(x) / k!, with learnable `coefficients` a_0 .. a_n.
+
+    `gelu_weight` w, `scale` s and `shift` t, of shape (1,), are buffers: fixed, saved with the model. With init "exact"
+    they are 1, 1 and 0, and the coefficients are zero: y is GELU. Degrees 1 to 32; 3 by default. Inputs, dtypes, groups
+    and errors are those of `ExpansionActivation`.
+    """
+
+    basis = GELU_SERIES
+
+
+class SiLUSeriesActivation(ExpansionActivation):
+    r"""y(x) = w SiLU(s x + t) + \sum_{k=0}^n a_k He_k(x) / k!; `silu_weight` is w.
+
+    The rest is as `GELUSeriesActivation`.
+    """
+
+    basis = SILU_SERIES
+
+
+class ReLUSquaredSeriesActivation(ExpansionActivation):
+    r"""y(x) = w relu(s x + t)^2 + \sum_{k=0}^n a_k He_k(x) / k!; `relu_squared_weight` is w.
+
+    The rest is as `GELUSeriesActivation`.
+    """
+
+    basis = RELU_SQUARED_SERIES
+
+
 CLASSES: dict[str, type[ExpansionActivation]] = {
     cls.basis.name: cls
-    for cls in (HermiteActivation, FourierActivation, TropicalActivation, TropicalRationalActivation)
+    for cls in (
+        HermiteActivation,
+        FourierActivation,
+        TropicalActivation,
+        TropicalRationalActivation,
+        ChebyshevActivation,
+        SafeRationalActivation,
+        PiecewisePowerActivation,
+        GELUSeriesActivation,
+        SiLUSeriesActivation,
+        ReLUSquaredSeriesActivation,
+    )
 }
 assert CLASSES.keys() == BASES.keys()
 
@@ -437,6 +546,7 @@ def make_activation(
         granularity=config.granularity,
         clamp=config.clamp,
         tied=config.tied,
+        gated=config.gated,
         channels=channels,
         channel_dim=channel_dim,
         reference=reference,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.activations.gated import GatedExpansion
 from ortho_fx.arguments import checked_function, is_number
 from ortho_fx.bases import Basis
 from ortho_fx.bases.numeric import sampled
@@ -54,7 +55,9 @@ class Gains:
 
 
 def gains(
-    activation: ExpansionActivation | ExpansionConfig | Callable[[Tensor], Tensor], mean: float = 0.0, std: float = 1.0
+    activation: ExpansionActivation | GatedExpansion | ExpansionConfig | Callable[[Tensor], Tensor],
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> Gains:
     """The gains of an activation f for inputs x ~ N(mean, std^2): E[f(x)^2] / std^2, E[f'(x)^2], slope and basin.
 
@@ -62,7 +65,8 @@ def gains(
         activation: an `ExpansionActivation` with its current parameters, read in float64; an `ExpansionConfig`, for its
             initial parameters; or any elementwise function or module that autograd differentiates (`F.gelu`,
             `nn.ReLU()`), which is called with float64 tensors. With one expansion per channel or group, moments are
-            averaged over these.
+            averaged over these. A `GatedExpansion` has the gains of its product f(a) b, for a of N(mean, std^2) and an
+            independent b of N(0, std^2): E[(f(a) b)^2] / std^2, and the mean of the gradients' gains to a and to b.
         mean: mean of the inputs.
         std: standard deviation of the inputs, above zero.
 
@@ -70,22 +74,36 @@ def gains(
         The gains, as Python floats.
 
     Raises:
-        OrthoFxError: a mean that is not finite, a std that is not finite or not above zero, a config with init "fit",
-            or a function that returns NaN, another shape, or no gradient.
+        OrthoFxError: a mean that is not finite, a std that is not finite or not above zero, a config with init "fit"
+            or "exact", or a function that returns NaN, another shape, or no gradient.
 
     Source: the gains of arXiv 2502.01247; the slope is that of mean-field theory (Poole et al., arXiv 1606.05340).
     """
     if not (is_number(mean) and is_number(std) and std > 0):
         raise OrthoFxError(f"mean must be finite and std finite and above zero; got {mean!r} and {std!r}")
     if isinstance(activation, ExpansionConfig):
-        if activation.init == "fit":
-            raise OrthoFxError("the gains of init 'fit' depend on the function that is fitted: pass an activation")
+        if activation.init in ("fit", "exact"):
+            raise OrthoFxError(
+                f"the gains of init {activation.init!r} depend on the function that is fitted: pass an activation"
+            )
         activation = make_activation(replace(activation, granularity="layer"), dtype=torch.float64)
+    if isinstance(activation, GatedExpansion):
+        return _of_product(activation, mean, std)
     if isinstance(activation, ExpansionActivation):
         unit, layer_map = _of_expansion(activation, mean, std)
     else:
         unit, layer_map = _quadrature(checked_function(activation), mean, std)
     return Gains(unit.square, unit.derivative_square, unit.square_growth / 2, _basin(unit, layer_map))
+
+
+def _of_product(module: GatedExpansion, mean: float, std: float) -> Gains:
+    """Of h(z) w, with w ~ N(0, 1) and h = f(mean + std z): E[h^2], E[h'^2] to z and E[h^2] to w."""
+    unit, layer_map = _of_expansion(module.expansion, mean, std)
+    factor = std**2  # the moments are those of h / std
+    forward = factor * unit.square
+    product = replace(unit, square=forward, square_growth=2 * forward + factor * unit.square_growth)
+    backward = (factor * unit.derivative_square + forward) / 2
+    return Gains(forward, backward, product.square_growth / 2, _basin(product, lambda q: factor * q * layer_map(q)))
 
 
 def _of_expansion(activation: ExpansionActivation, mean: float, std: float) -> tuple[Moments, LayerMap]:

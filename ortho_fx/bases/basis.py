@@ -148,6 +148,13 @@ class Basis(ABC):
     def has_paper_start(self) -> bool:
         return type(self).paper_start is not Basis.paper_start
 
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        """The parameters of scale * y + shift, from the parameters of y, for inputs N(0, 1).
+
+        The default refits by least squares. It is exact if the basis can express that function.
+        """
+        return numeric.affine(self, values, scale, shift)
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """The parameters of std * y((x - mean) / std), from the parameters of y.
 

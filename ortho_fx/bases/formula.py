@@ -1,8 +1,8 @@
 """The language of formulas: the parameters of a basis, and the operations that need a function.
 
-Formulas are elementwise. They use + - *, the functions below, and the methods `relu`, `cos` and `sin` with their
-meaning for tensors. An operand may be a tensor, a block of one, or a value of a kernel that is being generated: one
-formula serves them all.
+Formulas are elementwise. They use + - * /, the functions below, and the methods `relu`, `cos`, `sin`, `exp`, `erf` and
+`sigmoid` with their meaning for tensors. An operand may be a tensor, a block of one, or a value of a kernel that is
+being generated: one formula serves them all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Parameter:
     """One parameter of a basis: `size(degree)` numbers, in a tensor of that length.
 
     A parameter of one number has the shape (1,), not (): FSDP2 cannot shard a tensor without dimensions. A tieable
-    parameter is one number in a tied expansion, and formulas use its multiples.
+    parameter is one number in a tied expansion, and formulas use its multiples. A halved parameter has
+    `degree // 2 + offset` numbers.
     """
 
     name: str
@@ -60,9 +61,12 @@ class Parameter:
     offset: int = 0
     scalar: bool = False
     tieable: bool = False
+    halved: bool = False
 
     def size(self, degree: int, tied: bool = False) -> int:
-        return 1 if self.scalar or (tied and self.tieable) else degree + self.offset
+        if self.scalar or (tied and self.tieable):
+            return 1
+        return (degree // 2 if self.halved else degree) + self.offset
 
 
 @dataclass(frozen=True)

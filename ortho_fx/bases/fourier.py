@@ -155,7 +155,7 @@ class Fourier(Basis):
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Sines (phases pi / 2) with frequencies 0.35 k, scaled and shifted to gains of 1."""
-        return stable(self, _waves(degree, 0.35, math.pi / 2, tied), _affine, bounds)
+        return stable(self, _waves(degree, 0.35, math.pi / 2, tied), bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         constant, scale = factorial_weights(degree, 2)
@@ -164,6 +164,11 @@ class Fourier(Basis):
             "constant": np.array([scale * constant]),
             "coefficients": np.full(degree, scale),
         }
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        scaled = {name: scale * values[name] for name in ("constant", "coefficients")}
+        scaled["constant"][0] += shift
+        return {**values, **scaled}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: it changes frequencies and phases."""
@@ -253,12 +258,6 @@ def _waves(degree: int, fundamental: float, phase: float, tied: bool) -> dict[st
         "frequencies": fundamental * np.arange(1.0, (1 if tied else degree) + 1),
         "phases": np.full(degree, phase),
     }
-
-
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    scaled = {name: scale * values[name] for name in ("constant", "coefficients")}
-    scaled["constant"][0] += shift
-    return {**values, **scaled}
 
 
 def _moments(values: Values) -> Moments:

@@ -132,11 +132,16 @@ class Hermite(Basis):
         order = np.arange(degree + 1)
         coefficients = np.array([1.0, 1.0, -1.0, -1.0])[order % 4] * ratio ** np.maximum(order - 1, 0)
         coefficients[0] = 0.0
-        return stable(self, {"coefficients": coefficients}, _affine, bounds)
+        return stable(self, {"coefficients": coefficients}, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         constant, scale = factorial_weights(degree, 1)
         return {"coefficients": scale * np.array([constant, *np.ones(degree)])}
+
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        coefficients = scale * values["coefficients"]
+        coefficients[0] += shift
+        return {"coefficients": coefficients}
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the change of variable follows from the generating function exp(x t - t^2 / 2).
@@ -156,7 +161,7 @@ class Hermite(Basis):
 
         Polynomials are fitted in x itself, without rescaling: their rounding errors are known only there.
         """
-        return _fit(problem, degree)
+        return fit_series(problem, degree)
 
     def fold(self, values: Values, interval: Bounds | None, dtype: torch.dtype) -> Folded:
         return _fold(values["coefficients"], interval, dtype)
@@ -176,12 +181,6 @@ def factorial_weights(degree: int, power: int) -> tuple[float, float]:
     return math.sqrt(1.0 - 1.0 / math.factorial(degree) ** power), 1.0 / math.sqrt(total)
 
 
-def _affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    coefficients = scale * values["coefficients"]
-    coefficients[0] += shift
-    return {"coefficients": coefficients}
-
-
 def _moments(a: Array) -> Moments:
     # In the orthonormal basis He_k / sqrt(k!) the coefficients are c_k = a_k / sqrt(k!). By partial integration
     # E[(X^2 - 1) g^2] = E[(g^2)''] = 2 E[g'^2] + 2 E[g g''].
@@ -199,7 +198,7 @@ def _moments(a: Array) -> Moments:
     )
 
 
-def _fit(problem: Problem, degree: int) -> dict[str, Array]:
+def fit_series(problem: Problem, degree: int) -> dict[str, Array]:
     z = problem.z
     columns = [np.ones_like(z), z]
     for k in range(2, degree + 1):
@@ -219,19 +218,23 @@ def _fold(a: Array, interval: Bounds | None, dtype: torch.dtype) -> Folded:
     a = a[: degree + 1]
     monomials = _monomials(degree)
     c = monomials @ a
-    if interval is None:
-        sizes = np.logspace(-3, 3, 241)
-        x = np.concatenate([-sizes, [0.0], sizes])
-    else:
-        x = np.linspace(*interval, 401)
+    x = probed(interval)
     # c has errors from its summation in float64 and from storage in the dtype, which loses numbers that are too small.
     limits = torch.finfo(dtype)
     stored = np.where(np.abs(c) < limits.tiny, 0.0, torch.from_numpy(c).to(dtype).double().numpy())
     off = (np.abs(monomials) @ np.abs(a) * np.finfo(np.float64).eps + np.abs(c - stored)) / (limits.eps / 2)
-    if (_horner_error(c, x) + _sum_of_powers(off, x) <= _HORNER_ERROR * recurrence_error(a, x)).all():
+    if (horner_error(c, x) + _sum_of_powers(off, x) <= _HORNER_ERROR * recurrence_error(a, x)).all():
         return "polynomial", {"monomial_coefficients": c}
     weights = [1.0 / (math.factorial(k) * STEP**k) for k in range(degree + 1)]
     return "recurrence", {"hermite_coefficients": a * np.array(weights)[:, None]}
+
+
+def probed(interval: Bounds | None) -> Array:
+    """The points at which the rounding of two forms is compared."""
+    if interval is None:
+        sizes = np.logspace(-3, 3, 241)
+        return np.concatenate([-sizes, [0.0], sizes])
+    return np.linspace(*interval, 401)
 
 
 def _monomials(degree: int) -> Array:
@@ -248,7 +251,7 @@ def _sum_of_powers(sizes: Array, x: Array) -> Array:
     return np.abs(x)[:, None] ** np.arange(len(sizes)) @ sizes
 
 
-def _horner_error(c: Array, x: Array) -> Array:
+def horner_error(c: Array, x: Array) -> Array:
     """The first-order bound on the error of Horner's rule, in units of eps / 2, of shape (points, groups)."""
     error = np.zeros((len(x), c.shape[1]))
     partial = np.broadcast_to(c[-1], error.shape)

@@ -98,15 +98,26 @@ def rescaled(formula: Formula, values: Values, mean: float, std: float) -> dict[
     z, weight = _gaussian_nodes(8.0)
     value, slope = sampled(formula, values, z)
     problem = Problem(mean + std * z, weight, std * value, slope, np.ones_like(z), std**2, False)
-    unknowns = _Unknowns(formula, [len(values[parameter.name]) for parameter in formula.parameters])
-    if unknowns.linear:
-        found = unknowns.solved(problem, 1e-14)
-    else:
-        found = unknowns.stepped(problem, unknowns.pack(values), _STEPS)[0]
+    moved = _refitted(formula, values, problem)
     known = moments(formula, values)
-    moved = unknowns.unpack(found)
     kept = _with_gains(formula, moved, (known.square, known.derivative_square), None, mean, std)
     return moved if kept is None else kept
+
+
+def affine(formula: Formula, values: Values, scale: float, shift: float) -> dict[str, Array]:
+    """The parameters of scale * y + shift, by least squares under x ~ N(0, 1)."""
+    z, weight = _gaussian_nodes(8.0)
+    value, slope = sampled(formula, values, z)
+    problem = Problem(z, weight, scale * value + shift, scale * slope, np.ones_like(z), 1.0, False)
+    return _refitted(formula, values, problem)
+
+
+def _refitted(formula: Formula, values: Values, problem: Problem) -> dict[str, Array]:
+    """The parameters of least error, found from these if the formula is not linear."""
+    unknowns = _Unknowns(formula, [len(values[parameter.name]) for parameter in formula.parameters])
+    if unknowns.linear:
+        return unknowns.unpack(unknowns.solved(problem, 1e-14))
+    return unknowns.unpack(unknowns.stepped(problem, unknowns.pack(values), _STEPS)[0])
 
 
 def fitted(formula: Formula, problem: Problem, degree: int, tied: bool = False) -> dict[str, Array]:

@@ -11,23 +11,21 @@ d/dq E[f(sqrt(q) X)^2] at q = 1. If |chi| < 1, the variance converges to 1 layer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
-# A function from the parameters of g, a scale and a shift to the parameters of scale * g + shift.
-Affine = Callable[[Values, float, float], dict[str, Array]]
 
-
-class HasMoments(Protocol):
+class Closed(Protocol):
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments: ...
 
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]: ...
 
-def stable(basis: HasMoments, values: Values, affine: Affine, bounds: Bounds | None) -> dict[str, Array]:
+
+def stable(basis: Closed, values: Values, bounds: Bounds | None) -> dict[str, Array]:
     """The parameters of gamma (g + beta), from those of g, with the input clamped to `bounds` if given."""
     g = basis.moments(values, bounds)
     gamma = 1.0 / math.sqrt(g.derivative_square)
     shift = math.sqrt(max(g.derivative_square - g.variance, 0.0))
-    candidates = [affine(values, gamma, gamma * beta) for beta in (-g.mean + shift, -g.mean - shift)]
+    candidates = [basis.affine(values, gamma, gamma * beta) for beta in (-g.mean + shift, -g.mean - shift)]
     return min(candidates, key=lambda candidate: abs(basis.moments(candidate, bounds).square_growth))

@@ -205,6 +205,12 @@ class PiecewiseLinear(Basis):
     piecewise = True
     fits_in_units = True
 
+    def affine(self, values: Values, scale: float, shift: float) -> dict[str, Array]:
+        """The parameters of scale * f + shift: shifting all lines of a maximum shifts the maximum."""
+        scaled = {name: scale * value for name, value in values.items()}
+        scaled["offsets"] = scaled["offsets"] + shift
+        return scaled
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the lines are shifted."""
         moved = dict(values)
@@ -212,13 +218,6 @@ class PiecewiseLinear(Basis):
             if offsets in values:
                 moved[offsets] = std * values[offsets] - mean * values[slopes]
         return moved
-
-
-def affine(values: Values, scale: float, shift: float) -> dict[str, Array]:
-    """The parameters of scale * f + shift: shifting all lines of a maximum shifts the maximum."""
-    scaled = {name: scale * value for name, value in values.items()}
-    scaled["offsets"] = scaled["offsets"] + shift
-    return scaled
 
 
 class Tropical(PiecewiseLinear):
@@ -250,7 +249,7 @@ class Tropical(PiecewiseLinear):
         """Equally spaced slopes, from 0.4 to 1 times the largest, and knots that divide N(0, 1) into equal masses."""
         # Flatter first slopes bend it more: from 0.25 on, a plain network of 128 layers does not reach 95 % accuracy.
         slopes, offsets = lines_between_quantiles(degree, 0.4, 1.0, 0.0)
-        return stable(self, {"slopes": slopes, "offsets": offsets}, affine, bounds)
+        return stable(self, {"slopes": slopes, "offsets": offsets}, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         return paper_lines(degree)

@@ -26,7 +26,7 @@ from ortho_fx.bases.piecewise import (
     needed_lines,
 )
 from ortho_fx.bases.stable import stable
-from ortho_fx.bases.tropical import Bends, PiecewiseLinear, affine, bends, paper_lines, shares
+from ortho_fx.bases.tropical import Bends, PiecewiseLinear, bends, paper_lines, shares
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
 
@@ -94,7 +94,7 @@ class TropicalRational(PiecewiseLinear):
             "denominator_slopes": denominator_slopes,
             "denominator_offsets": denominator_offsets,
         }
-        return stable(self, values, affine, bounds)
+        return stable(self, values, bounds)
 
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         """The paper's tropical values, over a denominator of zeros: the paper starts its rationals only from fits."""

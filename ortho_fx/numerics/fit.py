@@ -35,6 +35,8 @@ _NODES, _PANEL, _MOST_PANELS = 8, 0.25, 512
 _STATED, _POINTS = 5.0, 2000
 # Widths and places of inputs. Squares of these are far from the ends of float64's range.
 _SMALLEST, _LARGEST, _APART = 1e-30, 1e30, 1e-9
+# An exact fit is off by at most this share of the value, for inputs up to this size.
+_EXACT, _FAR = 1e-6, 30.0
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,24 @@ def _fitted(
         derivative_max_error=slope_largest,
         bounds=bounds,
     )
+
+
+def check_exact(result: FittedExpansion) -> None:
+    """Checks that a fit is the function itself, for init "exact".
+
+    Raises:
+        OrthoFxError: it is further off than rounding, somewhere on [-30, 30].
+    """
+    x = torch.linspace(-_FAR, _FAR, 4001, dtype=torch.float64)
+    with torch.no_grad():
+        exact = result.function(x)
+        off = (result(x) - exact).abs()
+    if not bool((off <= _EXACT * exact.abs().clamp(min=1.0)).all()):
+        raise OrthoFxError(
+            f"init 'exact': no {result.config} expansion is {name_of(result.function)}; the closest is off by "
+            f"{result.max_error:.2g}. Use init 'fit' to start there, or a basis that holds this function, such as "
+            "gelu_series, silu_series, relu_squared_series or piecewise_power"
+        )
 
 
 def _with_fit(config: ExpansionConfig) -> ExpansionConfig:

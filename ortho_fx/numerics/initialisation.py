@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 
 from ortho_fx.bases import Basis, basis_named
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import PRESET, ExpansionConfig
 from ortho_fx.numerics.moments import Array
+from ortho_fx.numerics.preset import preset_values
 
 
 def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
@@ -29,9 +30,13 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     scale sqrt(2) / n and equal offsets for tropical. The paper starts its tropical rational from fits only: here it
     is the tropical start over a denominator of zeros.
 
+    "preset:FILE" has the parameters in that file; `ortho_fx.numerics.preset` reads it.
+
     "fit" depends on the replaced function; `ortho_fx.numerics.fit` computes it.
     """
     assert config.degree is not None
+    if config.init.startswith(PRESET):
+        return preset_values(config)
     basis = basis_named(config.basis)
     start = _start(basis, config.degree, config.init == "paper", config.clamp, config.tied)
     return {name: value.copy() for name, value in start.items()}

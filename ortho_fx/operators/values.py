@@ -58,6 +58,12 @@ class Value:
             return self * factor + summand
         return self._of(self._operations.fma(self.value, self._raw(factor), self._raw(summand)))
 
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._of(self._operations.truediv(self.value, self._raw(other)))
+
+    def __rtruediv__(self, other: float) -> Value:
+        return self._of(self._operations.truediv(self._raw(other), self.value))
+
     def __gt__(self, other: Value | float) -> Value:
         return self._of(self._operations.gt(self.value, self._raw(other)))
 
@@ -66,9 +72,6 @@ class Value:
 
     def equals(self, other: Value | float) -> Value:
         return self._of(self._operations.eq(self.value, self._raw(other)))
-
-    def __truediv__(self, other: Value) -> Value:
-        return self._of(self._operations.truediv(self.value, self._raw(other)))
 
     def where(self, value: Value | float, other: Value | float) -> Value:
         """`value` where this condition holds, and `other` elsewhere."""
@@ -80,6 +83,15 @@ class Value:
 
     def relu(self) -> Value:
         return self._of(self._operations.relu(self.value))
+
+    def erf(self) -> Value:
+        return self._of(self._operations.erf(self.value))
+
+    def exp(self) -> Value:
+        return self._of(self._operations.exp(self.value))
+
+    def sigmoid(self) -> Value:
+        return self._of(self._operations.sigmoid(self.value))
 
     def maximum(self, other: Value | float) -> Value:
         return self._of(self._operations.maximum(self.value, self._raw(other)))

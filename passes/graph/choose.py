@@ -77,8 +77,10 @@ def check_needs_no_example(config: ExpansionConfig | None) -> None:
     """Raises an `OrthoFxError` if the config needs a run of the model."""
     if config is None:
         return
-    for setting, value in (("granularity", config.granularity), ("init", config.init)):
-        if value not in ("layer", "stable", "paper", "fit"):
+    needs = {"granularity": config.granularity != "layer", "init": config.init == "calibrated"}
+    for setting, it_does in needs.items():
+        if it_does:
+            value = getattr(config, setting)
             raise OrthoFxError(
                 f"{setting} {value!r} needs a batch to run: call rewrite_(model, config, example_inputs=...)"
             )
@@ -92,8 +94,8 @@ def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
     """Why a site that could be replaced is left; empty if it is replaced."""
     if config is None:
         return "excluded by its name"
-    if config.init == "fit" and one.reference is None:
-        return "its arguments are known only when it runs, and init 'fit' needs them before"
+    if config.init in ("fit", "exact") and one.reference is None:
+        return f"its arguments are known only when it runs, and init {config.init!r} needs them before"
     if one.backward is not None:
         plain = {"granularity": config.granularity == "layer", "clamp": config.clamp is None}
         settings = [name for name, is_plain in plain.items() if not is_plain]

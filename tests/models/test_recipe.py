@@ -3,6 +3,7 @@ import math
 import pytest
 
 from ortho_fx import OrthoFxError
+from ortho_fx.bases import BASES
 from ortho_fx.models.recipe import TASKS, TrainConfig, load_recipe, recipes
 
 
@@ -58,7 +59,7 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are():
     [
         ({"model": "bert"}, "model must be one of gpt2, convnext; got 'bert'"),
         ({"size": "huge"}, "size must be one of tiny, small, 124m, 350m, 774m, 1.5b; got 'huge'"),
-        ({"basis": "bessel"}, "basis must be one of hermite, fourier, tropical, tropical_rational; got 'bessel'"),
+        ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
         ({"basis": "none", "degree": 3}, "degree goes with a basis, and basis is 'none'; got 3"),
         ({"steps": 0}, "steps must be 1 or more; got 0"),
         ({"accumulate": 0}, "accumulate must be 1 or more; got 0"),

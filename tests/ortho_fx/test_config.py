@@ -3,7 +3,8 @@ import json
 import pytest
 
 from ortho_fx import ExpansionConfig, OrthoFxError
-from ortho_fx.config import SiteConfig, configs_of
+from ortho_fx.bases import BASES
+from ortho_fx.config import INITS, SiteConfig, configs_of
 
 
 def test_degree_defaults_by_basis():
@@ -23,7 +24,7 @@ def test_round_trip_and_hash():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"basis": "bessel"}, "basis must be one of hermite, fourier, tropical, tropical_rational; got 'bessel'"),
+        ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
         ({"degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
         ({"basis": "fourier", "degree": 0}, "degree of fourier must be an integer from 1 to 64; got 0"),
         ({"degree": 2.5}, "degree of hermite must be an integer from 1 to 32; got 2.5"),
@@ -31,7 +32,7 @@ def test_round_trip_and_hash():
         ({"tied": True}, "tied is for the frequencies of fourier; hermite has none"),
         ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
         ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
-        ({"init": "zeros"}, "init must be one of stable, paper, calibrated, fit; got 'zeros'"),
+        ({"init": "zeros"}, f"init must be one of {', '.join(INITS)} or preset:FILE; got 'zeros'"),
     ],
 )
 def test_wrong_values_are_named(arguments, message):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ortho_fx import ExpansionConfig, OrthoFxError
+from ortho_fx.config import INITS
 from ortho_fx.models.compare.activations import Activation, choose_activations
 from ortho_fx.models.recipe import TrainConfig
 
@@ -67,7 +68,7 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "an activation is gelu or one of hermite, fourier, tropical, tropical_rational, then its degree"),
+        ("", "an activation is gelu or one of hermite, fourier, tropical, tropical_rational, chebyshev, "),
         ("bessel:3", "as in hermite:8,lr=0.01; got 'bessel:3'"),
         ("hermite:x", "after hermite come its degree and tied, each with a colon before it; got 'hermite:x'"),
         ("fourier:tied:5", "after fourier come its degree and tied, each with a colon before it; got 'fourier:tied:5'"),
@@ -79,7 +80,7 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
         ("hermite,warmup=1.5", "warmup must be a whole number; got '1.5' in 'hermite,warmup=1.5'"),
         ("hermite,calibrate=no", "calibrate must be true or false; got 'no' in 'hermite,calibrate=no'"),
         ("hermite,lr=-1", "lr must be 0 or more; got -1.0"),
-        ("hermite,init=best", "init must be one of stable, paper, calibrated, fit; got 'best'"),
+        ("hermite,init=best", f"init must be one of {', '.join(INITS)} or preset:FILE; got 'best'"),
         (
             "hermite,speed=1",
             "'speed' in 'hermite,speed=1' is no setting; an activation may set init, granularity, clamp",

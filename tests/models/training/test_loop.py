@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, rewrite_
-from ortho_fx.bases import BASES
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.runs.files import read_run
@@ -23,6 +22,7 @@ from ortho_fx.models.training.loop import Diverged, Run, train
 from ortho_fx.models.training.optimization import Step
 from ortho_fx.models.training.processes import Processes
 from ortho_fx.models.weights.bundle import load_model
+from tests.kinds import COMPILED_BASES
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def small(tmp_path, **changes):
     return TrainConfig(**{**values, **changes})
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", COMPILED_BASES)
 @pytest.mark.parametrize("model", ["gpt2", "convnext"])
 def test_compiled_training_lowers_the_loss_and_reaches_every_expansion(tmp_path, model, basis):
     pace = {"lr": 5e-3, "steps": 40} if model == "gpt2" else {"lr": 2e-3, "warmup": 5, "steps": 60}
@@ -71,7 +71,7 @@ def test_expansions_a_channel_with_clamps_train(tmp_path, model):
     assert result.losses[20] < result.losses[1]
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", COMPILED_BASES)
 @pytest.mark.parametrize(
     ("build", "inputs"),
     [

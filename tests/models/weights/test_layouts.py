@@ -231,6 +231,14 @@ def test_plain_state_dicts_of_ours_tell_their_expansions(tmp_path, build, inputs
     assert torch.equal(loaded(inputs), model(inputs))
 
 
+def test_a_plain_state_dict_tells_gated_mlps(tmp_path):
+    model = GPT2(GPT2Config(11, 16, 1, 1, 64, gated=True))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    loaded = load_pretrained(tmp_path / "a.pt").model
+    assert loaded.config.gated
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
 def test_layers_of_the_model_are_no_expansions():
     assert expansions_of(own(small_gpt2).state_dict()) == {}
     assert expansions_of({"a.coefficients": torch.ones(4)}) == {}

@@ -79,6 +79,8 @@ def rounding(activation, x):
         angles = np.abs(frequencies[:, None] * x) + np.abs(values["phases"][:, None])
         waves = np.abs(values["coefficients"] / factorials[:, None])[:, None] * (2 + angles)
         size = (4 + len(waves)) * (np.abs(values["constant"]) + waves.sum(0))
+    elif "offsets" not in values:
+        size = general_rounding(activation.basis, values, x)
     else:
         lines = [("slopes", "offsets"), ("denominator_slopes", "denominator_offsets")]
         size = 4 * sum(
@@ -87,6 +89,18 @@ def rounding(activation, x):
             if slopes in values
         )
     return torch.from_numpy(np.maximum(size, 4))
+
+
+def general_rounding(basis, values, x):
+    """The effect of a relative error of eps in every number that enters, times a multiple of their count."""
+    numbers = [torch.from_numpy(values[p.name]) for p in basis.parameters]
+    z = torch.from_numpy(x)
+    grad_x, terms = basis.derivatives(torch.ones_like(z), z, *numbers)
+    learned = [row for p, rows in zip(basis.parameters, numbers, strict=True) if p.learnable for row in rows]
+    fixed = sum(rows.abs().sum(0) for p, rows in zip(basis.parameters, numbers, strict=True) if not p.learnable)
+    size = sum((term() * number).abs() for term, number in zip(terms, learned, strict=True))
+    size = size + grad_x().abs() * (z.abs() + fixed) + z.abs()
+    return (4 + 8 * len(learned)) * size.numpy()
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,7 +121,8 @@ def test_it_rounds_like_it_in_float32(activation, scale):
     y = FrozenExpansion(activation)(x)
     own, bound = activation(x), torch.finfo(torch.float32).eps * rounding(activation, x)
     exact = activation.double()(x.double())
-    assert ((y - exact).abs() <= bound).all()
+    # High orders of Chebyshev polynomials overflow far outside; the range is that of the expansion.
+    assert ((y - exact).abs() <= bound)[own.isfinite()].all()
     if activation.basis.name == "hermite":  # a quarter of its bound holds for the recurrence itself
         assert ((own - exact).abs() <= bound / 4).all()
 
@@ -120,7 +135,7 @@ def test_gradients_of_every_order_are_those_of_the_expansion(activation):
     actual, expected = FrozenExpansion(activation)(x), activation(x)
     for _ in range(2 if "tropical" in activation.basis.name else 3):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
-        if not actual.requires_grad:  # the slope of a line is constant
+        if not (actual.requires_grad and expected.requires_grad):  # the slope of a line is constant
             break
         actual, expected = (
             torch.autograd.grad(y.sum(), x, create_graph=True, materialize_grads=True)[0] for y in (actual, expected)

@@ -5,9 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.polynomial.chebyshev import chebval
 from numpy.polynomial.hermite_e import hermeval
 
-from ortho_fx.bases import BASES, FOURIER, HERMITE, TROPICAL, TROPICAL_RATIONAL
+from ortho_fx.bases import (
+    BASES,
+    CHEBYSHEV,
+    FOURIER,
+    GELU_SERIES,
+    HERMITE,
+    PIECEWISE_POWER,
+    RELU_SQUARED_SERIES,
+    SAFE_RATIONAL,
+    SILU_SERIES,
+    TROPICAL,
+    TROPICAL_RATIONAL,
+)
 from ortho_fx.bases.basis import Basis
 
 
@@ -57,6 +71,48 @@ def test_tropical_is_a_maximum_of_lines_and_the_rational_a_difference_of_two(deg
     torch.testing.assert_close(TROPICAL.evaluate(x, *TROPICAL.prepare(x.dtype, s, b)), up)
     difference = TROPICAL_RATIONAL.evaluate(x, *TROPICAL_RATIONAL.prepare(x.dtype, s, b, t, c))
     torch.testing.assert_close(difference, up - down)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5, 16])
+def test_chebyshev_is_the_sum_of_chebyshev_polynomials(degree):
+    a, centre, scale = (p.detach() for p in random_parameters(CHEBYSHEV, degree))
+    x = np.linspace(-5, 5, 101)
+    expected = chebval((x - centre.item()) * scale.item(), a.numpy())
+    np.testing.assert_allclose(CHEBYSHEV.evaluate(torch.from_numpy(x), a, centre, scale), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("degree", [2, 5, 16])
+def test_safe_rational_is_a_quotient_without_a_pole(degree):
+    a, b = (p.detach() for p in random_parameters(SAFE_RATIONAL, degree))
+    x = torch.linspace(-1e3, 1e3, 4001, dtype=torch.float64)
+    y = SAFE_RATIONAL.evaluate(x, a, b)
+    expected = np.polyval(a.numpy()[::-1], x) / (1 + np.polyval(b.numpy()[::-1], x) ** 2)
+    np.testing.assert_allclose(y, expected, rtol=1e-9)
+    largest = a.abs().sum() / b[-1] ** 2
+    far = x.abs() > 100
+    assert (y[far].abs() <= 4 * largest * (x[far].abs() if degree % 2 else 1)).all()
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5, 8])
+def test_piecewise_powers_are_two_polynomials_that_meet_at_the_knot(degree):
+    parameters = [p.detach() for p in random_parameters(PIECEWISE_POWER, degree)]
+    constant, knot, right, left = (p.numpy() for p in parameters)
+    x = np.linspace(-5, 5, 101)
+    side = np.where(x > knot, np.polyval([*right[::-1], 0.0], x - knot), np.polyval([*left[::-1], 0.0], x - knot))
+    np.testing.assert_allclose(
+        PIECEWISE_POWER.evaluate(torch.from_numpy(x), *parameters), constant + side, rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(
+    ("basis", "function"),
+    [(GELU_SERIES, F.gelu), (SILU_SERIES, F.silu), (RELU_SQUARED_SERIES, lambda x: F.relu(x).square())],
+)
+def test_a_series_is_its_stock_activation_plus_a_hermite_expansion(basis, function):
+    a, weight, scale, shift = (p.detach() for p in random_parameters(basis, 4))
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    expected = weight * function(scale * x + shift) + HERMITE.evaluate(x, a)
+    torch.testing.assert_close(basis.evaluate(x, a, weight, scale, shift), expected)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 6])

@@ -28,7 +28,7 @@ def test_moments_are_those_in_closed_form(kind, degree, bounds):
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_of_groups_are_columns(kind):
     basis = basis_of(kind)
-    groups = [initial_parameters(config_of(kind, 4, init)) for init in ("stable", "paper")]
+    groups = [initial_parameters(config_of(kind, 4, clamp=clamp)) for clamp in (None, 1.0)]
     columns = {name: np.stack([values[name] for values in groups], axis=1) for name in groups[0]}
     x = np.linspace(-2, 2, 9)
     together = numeric.sampled(basis, columns, x, (-1.0, 1.5))

@@ -19,6 +19,7 @@ _GIVEN = {
     "train": ["gpt2"],
     "compare": ["gpt2", "--activations", "gelu", "--out", "compared"],
     "data": ["text.txt", "tokens"],
+    "harvest": ["run", "--out", "preset.json"],
     "plot": ["run"],
     "fit": ["gelu"],
     "bench": [],

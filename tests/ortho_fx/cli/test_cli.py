@@ -25,7 +25,7 @@ def run(capsys, *arguments):
     [
         (
             ["train", "gpt2", "--basis", "foo"],
-            "basis must be one of hermite, fourier, tropical, tropical_rational; got",
+            "basis must be one of hermite, fourier, tropical, tropical_rational, chebyshev, ",
         ),
         (["train", "gpt2", "--degree", "40"], "degree of hermite must be an integer from 1 to 32; got 40"),
         (["train", "gpt2", "--degree", "x"], "argument --degree: must be a whole number from 0 up; got 'x'"),

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from ortho_fx import ExpansionConfig, OrthoFxError, fit
+from ortho_fx import ExpansionConfig, OrthoFxError, fit, rewrite_
+from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.numerics.histogram import Histogram
+from ortho_fx.passes.vocabulary.targets import relu_squared
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +26,10 @@ CONFIGS = [
     ExpansionConfig("fourier", 6, tied=True),
     ExpansionConfig("tropical", 5),
     ExpansionConfig("tropical_rational", 6),
+    ExpansionConfig("chebyshev", 8),
+    ExpansionConfig("safe_rational", 5),
+    ExpansionConfig("piecewise_power", 3),
+    ExpansionConfig("silu_series", 3),
 ]
 LARGEST = [ExpansionConfig("fourier", 64), ExpansionConfig("fourier", 64, tied=True), ExpansionConfig("hermite", 32)]
 FUNCTIONS = [F.gelu, F.relu, F.silu, torch.tanh]
@@ -98,10 +105,14 @@ def test_no_change_of_the_parameters_comes_closer(config, function, seed, size, 
         return float((density * error).sum() / density.sum())
 
     generator = np.random.default_rng(seed)
-    linear = "constant" if config.basis == "fourier" else "coefficients" if config.basis == "hermite" else "offsets"
+    linear = next(
+        name for name in ("offsets", "numerator", "right", "constant", "coefficients") if name in result.parameters
+    )
     moved = dict(result.parameters)
     values = moved[linear]
-    scale = np.sqrt([math.factorial(k) for k in range(len(values))]) if config.basis == "hermite" else 1.0
+    scale = (
+        np.sqrt([math.factorial(k) for k in range(len(values))]) if config.basis in ("hermite", "silu_series") else 1.0
+    )
     moved[linear] = values + size * scale * generator.normal(size=len(values))
     # The quadrature of the fit and of this test differ by about 1e-6.
     assert cost(result.parameters) <= cost(moved) * 1.02 + 1e-6
@@ -140,6 +151,39 @@ def test_piecewise_linear_functions_are_met_exactly(function):
     result = fit(function, ExpansionConfig("tropical_rational", 6))
     assert result.rmse < 1e-9
     assert result.derivative_rmse < 1e-9
+
+
+EXACT = [
+    ("gelu_series", F.gelu),
+    ("silu_series", F.silu),
+    ("relu_squared_series", relu_squared),
+    ("piecewise_power", relu_squared),
+    ("piecewise_power", lambda x: F.leaky_relu(x, 0.5).square()),
+    ("piecewise_power", lambda x: x.square() * torch.where(x > 0, 1.0, -0.3)),
+    ("tropical", F.relu),
+]
+
+
+@pytest.mark.parametrize(("basis", "function"), EXACT)
+def test_an_exact_start_is_the_activation_itself(basis, function):
+    activation = make_activation(ExpansionConfig(basis, init="exact"), reference=function)
+    x = torch.linspace(-9, 9, 100_001).requires_grad_()
+    y, expected = activation(x), function(x)
+    torch.testing.assert_close(y.double(), function(x.detach().double()), rtol=6e-7, atol=6e-7)
+    torch.testing.assert_close(y, expected, rtol=6e-7, atol=2e-6)  # PyTorch's own GELU is off by 1e-6 in float32
+    slopes = (torch.autograd.grad(each.sum(), x)[0] for each in (y, expected))
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("basis", "function"), [("hermite", F.gelu), ("gelu_series", F.silu), ("tropical", F.silu)])
+def test_an_exact_start_that_does_not_exist_is_refused(basis, function):
+    config = ExpansionConfig(basis, init="exact")
+    with pytest.raises(OrthoFxError, match=rf"^init 'exact': no {config} expansion is .*; the closest is off by "):
+        make_activation(config, reference=function)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Mish())
+    with pytest.raises(OrthoFxError, match=r"^1: init 'exact': no .* expansion is mish"):
+        rewrite_(model, config)
+    assert isinstance(model[1], nn.Mish)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

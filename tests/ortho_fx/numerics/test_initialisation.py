@@ -13,7 +13,7 @@ from tests.kinds import KINDS, basis_of, config_of
 pytestmark = pytest.mark.slow
 
 EVERY = [(name, degree) for name in KINDS for degree in basis_of(name).degrees]
-SOME = [(name, degree) for name in KINDS for degree in (1, 2, 3, 5, 8, 12, 32)]
+SOME = [(name, degree) for name in KINDS for degree in (1, 2, 3, 5, 8, 12, 32) if degree in basis_of(name).degrees]
 
 
 def function_of(name, values):
@@ -22,9 +22,9 @@ def function_of(name, values):
     return lambda x: basis.evaluate(x, *parameters)
 
 
-def quadrature(function):
-    """E[f], E[f^2], E[f'^2], E[(X^2 - 1) f], E[(X^2 - 1) f^2] by the midpoint rule; kinks cost errors of about 1e-6."""
-    x = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) * 1.2e-5 - 12
+def quadrature(function, points):
+    """E[f], E[f^2], E[f'^2], E[(X^2 - 1) f], E[(X^2 - 1) f^2] by the midpoint rule."""
+    x = (torch.arange(points, dtype=torch.float64) + 0.5) * (24 / points) - 12
     weight = torch.exp(-x * x / 2)
     weight /= weight.sum()
     x.requires_grad_()
@@ -35,13 +35,17 @@ def quadrature(function):
     return [float((weight * v).sum()) for v in (y, y * y, slope * slope, growth * y, growth * y * y)]
 
 
-@pytest.mark.parametrize("init", ["stable", "paper"])
-@pytest.mark.parametrize(("name", "degree"), SOME)
+@pytest.mark.parametrize(
+    ("name", "degree", "init"),
+    [(name, n, init) for name, n in SOME for init in ("stable", "paper")[: 1 + basis_of(name).has_paper_start]],
+)
 def test_closed_forms_agree_with_quadrature(name, degree, init):
     values = initial_parameters(config_of(name, degree, init))
     g = basis_of(name).moments(values)
     closed = [g.mean, g.square, g.derivative_square, g.mean_growth, g.square_growth]
-    assert closed == pytest.approx(quadrature(function_of(name, values)), abs=2e-5)
+    # At two million points a kink costs an error of about 1e-6.
+    points = 2_000_000 if basis_of(name).piecewise else 100_000
+    assert closed == pytest.approx(quadrature(function_of(name, values), points), abs=2e-5)
 
 
 @pytest.mark.parametrize(("name", "degree"), EVERY)
@@ -49,7 +53,7 @@ def test_stable_gains_are_one_and_attract(name, degree):
     g = basis_of(name).moments(initial_parameters(config_of(name, degree)))
     assert abs(g.square - 1) < 1e-12
     assert abs(g.derivative_square - 1) < 1e-12
-    if (name, degree) == ("hermite", 1):  # the identity
+    if degree == 1 and basis_of(name).is_polynomial:  # the identity
         assert g.square_growth / 2 == pytest.approx(1)
     else:
         # Tropical is the closest to a line, for which the value is 1.

@@ -10,12 +10,12 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, torch_private
 from ortho_fx.activations.expansion import channel_dim_of, make_activation
-from ortho_fx.bases import BASES
 from ortho_fx.operators import operator
+from tests.kinds import COMPILED_BASES
 
 _compiler = torch_private.load(torch_private.TESTS)
 
-every_basis = pytest.mark.parametrize("basis", BASES)
+every_basis = pytest.mark.parametrize("basis", COMPILED_BASES)
 LAST = torch.channels_last
 
 

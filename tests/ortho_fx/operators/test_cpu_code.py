@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES
+from tests.kinds import COMPILED_BASES
 from tests.ortho_fx.operators.expansions import AROUND, Around, every_basis, expansion, noise, without_caches
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
@@ -130,7 +131,7 @@ def rows_code(basis, degree, around="alone"):
 
 
 @pytest.mark.parametrize(
-    ("basis", "degree"), [*((basis, 3) for basis in BASES), ("hermite", 16), ("tropical", 16), ("fourier", 5)]
+    ("basis", "degree"), [*((basis, 3) for basis in COMPILED_BASES), ("hermite", 16), ("tropical", 16), ("fourier", 5)]
 )
 def test_cpu_code_passes_over_the_tensor_once_in_each_direction(basis, degree):
     forward, backward = rows_code(basis, degree)
@@ -152,7 +153,10 @@ def test_cpu_code_reads_again_for_more_sums_than_registers_hold(basis, degree, s
 
 @pytest.mark.parametrize(
     ("basis", "around"),
-    [*(("hermite", around) for around in ("residual", "dropout", "gate")), *((basis, "all") for basis in BASES)],
+    [
+        *(("hermite", around) for around in ("residual", "dropout", "gate")),
+        *((basis, "all") for basis in COMPILED_BASES),
+    ],
 )
 def test_cpu_code_of_what_is_around_is_that_of_gelu(basis, around):
     # The degree is low: with the operations around it, a tropical rational of degree 3 takes more than one pass.
@@ -167,7 +171,7 @@ def test_cpu_code_of_what_is_around_is_that_of_gelu(basis, around):
         ("hermite", "channel", ROWS, 48, torch.contiguous_format),
         ("hermite", "channel", IMAGES, 16, torch.contiguous_format),
         ("hermite", "group:4", ROWS, 48, torch.contiguous_format),
-        *((basis, "channel", IMAGES, 16, torch.channels_last) for basis in BASES),
+        *((basis, "channel", IMAGES, 16, torch.channels_last) for basis in COMPILED_BASES),
     ],
 )
 def test_cpu_code_of_groups_passes_over_the_tensor_once(basis, granularity, shape, channels, layout):

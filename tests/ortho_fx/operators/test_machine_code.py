@@ -6,7 +6,7 @@ import torch
 from ortho_fx.activations.expansion import make_activation
 from ortho_fx.operators import parts
 from tests.h100 import triton_code
-from tests.kinds import KINDS, config_of
+from tests.kinds import COMPILED, config_of
 from tests.ortho_fx.operators.expansions import LAST
 
 pytest.importorskip("triton")
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 FLAT, IMAGES = (4096, 3072), (32, 384, 14, 14)
 # The others are in benchmarks/h100_code.py.
 CASES = [
-    *((kind, "channel", FLAT, torch.float32) for kind in KINDS),
+    *((kind, "channel", FLAT, torch.float32) for kind in COMPILED),
     ("fourier", "channel", IMAGES, torch.bfloat16),
     ("tropical_rational", "layer", FLAT, torch.float32),
     ("tropical_rational", "layer", IMAGES, torch.bfloat16),

@@ -15,7 +15,7 @@ from ortho_fx import ExpansionConfig, torch_private
 from ortho_fx.activations.expansion import make_activation
 from tests.h100 import triton_code
 from tests.interpreter import run
-from tests.kinds import KINDS, config_of
+from tests.kinds import COMPILED, config_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ class Scaled(nn.Module):
 MODELS = {"norms": Norms, "scaled": Scaled}
 # Every pair of a model and a granularity with one kind, and every kind where it is mixed in both.
 PAIRS = [("hermite", model, granularity) for model in MODELS for granularity in ("layer", "channel")]
-OTHERS = [(kind, "norms", "channel") for kind in KINDS if kind != "hermite"]
+OTHERS = [(kind, "norms", "channel") for kind in COMPILED if kind != "hermite"]
 
 
 def build(model, kind, granularity):

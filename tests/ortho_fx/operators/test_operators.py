@@ -17,7 +17,7 @@ from ortho_fx.operators import expand, operator
 from ortho_fx.operators.generated_code import generated_code
 from ortho_fx.operators.support import formulas_digest
 from tests.h100 import triton_code
-from tests.kinds import KINDS, basis_of, config_of
+from tests.kinds import COMPILED, KINDS, basis_of, config_of
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_groups_of_channels_are_expansions_of_their_own(name, groups, shape, cha
         torch.testing.assert_close(actual, exact)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_operators_with_groups_pass_pytorchs_own_checks_and_gradgradcheck(name):
     x, parameters = arguments(name, 2, shape=(2, 4, 3))
     grouped = [p.detach().unsqueeze(1).repeat(1, 2).requires_grad_(p.requires_grad) for p in parameters]
@@ -100,7 +100,7 @@ def test_third_derivative_of_a_cubic_is_its_leading_coefficient():
     torch.testing.assert_close(third, coefficients[3].expand_as(x))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_operators_pass_pytorchs_own_checks(name):
     x, parameters = arguments(name, 3)
     results = opcheck(operator(basis_of(name)), (x, *parameters))
@@ -162,7 +162,7 @@ def test_shapes_without_elements_or_dimensions(name):
 
 
 @pytest.mark.parametrize("channel_dim", [None, 0, 1, -1])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.usefixtures("without_loops")
 def test_one_call_for_a_batch_is_a_call_for_each_member(name, channel_dim):
     """Any of the arguments may be batched, in any dimension, for the forward and the backward operator."""
@@ -239,7 +239,7 @@ def test_third_derivatives_under_transforms():
 
 
 @pytest.mark.parametrize("groups", [None, 5])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_code_holds_no_operator_of_ours(name, groups):
     x, parameters = arguments(name, 3, torch.float32)
     if groups:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, rewrite_
+from ortho_fx.bases import BASES
 from ortho_fx.operators.generated_code import generated_code
 
 pytestmark = pytest.mark.slow
@@ -199,13 +200,13 @@ def refused(model, **keywords):
     [
         (
             {"options": {"bases": "hermite"}},
-            "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied "
+            "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied, gated "
             "and those of torch._inductor.config, and disable",
         ),
         ({"options": {"degree": 99}}, "degree of hermite must be an integer from 1 to 32; got 99"),
         (
             {"options": {"basis": "sine"}},
-            "basis must be one of hermite, fourier, tropical, tropical_rational; got 'sine'",
+            f"basis must be one of {', '.join(BASES)}; got 'sine'",
         ),
         ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune, got str should be bool"),
     ],

@@ -66,10 +66,11 @@ def test_fits_are_made_anew_for_the_measured_inputs(name):
     before = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
     (site,) = calibrate_(model, [x]).sites
     after = (model(x) - nn.SiLU()(x)).square().mean().sqrt().item()
-    assert after < before
+    # The first fit of a basis that holds the function is the function.
+    assert after < before or before < 1e-6
     # If the fit is almost exact, the rounding of float32 adds to the measured error.
     assert site.fit_rmse == pytest.approx(after, rel=0.05, abs=1e-6)
-    assert site.fit_rmse < report.sites[0].fit_rmse
+    assert site.fit_rmse < report.sites[0].fit_rmse or before < 1e-6
 
 
 def test_expansions_that_no_batch_reaches_are_named_and_kept():

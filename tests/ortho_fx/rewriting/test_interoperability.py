@@ -23,14 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, gains, revert_, rewrite_, torch_private
 from ortho_fx.activations.expansion import ExpansionActivation
-from ortho_fx.bases import BASES
 from ortho_fx.operators.generated_code import generated_code
+from tests.kinds import COMPILED_BASES
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = [ExpansionConfig(basis, 2) for basis in BASES]
-CONFIGS += [ExpansionConfig(basis, 2, granularity="channel", clamp=1.5) for basis in BASES]
-CONFIGS.insert(4, ExpansionConfig("fourier", 2, tied=True))
+CONFIGS = [ExpansionConfig(basis, 2) for basis in COMPILED_BASES]
+CONFIGS += [ExpansionConfig(basis, 2, granularity="channel", clamp=1.5) for basis in COMPILED_BASES]
+CONFIGS.insert(len(COMPILED_BASES), ExpansionConfig("fourier", 2, tied=True))
 LAYER, CHANNEL = ExpansionConfig("hermite", 3), ExpansionConfig("tropical", 2, granularity="channel", clamp=1.5)
 
 

@@ -14,6 +14,7 @@ from ortho_fx import (
     rewrite_like_,
     save_expansions,
 )
+from ortho_fx.bases import BASES
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -267,7 +268,7 @@ def replaced_otherwise() -> nn.Module:
         (
             fresh(),
             changed(basis="bessel"),
-            "1: basis must be one of hermite, fourier, tropical, tropical_rational; got 'bessel'",
+            f"1: basis must be one of {', '.join(BASES)}; got 'bessel'",
         ),
         (
             fresh(),

@@ -8,6 +8,7 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 
 from ortho_fx import ExpansionConfig, FourierActivation, HermiteActivation, OrthoFxError, find_sites, rewrite_
+from ortho_fx.bases import BASES
 from ortho_fx.passes.graph import substitute
 
 
@@ -172,7 +173,7 @@ def test_a_state_dict_loads_into_a_freshly_rewritten_model():
         ((Block(), {"mlp*": ExpansionConfig()}), "pattern 'mlp*' matches no site; sites are silu_expansion_0, act"),
         (
             (Block(), {"act": "hermit"}),
-            "the config of 'act': basis must be one of hermite, fourier, tropical, tropical_rational; got 'hermit'",
+            f"the config of 'act': basis must be one of {', '.join(BASES)}; got 'hermit'",
         ),
         (
             (Block(), 3),
@@ -180,7 +181,7 @@ def test_a_state_dict_loads_into_a_freshly_rewritten_model():
         ),
         (
             (Block(), {"basis": "hermite", "degre": 3}),
-            "unknown option 'degre'; options are basis, degree, init, granularity, clamp, tied",
+            "unknown option 'degre'; options are basis, degree, init, granularity, clamp, tied, gated",
         ),
     ],
 )
