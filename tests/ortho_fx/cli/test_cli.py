@@ -112,8 +112,8 @@ def test_text_is_prepared_trained_on_and_drawn(capsys, recipe, tmp_path):
 
 def test_activations_are_compared(capsys, recipe):
     command = ["compare", recipe, "--activations", "hermite:3", "--seeds", "2", "--no-timing", "--out", "compared"]
-    code, out, _ = run(capsys, *command)
-    assert code == 0
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
     rows = [line for line in out.splitlines() if line.startswith(("gelu ", "hermite:3 "))]
     assert len(rows) >= 2
     assert sorted(path.name for path in Path("compared").glob("compare.*")) == [
