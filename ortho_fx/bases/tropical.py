@@ -97,14 +97,14 @@ def place_of(line: Line, start: Value, lines: Sequence[Line], starts: Sequence[V
     """How many lines come before one in the order of `bends`; -1 for a line that is nowhere the largest."""
     place = start.constant(0.0)
     for (slope, _), other in zip(lines, starts, strict=True):
-        place = place + ((other < math.inf).as_number()) * (line[0] > slope).as_number()
+        place = place + (other < math.inf).as_number() * (line[0] > slope).as_number()
     return (start < math.inf).where(place, -1.0)
 
 
 def starts_and_places(lines: Sequence[Line]) -> tuple[list[Value], list[Value]]:
     """`start_of` and `place_of` for every line, with each pair of lines compared once."""
-    unit = lines[0][0].constant(1.0)
-    starts, ends = [unit.constant(-math.inf)] * len(lines), [unit.constant(math.inf)] * len(lines)
+    constant = lines[0][0].constant
+    starts, ends = [constant(-math.inf)] * len(lines), [constant(math.inf)] * len(lines)
     flatter = {}
     for k, (slope, offset) in enumerate(lines):
         for j, (other, above) in enumerate(lines[:k]):
@@ -121,7 +121,7 @@ def starts_and_places(lines: Sequence[Line]) -> tuple[list[Value], list[Value]]:
             ends[k] = ends[k].minimum(flatter[k, j].where(crossing, math.inf))
     starts = [(start < end).where(start, math.inf) for start, end in zip(starts, ends, strict=True)]
     seen = [(start < math.inf).as_number() for start in starts]
-    places = [unit.constant(0.0)] * len(lines)
+    places = [constant(0.0)] * len(lines)
     for (k, j), is_flatter in flatter.items():
         places[k] = places[k] + is_flatter.where(0.0, seen[j])
         places[j] = places[j] + is_flatter.where(seen[k], 0.0)
