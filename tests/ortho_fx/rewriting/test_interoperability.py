@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -443,11 +444,11 @@ def test_torchscript_traces_and_refuses_to_compile():
 
 
 def test_ddp_and_fsdp_in_two_processes_equal_one(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
+    # As a module of the repository, so that the file finds the others of the tests.
+    command = [sys.executable, "-m", "tests.ortho_fx.rewriting.test_interoperability", str(tmp_path / "store")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    root = Path(__file__).parents[3]
+    processes = [subprocess.Popen([*command, str(rank)], cwd=root, **pipes) for rank in range(2)]
     try:
         for process in processes:
             output, _ = process.communicate(timeout=300)
