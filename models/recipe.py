@@ -91,6 +91,7 @@ class TrainConfig:
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
     tied: bool = _setting(False, lambda: f"make the {what_ties()} multiples of one that learns")
     calibrate: bool = _setting(True, "start expansions for the inputs that the model really has, not for N(0, 1)")
+    freeze: bool = _setting(False, "fix the expansions at their start, as functions in which nothing learns")
 
     data: str | None = _setting(
         None, "standard-library, digits, or a path: tokens, text, IDX files or image folders (default: by model)", str
@@ -134,6 +135,12 @@ class TrainConfig:
         one_of("size", self.size, task.presets)
         if self.init is None:
             object.__setattr__(self, "init", "fit" if self.start_from else "stable")
+        if self.expansion is None and self.freeze:
+            raise OrthoFxError("freeze goes with a basis, and basis is 'none'")
+        if self.freeze and self.expansion_lr is not None:
+            raise OrthoFxError(
+                f"frozen expansions do not learn: leave out expansion_lr, which is {self.expansion_lr:g}"
+            )
         if self.expansion is not None:
             object.__setattr__(self, "degree", self.expansion.degree)
         elif self.degree is not None:
@@ -201,18 +208,27 @@ class TrainConfig:
         return None if self.basis == "none" else ExpansionConfig(*expansion)
 
     @property
+    def activation(self) -> str:
+        """The activation in a few words, for tables and titles."""
+        if self.expansion is None:
+            return "silu gated" if self.gated else "gelu"
+        return f"{self.expansion} frozen" if self.freeze else str(self.expansion)
+
+    @property
     def directory(self) -> Path:
         kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
-        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{'-gated' * self.gated}")
+        more = "-gated" * self.gated + "-frozen" * self.freeze
+        return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{more}")
 
     def configuration(self) -> dict[str, Any]:
-        """The fields that a checkpoint must share with the run that resumes from it; `gated` only if it is set.
+        """The fields that a checkpoint must share with the run that resumes from it.
 
-        Checkpoints of earlier releases lack that field, and had no gates.
+        `gated` and `freeze` are among them only if they are set: checkpoints of earlier releases lack these fields, and
+        had neither gates nor frozen expansions.
         """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
         free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
-        free |= set() if self.gated else {"gated"}
+        free |= {name for name in ("gated", "freeze") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -215,6 +215,23 @@ class SiteConfig:
             return cls(config, channels, channel_dim, str(frozen["form"]), sizes)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise OrthoFxError(f"frozen must hold the form and the sizes of its constants; got {frozen!r}") from None
+
+
+def described_sites(
+    expansions: Mapping[str, Mapping[str, Any]], channels: Mapping[str, Sequence[Any]]
+) -> dict[str, SiteConfig]:
+    """The expansions of a file of `ortho_fx.models.weights`, by site; it holds number and dimension of channels apart.
+
+    Raises:
+        OrthoFxError: an unknown or wrong field, or another version.
+        TypeError, AttributeError: values of another structure.
+    """
+    return {
+        site: SiteConfig.from_dict(
+            {**fields, **dict(zip(("channels", "channel_dim"), channels.get(site, ()), strict=False))}
+        )
+        for site, fields in expansions.items()
+    }
 
 
 def configs_of(value: object) -> ExpansionConfig | Mapping[str, ExpansionConfig | None] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation
+from ortho_fx.activations.freeze import freeze_
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.memory import require_memory
 from ortho_fx.models import convnext, gpt2
@@ -17,6 +17,7 @@ from ortho_fx.models.data.text import Tokens
 from ortho_fx.models.gpt2 import GPT2
 from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.weights.layouts import load_pretrained
+from ortho_fx.passes.vocabulary.expansions import Expansion, LearnableExpansion
 from ortho_fx.rewriting.calibration import calibrate_
 from ortho_fx.rewriting.rewrite import rewrite_
 
@@ -106,15 +107,20 @@ def _image_model(config: TrainConfig) -> Built:
 
 
 def _make_learnable(model: nn.Module, config: TrainConfig, inputs: Tensor) -> None:
-    present = [module.config for module in model.modules() if isinstance(module, ExpansionActivation)]
+    present = [module.site_config() for module in model.modules() if isinstance(module, Expansion)]
     wanted = config.expansion
     # Our own weights bring learned expansions, which keep their values; so `init` may differ, the rest may not.
-    if any(wanted is None or replace(found, init=wanted.init) != wanted for found in present):
-        raise OrthoFxError(
-            f"{config.start_from} holds expansions {present[0]}, and the run asks for {wanted or 'none'}"
-        )
-    if present or wanted is None:
+    for found in present:
+        frozen = found.form is not None
+        if wanted is None or replace(found.expansion, init=wanted.init) != wanted or (frozen and not config.freeze):
+            has = f"{'frozen ' * frozen}expansions {found.expansion}"
+            asked = "none" if wanted is None else f"{wanted}{'' if config.freeze else ', which learn'}"
+            raise OrthoFxError(f"{config.start_from} holds {has}, and the run asks for {asked}")
+    if wanted is None:
         return
-    rewrite_(model, wanted, example_inputs=inputs)
-    if config.calibrate:
-        calibrate_(model, [inputs])
+    if not present:
+        rewrite_(model, wanted, example_inputs=inputs)
+        if config.calibrate:
+            calibrate_(model, [inputs])
+    if config.freeze and any(isinstance(module, LearnableExpansion) for module in model.modules()):
+        freeze_(model)

@@ -211,7 +211,7 @@ class Run:
             workers=self.workers,
             pin=self.pin,
         )
-        title = f"{config.model} {config.expansion or 'gelu'}"
+        title = f"{config.model} {config.activation}"
         self._clock = time.perf_counter()
         with (
             contextlib.closing(batches),

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.activations.expansion import make_activation
 from ortho_fx.activations.freeze import FrozenExpansion
-from ortho_fx.config import ExpansionConfig, SiteConfig
+from ortho_fx.config import SiteConfig, described_sites
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file, reason
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.convnext import ConvNeXt, ConvNeXtConfig
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.passes.search import find_occurrences
+from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.targets import choose_targets
 from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library, with_digest
 
@@ -101,8 +102,8 @@ def save_weights(
             over steps. A tied parameter may be in it once or twice.
 
     Raises:
-        OrthoFxError: a model of another kind, frozen expansions, sharded parameters, a state that does not fit, a
-            description that is not JSON, or a disk that cannot be written.
+        OrthoFxError: a model of another kind, sharded parameters, a state that does not fit, a description that is not
+            JSON, or a disk that cannot be written.
     """
     name = kind_of(model)
     kind, state = KINDS[name], dict(model.state_dict() if state is None else state)
@@ -188,10 +189,7 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
     try:
         kind = KINDS[values["model"]]
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
-        expansions = {
-            site: SiteConfig(ExpansionConfig.from_dict(expansion), *values["channels"].get(site, ()))
-            for site, expansion in values["expansions"].items()
-        }
+        expansions = described_sites(values["expansions"], values["channels"])
         if not isinstance(values["description"], dict):
             raise TypeError("description must be an object")
         checked = _checked(kind.config(**config), len(tensors))
@@ -279,29 +277,26 @@ def _place_expansions(model: nn.Module, sites: Mapping[str, SiteConfig]) -> None
     for name, site in sites.items():
         if name not in found:
             raise OrthoFxError(f"{name} is no activation of this {type(model).__name__}; those are {shortened(found)}")
-        activation = make_activation(
+        learnable = make_activation(
             replace(site.expansion, init="stable"),
             channels=site.channels,
             channel_dim=site.channel_dim,
             reference=found[name].reference,
             device="meta",
         )
-        activation.config = site.expansion
-        found[name].substitute(activation)
+        learnable.config = site.expansion
+        found[name].substitute(learnable if site.form is None else FrozenExpansion.like(learnable, site))
 
 
 def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> str:
-    frozen = next((site for site, module in model.named_modules() if isinstance(module, FrozenExpansion)), None)
-    if frozen is not None:
-        raise OrthoFxError(f"{frozen} is frozen: save the weights before freeze_, which is quickly done again")
-    expansions = {site: module for site, module in model.named_modules() if isinstance(module, ExpansionActivation)}
+    expansions = {site: module for site, module in model.named_modules() if isinstance(module, Expansion)}
     config = asdict(model.config)  # type: ignore[call-overload]
     values = {
         "version": VERSION,
         "model": name,
         "size": _size_of(name, config),
         "config": config,
-        "expansions": {site: module.config.to_dict() for site, module in expansions.items()},
+        "expansions": {site: _without_channels(module.site_config()) for site, module in expansions.items()},
         "channels": {
             site: [module.channels, module.channel_dim]
             for site, module in expansions.items()
@@ -314,6 +309,11 @@ def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> st
         return json.dumps(values)
     except (TypeError, ValueError) as error:
         raise OrthoFxError(f"the description of the weights must be plain values for JSON: {error}") from None
+
+
+def _without_channels(site: SiteConfig) -> dict[str, Any]:
+    """The description of an expansion; its channels have a place of their own in the file."""
+    return {key: value for key, value in site.to_dict().items() if key not in ("channels", "channel_dim")}
 
 
 def _size_of(name: str, config: Mapping[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import random
 import statistics
@@ -315,9 +316,13 @@ def compile_seconds(expansion: ExpansionConfig | None, config: BenchConfig, bloc
 def compile_times(
     config: BenchConfig, blocks: int = 12, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
-    """`compile_seconds` of GELU and of every expansion of a config, by name, GELU first."""
-    seconds = {}
-    for name, expansion in {"gelu": None, **{str(e): e for e in config.expansions}}.items():
-        progress(f"{name}: compiles {blocks} blocks")
-        seconds[name] = compile_seconds(expansion, config, blocks)
+    """`compile_seconds` of GELU and of every expansion of a config, by name, GELU first.
+
+    Each is the lowest of two, measured in turns: whatever else a machine does can only make a compilation longer.
+    """
+    seconds: dict[str, float] = {}
+    for _ in range(2):
+        for name, expansion in {"gelu": None, **{str(e): e for e in config.expansions}}.items():
+            progress(f"{name}: compiles {blocks} blocks")
+            seconds[name] = min(compile_seconds(expansion, config, blocks), seconds.get(name, math.inf))
     return seconds

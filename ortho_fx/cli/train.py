@@ -83,7 +83,7 @@ def run(parsed: argparse.Namespace) -> int:
     configs = [config]
     if parsed.beside_gelu and config.expansion is not None:
         out = f"{config.out}-gelu" if config.out else None
-        configs.append(replace(config, basis="none", degree=None, tied=False, out=out))
+        configs.append(replace(config, basis="none", degree=None, tied=False, freeze=False, out=out))
     leads = os.environ.get("RANK", "0") == "0"
     results: list[Result] = []
     for config in configs:
@@ -91,8 +91,7 @@ def run(parsed: argparse.Namespace) -> int:
         to_go_on = None if config is configs[0] else "go on with --resume"
         if leads:
             of = f"from {config.start_from}" if config.start_from else config.size
-            name = config.expansion or "gelu"
-            begins = f"{config.model} {of} with {name}, {config.steps} steps, in {config.directory}"
+            begins = f"{config.model} {of} with {config.activation}, {config.steps} steps, in {config.directory}"
             say_or_end(begins, f"nothing in {config.directory} was changed: {to_go_on or 'run the command again'}")
         # The earlier command may have been interrupted before this run started.
         resume = parsed.resume and (config is configs[0] or bool(checkpoints(config.directory / "checkpoints")))
@@ -110,7 +109,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _side_by_side(results: Sequence[Result]) -> str:
     """A table with a column per run: training loss at the first step and each validation, and the last validation."""
-    names = [str(result.config.expansion or "gelu") for result in results]
+    names = [result.config.activation for result in results]
     shown = [1, *(step for step in results[0].validations if step > 1)]
     rows = [("step", *(f"{name} loss" for name in names))]
     rows += [(str(step), *(f"{result.losses[step]:.4f}" for result in results)) for step in shown]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_fx.bases import BASES, Basis
-from ortho_fx.config import ExpansionConfig, SiteConfig
+from ortho_fx.config import ExpansionConfig, SiteConfig, described_sites
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY, Expansion
 from ortho_fx.passes.vocabulary.sites import COMPILED, plain_name
@@ -244,12 +244,7 @@ def _of_metadata(values: Mapping[str, Any]) -> Source:
     if "sites" in values:
         return _of_config(values)
     # The files of `ortho_fx.models.weights`.
-    channels = values.get("channels", {})
-    sites = {
-        name: SiteConfig(ExpansionConfig.from_dict(fields), *channels.get(name, ()))
-        for name, fields in values.get("expansions", {}).items()
-    }
-    return _some(Source(sites))
+    return _some(Source(described_sites(values.get("expansions", {}), values.get("channels", {}))))
 
 
 def _some(source: Source) -> Source:

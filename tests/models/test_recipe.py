@@ -61,6 +61,11 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are():
         ({"size": "huge"}, "size must be one of tiny, small, 124m, 350m, 774m, 1.5b; got 'huge'"),
         ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
         ({"basis": "none", "degree": 3}, "degree goes with a basis, and basis is 'none'; got 3"),
+        ({"basis": "none", "freeze": True}, "freeze goes with a basis, and basis is 'none'"),
+        (
+            {"freeze": True, "expansion_lr": 0.01},
+            "frozen expansions do not learn: leave out expansion_lr, which is 0.01",
+        ),
         ({"steps": 0}, "steps must be 1 or more; got 0"),
         ({"accumulate": 0}, "accumulate must be 1 or more; got 0"),
         ({"clip": 0.0}, "clip must be above zero; got 0.0"),
@@ -91,6 +96,9 @@ def test_where_a_run_is_and_how_it_is_computed_is_not_what_it_is_of():
     config = TrainConfig(out="a", device="cpu", accumulate=2, parallel="fsdp", eval_every=7)
     assert config.configuration() == TrainConfig(out="b", compile=False).configuration()
     assert config.configuration() != TrainConfig(seed=1).configuration()
+    # Checkpoints of earlier releases do not have these.
+    assert not {"gated", "freeze"} & TrainConfig().configuration().keys()
+    assert TrainConfig(freeze=True).configuration()["freeze"] is True
 
 
 def test_every_setting_says_what_it_is_for():

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, rewrite_
+from ortho_fx import ExpansionActivation, ExpansionConfig, FrozenExpansion, OrthoFxError, rewrite_
 from ortho_fx.models import convnext, gpt2
 from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.runs.files import read_run
@@ -114,7 +114,8 @@ def stop_at(run, losses_before, number):
 
 
 @pytest.mark.parametrize(
-    ("model", "changes"), [("gpt2", {"dropout": 0.2}), ("convnext", {"drop_path": 0.2, "ema": 0.9})]
+    ("model", "changes"),
+    [("gpt2", {"dropout": 0.2, "freeze": True}), ("convnext", {"drop_path": 0.2, "ema": 0.9})],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_resumed_run_repeats_the_losses_to_the_last_bit(tmp_path, model, changes, number):
@@ -322,6 +323,29 @@ def test_fine_tuning_starts_from_a_run_with_fits_of_its_activations(tmp_path):
         train(replace(config, basis="hermite", degree=3, start_from=config.out, out=str(tmp_path / "other")))
     with pytest.raises(OrthoFxError, match="it is a gpt2, and has to be a convnext"):
         train(small(tmp_path, model="convnext", start_from=config.out, out=str(tmp_path / "other")))
+
+
+def test_frozen_expansions_keep_the_function_that_they_start_with(tmp_path):
+    learned = train(small(tmp_path, compile=False, basis="fourier", degree=2, out=str(tmp_path / "learned")))
+    for start in ({"degree": 2, "start_from": learned.config.out}, {"degree": 1}):
+        run = Run(small(tmp_path, basis="fourier", freeze=True, clip=0.5, **start), ALONE)
+        frozen = [module for module in run.model.modules() if isinstance(module, FrozenExpansion)]
+        assert len(frozen) == 2
+        before = [module.state_dict() for module in frozen]
+        before = [{name: value.clone() for name, value in state.items()} for state in before]
+        result = run.start(resume=False, overwrite=True)
+        assert result.expansion_parameters == 0
+        assert result.losses[12] < result.losses[1]
+        for module, state in zip(frozen, before, strict=True):
+            assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
+    loaded = load_model(tmp_path / "run" / "model.safetensors").eval()
+    assert torch.equal(loaded(resumed_inputs("gpt2")), run.model.eval()(resumed_inputs("gpt2")))
+    again = small(tmp_path, basis="fourier", degree=1, start_from=str(tmp_path / "run"), out=str(tmp_path / "again"))
+    with pytest.raises(
+        OrthoFxError, match=r"holds frozen expansions fourier 1, and the run asks for fourier 1, which learn$"
+    ):
+        train(again)
+    assert train(replace(again, freeze=True, compile=False)).expansion_parameters == 0
 
 
 TORCHRUN = """
