@@ -2,13 +2,14 @@
 
     python benchmarks/harvested.py [--only gpt2-small convnext-small-fashion gpt2] [--jobs 2]
 
-Two runs learn Fourier expansions of five terms. `ortho-fx harvest` takes the mean of what they learned: once whole, and
-once pruned to a single sine. Runs with three other seeds then train with GELU, with five terms that are learned from
-the stable start, and with the harvested functions, live and frozen. Everything goes through the command line. A recipe
-without functions of its own takes those that GPT-2 small has learned, so it shows what they do at another size.
+Two runs learn Fourier expansions of five terms. `ortho-fx harvest` takes the mean of what they learned, pruned to the
+fewest terms within PRUNING of it. Runs with three other seeds then train with GELU, with five terms that are learned
+from the stable start, and with the harvested function, live and frozen. Everything goes through the command line. A
+recipe without a function of its own takes the one that GPT-2 small has learned, so it shows what that does at another
+size.
 
-Runs are kept in runs/harvested, and go on there after an interruption. Writes results/harvested.json and the presets
-results/harvested_*.json; prints a table.
+Runs are kept in runs/harvested, and go on there after an interruption. Writes results/harvested.json, and the presets that
+come with the package (ortho_fx/presets); prints a table.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from ortho_fx.numerics.preset import read_preset
 from ortho_fx.tables import table
 
 RESULTS = Path(__file__).parent / "results"
+PRESETS = Path(__file__).parent.parent / "ortho_fx" / "presets"
 RUNS = Path("runs") / "harvested"
 LEARNED, OTHERS = (0, 1), (2, 3, 4)
-# A single sine is this close to the mean of five terms, in units of the inputs' deviation.
+# The largest distance of the pruned function from the mean of those learned, in units of the inputs' deviation.
 PRUNING = 0.25
-# The recipe, and the one whose functions it takes.
+# The recipe, and the one whose function it takes.
 RECIPES = {"gpt2-small": "gpt2-small", "convnext-small-fashion": "convnext-small-fashion", "gpt2": "gpt2-small"}
 
 
@@ -63,26 +65,25 @@ def loss_of(directory: Path) -> float:
     return float(read_run(directory).validations[-1]["validation_loss"])
 
 
-def preset_of(recipe: str, kind: str) -> Path:
-    return RESULTS / f"harvested_{recipe.replace('-', '_')}_{kind}.json"
+def preset_of(recipe: str) -> Path:
+    return PRESETS / f"{recipe}.json"
 
 
 def ways(recipe: str) -> dict[str, list[object]]:
     """The settings of each way to train."""
-    five, sine = (preset_of(RECIPES[recipe], kind) for kind in ("five", "sine"))
-    degree = read_preset(sine).expansion.degree
+    preset = preset_of(RECIPES[recipe])
+    degree = read_preset(preset).expansion.degree
     fourier = ["--basis", "fourier", "--degree"]
     return {
         "gelu": ["--basis", "none"],
         "fourier 5, learned": [*fourier, 5],
-        "five terms, harvested, live": [*fourier, 5, "--init", f"preset:{five}"],
-        "one sine, harvested, live": [*fourier, degree, "--init", f"preset:{sine}"],
-        "one sine, harvested, frozen": [*fourier, degree, "--init", f"preset:{sine}", "--freeze"],
+        "harvested, live": [*fourier, degree, "--init", f"preset:{preset}"],
+        "harvested, frozen": [*fourier, degree, "--init", f"preset:{preset}", "--freeze"],
     }
 
 
 def harvested(recipe: str, pool: ThreadPoolExecutor) -> None:
-    """Learns the functions of a recipe, and writes them as presets."""
+    """Learns the functions of a recipe, and writes their mean as a preset."""
     runs = [RUNS / recipe / f"learned-{seed}" for seed in LEARNED]
     started = [
         pool.submit(train, run, recipe, "--basis", "fourier", "--degree", 5, "--seed", seed)
@@ -90,8 +91,7 @@ def harvested(recipe: str, pool: ThreadPoolExecutor) -> None:
     ]
     for one in started:
         one.result()
-    print(ortho_fx("harvest", *runs, "--out", preset_of(recipe, "five")), end="")
-    print(ortho_fx("harvest", *runs, "--out", preset_of(recipe, "sine"), "--error", PRUNING), end="")
+    print(ortho_fx("harvest", *runs, "--out", preset_of(recipe), "--error", PRUNING), end="")
 
 
 def measured(recipe: str, pool: ThreadPoolExecutor) -> dict[str, list[float]]:

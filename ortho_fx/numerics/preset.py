@@ -1,7 +1,8 @@
 """Presets: a function that was learned, in a small file from which `init="preset:FILE"` starts.
 
 The function is in standard units, h(z) = f(mean + std z) / std for inputs of this mean and deviation (without the last
-division for a gate). So it is calibrated like any other start. The file is JSON.
+division for a gate). So it is calibrated like any other start. The file is JSON. Some come with the package, and are read
+by their names.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ortho_fx.numerics.moments import Array
 from ortho_fx.tensor_files import read_json
 
 _FORMAT, _VERSION = "ortho_fx preset", 1
+_PACKAGED = resources.files("ortho_fx") / "presets"
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,26 @@ class Preset:
             partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def presets() -> list[str]:
+    """The names of the presets that come with the package."""
+    return sorted(file.name.removesuffix(".json") for file in _PACKAGED.iterdir() if file.name.endswith(".json"))
+
+
 def read_preset(path: str | Path) -> Preset:
-    """The preset in a file.
+    """The preset in a file, or the one of that name that comes with the package.
 
     Raises:
-        OrthoFxError: no such file, or a damaged one, or one of another format or version.
+        OrthoFxError: no such file and no such name, or a damaged file, or one of another format or version.
     """
-    path = Path(path)
+    if str(path) in presets():
+        with resources.as_file(_PACKAGED / f"{path}.json") as packaged:
+            return _read(packaged)
+    if not Path(path).exists():
+        raise OrthoFxError(f"there is no file {path}, and these presets come with the package: {', '.join(presets())}")
+    return _read(Path(path))
+
+
+def _read(path: Path) -> Preset:
     values = read_json(path)
     if values.get("format") != _FORMAT:
         raise OrthoFxError(f"{path} is no preset: its format is {values.get('format')!r}; `ortho-fx harvest` makes one")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ortho_fx.cli import main
 from ortho_fx.models import gpt2
 from ortho_fx.models.runs.harvest import harvest
 from ortho_fx.models.weights.expansions import SiteInputs, write_expansions
-from ortho_fx.numerics.preset import read_preset
+from ortho_fx.numerics.preset import presets, read_preset
 from tests.h100 import triton_code
 
 SINE = {"constant": [0.2], "coefficients": [1.5], "frequencies": [0.7], "phases": [math.pi / 2]}
@@ -134,7 +135,9 @@ def test_damaged_presets_are_named(preset, tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(values | changes))
         with pytest.raises(OrthoFxError, match=f"bad.json:? {message}"):
             read_preset(tmp_path / "bad.json")
-    with pytest.raises(OrthoFxError, match=r"cannot read .*none\.json"):
+    with pytest.raises(
+        OrthoFxError, match=r"^there is no file .*none\.json, and these presets come with the package: "
+    ):
         make_activation(ExpansionConfig("fourier", 1, init=f"preset:{tmp_path / 'none.json'}"))
 
 
@@ -150,6 +153,17 @@ def test_runs_that_cannot_be_harvested_are_named(tmp_path):
         harvest([fourier], error=-1)
     with pytest.raises(OrthoFxError, match="at least one run"):
         harvest([])
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_of_the_package_are_starts_by_their_names(name):
+    config = replace(read_preset(name).expansion, init=f"preset:{name}")
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    rewrite_(model, config)
+    batch = 3 * torch.randn(512, 8, generator=torch.Generator().manual_seed(0)) + 1
+    calibrate_(model, [batch])
+    assert gains(model[1]).forward > 0
+    assert model(batch).isfinite().all()
 
 
 @pytest.mark.slow

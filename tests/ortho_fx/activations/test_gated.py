@@ -83,6 +83,7 @@ MLPS = {
     "SwiGLU": timm("SwiGLU"),
     "GluMlp": timm("GluMlp"),
     "SwiGLUPacked": timm("SwiGLUPacked"),
+    "gpt2": lambda hidden: gpt2.GatedMLP(gpt2.GPT2Config(width=hidden)),
 }
 every_mlp = pytest.mark.parametrize("name", MLPS)
 
@@ -112,7 +113,8 @@ def test_a_gate_is_one_kernel_each_way_on_a_gpu(name):
 
     def kernels():
         x = torch.empty(8, rows // 8, hidden, device="meta", requires_grad=True)
-        code = triton_code(mlp, x, whole=rows * 2 * hidden)
+        inner = mlp.gate.out_features if name == "gpt2" else 2 * hidden
+        code = triton_code(mlp, x, whole=rows * inner)
         # Kernels that store a whole tensor; others sum for the gradient of a bias.
         return [[(k.loads, k.stores) for k in graph.big if k.stores] for graph in (code.forward, code.backward)]
 
