@@ -8,8 +8,8 @@ from the stable start, and with the harvested function, live and frozen. Everyth
 recipe without a function of its own takes the one that GPT-2 small has learned, so it shows what that does at another
 size.
 
-Runs are kept in runs/harvested, and go on there after an interruption. Writes results/harvested.json, and the presets that
-come with the package (ortho_fx/presets); prints a table.
+Runs are kept in runs/harvested, and go on there after an interruption. Writes results/harvested.json, and the presets
+that come with the package (ortho_fx/presets); prints a table.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class ExpansionConfig:
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
             mean and standard deviation of each site's inputs), "fit" (the closest fit to the replaced activation) or
             "exact" (the replaced activation itself, for a basis that holds it: "gelu_series" for GELU, "tropical" for
-            ReLU, "piecewise_power" for ReLU^2), or "preset:FILE" (a function that `ortho-fx harvest` has written, or the
-            name of one that comes with the package).
+            ReLU, "piecewise_power" for ReLU^2), or "preset:FILE" (a function that `ortho-fx harvest` has written, or
+            the name of one that comes with the package).
         granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
             groups of neighbouring channels).
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.

@@ -1,8 +1,8 @@
 """Presets: a function that was learned, in a small file from which `init="preset:FILE"` starts.
 
 The function is in standard units, h(z) = f(mean + std z) / std for inputs of this mean and deviation (without the last
-division for a gate). So it is calibrated like any other start. The file is JSON. Some come with the package, and are read
-by their names.
+division for a gate). So it is calibrated like any other start. The file is JSON. Some come with the package, and are
+read by their names.
 """
 
 from __future__ import annotations
