@@ -34,8 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 PRESETS = Path(__file__).parent.parent / "ortho_fx" / "presets"
 RUNS = Path("runs") / "harvested"
 LEARNED, OTHERS = (0, 1), (2, 3, 4)
-# The largest distance of the pruned function from the mean of those learned, in units of the inputs' deviation.
-PRUNING = 0.25
+# The largest distance of the pruned function from the mean of those learned, as a share of its deviation.
+PRUNING = 0.3
 # The recipe, and the one whose function it takes.
 RECIPES = {"gpt2-small": "gpt2-small", "convnext-small-fashion": "convnext-small-fashion", "gpt2": "gpt2-small"}
 

@@ -14,7 +14,7 @@ def add(commands: Commands[Parser]) -> None:
         help="make a preset of what runs have learned",
         description="Averages the expansions that runs have learned, over layers, groups and runs, and writes the "
         "closest expansion as a preset.",
-        epilog="example: ortho-fx harvest runs/a runs/b --out sine.json --error 0.01; then "
+        epilog="example: ortho-fx harvest runs/a runs/b --out sine.json --error 0.2; then "
         "ortho-fx train gpt2 --basis fourier --degree 1 --init preset:sine.json",
         allow_abbrev=False,
     )
@@ -23,8 +23,8 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument(
         "--error",
         type=Number(),
-        help="drop terms: the lowest degree that is this close to the mean, as a root mean square in units of the "
-        "inputs' deviation (default: the degree of the runs)",
+        help="drop terms: the lowest degree that is this close to the mean function, as a share of that function's "
+        "deviation (default: the degree of the runs)",
     )
     command.set_defaults(run=run)
 

@@ -34,7 +34,8 @@ class Preset:
     Attributes:
         expansion: its basis, degree and settings; the granularity is "layer".
         parameters: its parameters in standard units, by name, in float64.
-        rmse: its root mean square distance, for z of N(0, 1), from the mean of the functions that were harvested.
+        rmse: its root mean square distance from the mean of the functions that were harvested, in standard units and
+            for inputs as they were at the end of the runs.
         functions: the number of these functions.
     """
 

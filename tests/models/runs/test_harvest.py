@@ -20,20 +20,25 @@ from tests.h100 import triton_code
 SINE = {"constant": [0.2], "coefficients": [1.5], "frequencies": [0.7], "phases": [math.pi / 2]}
 
 
-def a_run(folder, values, config=None, inputs=((0.0, 1.0),), **settings):
-    """A run whose sites have these functions in standard units, of inputs with these means and deviations."""
+def a_run(folder, values, config=None, inputs=((0.0, 1.0),), grown=1.0, **settings):
+    """A run whose sites have these functions in standard units, of inputs with these means and deviations at the start.
+
+    At the end their deviations are `grown` times as large.
+    """
     folder.mkdir()
     (folder / "run.json").write_text("{}")
     (folder / "metrics.jsonl").write_text("")
     config = config or ExpansionConfig("fourier", len(values["phases"]))
-    activations, seen = {}, {}
+    activations, start, now = {}, {}, {}
     for number, (mean, std) in enumerate(inputs):
         activation = make_activation(config, dtype=torch.float64, **settings)
         standard = {name: torch.tensor(value, dtype=torch.float64).numpy() for name, value in values.items()}
         activation.set_parameters(activation.basis.rescale(standard, mean, std))
-        activations[f"layer{number}"], seen[f"layer{number}"] = activation, SiteInputs(mean, std, mean, mean)
+        activations[f"layer{number}"], start[f"layer{number}"] = activation, SiteInputs(mean, std, mean, mean)
+        now[f"layer{number}"] = SiteInputs(mean, std * grown, mean, mean)
     tensors = {name: activation.state_dict() for name, activation in activations.items()}
-    write_expansions(folder / "expansions.safetensors", 5, activations, tensors, seen)
+    for name, step, seen in (("expansions-start", 0, start), ("expansions", 5, now)):
+        write_expansions(folder / f"{name}.safetensors", step, activations, tensors, seen)
     return folder
 
 
@@ -153,6 +158,21 @@ def test_runs_that_cannot_be_harvested_are_named(tmp_path):
         harvest([fourier], error=-1)
     with pytest.raises(OrthoFxError, match="at least one run"):
         harvest([])
+
+
+def test_the_preset_is_close_where_the_inputs_are_at_the_end(tmp_path):
+    """A wave that is a line for the inputs at the start, and fits no other line or cubic where they are at the end."""
+    wide = {**SINE, "frequencies": [0.1]}
+    preset = harvest([a_run(tmp_path / "a", wide, inputs=((0.3, 0.25), (0.0, 2.0)), grown=20.0)])
+    z = torch.linspace(-50, 50, 101, dtype=torch.float64)
+    c = {name: torch.from_numpy(value) for name, value in preset.parameters.items()}
+    y = c["constant"] + c["coefficients"] * torch.cos(c["frequencies"] * z - c["phases"])
+    torch.testing.assert_close(y, 0.2 + 1.5 * torch.sin(0.1 * z), rtol=0, atol=1e-5)
+
+
+def test_inputs_that_were_all_equal_are_refused(tmp_path):
+    with pytest.raises(OrthoFxError, match="a: layer0: its inputs were all equal when they were measured"):
+        harvest([a_run(tmp_path / "a", SINE, grown=0.0)])
 
 
 @pytest.mark.parametrize("name", presets())
