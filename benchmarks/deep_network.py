@@ -1,6 +1,7 @@
 """How signals and gradients fare in a deep plain network at its start: no normalisation, no residuals, 100 layers.
 
     python benchmarks/deep_network.py [--seeds 10] [--layers 100] [--width 512]
+    python benchmarks/deep_network.py --redraw    # from the numbers of results/deep_network.json
 
 Measured for each basis and initialisation, over seeds, in float64: the second moment after every layer, and the rms of
 the input's gradient for a gradient of N(0, 1) at the output. Writes results/deep_network.json and a plot beside it.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 from ortho_fx import ExpansionConfig
 from ortho_fx.activations.expansion import make_activation
+from ortho_fx.plots import line_styles, load_pyplot, save
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = [
@@ -83,29 +85,19 @@ def measure(seeds: int, layers: int, width: int) -> list[dict]:
 
 
 def plot(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {"hermite": "#c0392b", "fourier": "#2471a3", "tropical": "#1e8449", "tropical_rational": "#b9770e"}
-    titles = {"stable": "init='stable'", "paper": "init='paper', and He initialisation in grey"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    titles = {"stable": "init='stable'", "paper": "init='paper', and He initialisation, nearly black"}
+    figure, axes = load_pyplot().subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (init, title) in zip(axes, titles.items(), strict=True):
-        drawn: list[str] = []
-        for row in result["rows"]:
-            basis = row["activation"].split()[0]
-            if row["init"] not in (init, "He" if init == "paper" else init):
-                continue
-            style = ("-", "--", ":")[drawn.count(colours.get(basis, "0.6"))]
-            drawn.append(colours.get(basis, "0.6"))
+        rows = [row for row in result["rows"] if row["init"] in (init, "He" if init == "paper" else init)]
+        for row, style in zip(rows, line_styles(row["activation"] for row in rows), strict=True):
             moments = [moment for moment in row["mean_moment_by_layer"] if moment is not None]
-            axis.plot(range(1, len(moments) + 1), moments, style, color=drawn[-1], label=row["activation"], lw=1.6)
+            axis.plot(range(1, len(moments) + 1), moments, **style, label=row["activation"], lw=1.6)
         axis.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer", title=title)
+        axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, ncols=2, frameon=False, loc="lower left")
-    axes[0].set_ylabel("second moment of the signal")
-    figure.savefig(path, dpi=150)
+    axes[0].set_ylabel(f"second moment, mean of {result['seeds']} seeds")
+    save(figure, path)
 
 
 def main() -> None:
@@ -113,13 +105,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--layers", type=int, default=100)
     parser.add_argument("--width", type=int, default=512)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the numbers of the result file, and measure nothing"
+    )
+    arguments = vars(parser.parse_args())
+    if arguments.pop("redraw"):
+        plot(json.loads((RESULTS / "deep_network.json").read_text()), RESULTS / "deep_network.png")
+        return
     result = {
         "date": date.today().isoformat(),
         "hardware": f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
         "torch": torch.__version__,
-        **vars(arguments),
-        "rows": measure(**vars(arguments)),
+        **arguments,
+        "rows": measure(**arguments),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "deep_network.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ortho_fx import ExpansionConfig, calibrate_, fit, param_groups, rewrite_
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.runs.plots import plot_runs
+from ortho_fx.plots import COLOURS, STOCK, colour_of
 
 matplotlib.use("agg")
 
@@ -41,7 +42,8 @@ NETWORKS = {
     "tropical 5": ExpansionConfig("tropical", 5),
     "tropical rational 6": ExpansionConfig("tropical_rational", 6),
 }
-BLUE, RED = "#0072B2", "#D55E00"
+# Of the two classes.
+BLUE, RED = COLOURS["hermite"], COLOURS["tropical_rational"]
 CLASSES = LinearSegmentedColormap.from_list("classes", [BLUE, "white", RED])
 
 
@@ -66,12 +68,13 @@ def draw_fits(out: Path) -> list[Path]:
         exact = differentiated(function, x)
         for (top, bottom), config in zip(axes.T, FITS, strict=True):
             fitted = fit(function, config, weight="uniform", interval=(-5, 5), derivative_weight=1.0)
-            for exact_values, values, colour, label in zip(
-                exact, differentiated(fitted, x), (BLUE, RED), ("value", "derivative"), strict=True
+            style = {"color": colour_of(config.basis), "lw": 1.2}
+            for exact_values, values, dash, label in zip(
+                exact, differentiated(fitted, x), ("-", ":"), ("value", "derivative"), strict=True
             ):
-                top.plot(x, exact_values, color=colour, lw=4, alpha=0.25, label=f"{name}, {label}")
-                top.plot(x, values, color=colour, lw=1.2, label=f"fit, {label}")
-                bottom.semilogy(x, (values - exact_values).abs().clamp(min=1e-16), color=colour, lw=0.9)
+                top.plot(x, exact_values, dash, color=STOCK, lw=4, alpha=0.25, label=f"{name}, {label}")
+                top.plot(x, values, dash, **style, label=f"fit, {label}")
+                bottom.semilogy(x, (values - exact_values).abs().clamp(min=1e-16), dash, **style)
             name_of_fit = str(config).replace("_", " ")
             errors = f"rmse {fitted.rmse:.1e}, of the derivative {fitted.derivative_rmse:.1e}"
             top.set_title(f"{name_of_fit}\n{errors}", fontsize=9)
@@ -82,10 +85,9 @@ def draw_fits(out: Path) -> list[Path]:
             for axis in (top, bottom):
                 axis.grid(alpha=0.2)
                 axis.margins(x=0)
+            top.legend(frameon=False, fontsize=7.5, loc="upper left")
+        axes[0, 0].set_ylabel("f(x), f'(x)")
         axes[1, 0].set_ylabel("|error|")
-        figure.legend(
-            *axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower center", ncols=4
-        )
         drawn.append(write(figure, out / f"fits_{name.lower()}.png"))
     return drawn
 

@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from ortho_fx import ExpansionConfig, calibrate_, param_groups, rewrite_
+from ortho_fx.plots import line_styles
 
 matplotlib.use("agg")
 
 WIDTH, LEARNING_RATE, VISCOSITY = 32, 5e-3, 0.1 / math.pi
-COLOURS = {"tanh": "0.35", "sine": "#0072B2", "hermite 5": "#D55E00", "fourier 5": "#009E73"}
 Function = Callable[[Tensor], Tensor]
 
 
@@ -189,8 +189,8 @@ def draw(problem: Problem, name: str, solutions: dict[str, Tensor], path: Path) 
     x, exact = problem.test[at, 0], problem.exact(problem.test[at])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.5, 3.3), layout="constrained")
     left.plot(x, exact, color="0.8", lw=5, label="exact")
-    for label, solution in solutions.items():
-        style = {"color": COLOURS[label], "lw": 1.3, "label": label}
+    for (label, solution), line in zip(solutions.items(), line_styles(solutions), strict=True):
+        style = {**line, "lw": 1.3, "label": label}
         left.plot(x, solution[at], **style)
         right.semilogy(x, (solution[at] - exact).abs().clamp(min=1e-7), **style)
     left.set_title(name, fontsize=10)

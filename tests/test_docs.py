@@ -1,6 +1,7 @@
 """README and guides run: their Python blocks in order, as a reader would run them, then their shortened commands."""
 
 import ast
+import importlib.util
 import os
 import pkgutil
 import re
@@ -9,14 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ortho_fx
 from ortho_fx import cli, moved
-from ortho_fx.bases import OURS
+from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models import gpt2
+from ortho_fx.plots import STOCK, colour_of
 from tests.kinds import activations_from_outside, bases_from_outside
 
 pytestmark = pytest.mark.slow
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [ROOT / "docs" / "index.md", *GUIDES, ROOT / "passes" / "README.md"]
+BASES = sorted((ROOT / "docs" / "bases").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 # Options that shorten the commands of a page, which take long.
@@ -44,10 +48,16 @@ def elsewhere(tmp_path, monkeypatch):
         yield
 
 
-def read(page):
-    """Runs the blocks of a page; returns the namespace of its Python, and its commands."""
+def read(page, printed=None):
+    """Runs the blocks of a page; returns the namespace of its Python, and its commands.
+
+    `printed` returns what was printed since its last call, for pages that show it.
+    """
     namespace, commands = {"__name__": page.stem}, []
     for language, text in BLOCK.findall(page.read_text()):
+        if language == "text":  # what the block before has printed
+            assert printed() == text, page.name
+            continue
         if language == "python" and (named := FILE.match(text)):
             Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(named[1]).write_text(text)
@@ -73,6 +83,96 @@ def read(page):
 def test_a_page_runs_from_top_to_bottom(page):
     namespace, commands = read(page)
     assert len(namespace) > 2 or commands
+
+
+@pytest.mark.parametrize("page", [page for page in BASES if page.stem != "index"], ids=lambda page: page.stem)
+def test_the_example_of_a_basis_prints_what_its_page_shows(page, capsys):
+    read(page, lambda: capsys.readouterr().out)
+    assert "```text\n" in page.read_text()
+
+
+def script(path):
+    """A script of the documentation, as a module."""
+    described = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", BASES, ids=lambda page: page.stem)
+def test_numbers_of_pages_are_those_of_the_result_files(page):
+    numbers = script(ROOT / "docs" / "numbers.py")
+    assert numbers.renewed(page.read_text()) == page.read_text(), "run: python docs/numbers.py"
+
+
+HEADINGS = ["Formula", "Start", "Example", "Derivative, growth, other forms", "Cost", "When", "Sources"]
+
+
+def test_every_basis_has_a_whole_page():
+    pages = {page.stem: page for page in BASES if page.stem != "index"}
+    assert set(pages) == {*(basis.name for basis in OURS), "polynorm", "gated"}
+    tables = ["parameters", "starts", "fits", "facts", "cost"]
+    for name, page in pages.items():
+        text = page.read_text()
+        assert re.findall("^## (.*)$", text, re.MULTILINE) == HEADINGS, name
+        assert f"](../pictures/bases/{name}.svg)" in text
+        assert "$$" in text
+        expected = [] if name in ("polynorm", "gated") else [(table, name) for table in tables]
+        assert re.findall(r"<!-- table (\w+) (\w+) -->", text) == expected
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert [page.stem for page in BASES if f"bases/{page.name}" not in listed] == []
+
+
+def test_the_picture_of_a_basis_shows_what_the_basis_computes(tmp_path):
+    pictures, basis = script(ROOT / "docs" / "pictures" / "bases.py"), basis_named("hermite")
+    kept = ROOT / "docs" / "pictures" / "bases" / "hermite.svg"
+    curves, numbers = pictures.curves_of(basis), pictures.numbers_of(basis)
+    x = pictures.X
+    start = ortho_fx.HermiteActivation(dtype=torch.float64)
+    torch.testing.assert_close(curves["start"]["f"], start(x).detach())
+    he = {f"He_{k}(x) / {k}!": np.polynomial.HermiteE.basis(k)(x.numpy()) / np.prod(range(1, k + 1)) for k in range(5)}
+    assert list(curves["functions"]) == list(he)
+    for name, expected in he.items():
+        np.testing.assert_allclose(curves["functions"][name], expected, atol=1e-12)
+    # For N(0, 1) the fit is the projection, so its coefficient k is the mean of the k-th derivative: those of ReLU.
+    density = 1 / np.sqrt(2 * np.pi)
+    relu = density * he["He_0(x) / 0!"] + 0.5 * he["He_1(x) / 1!"] + density * he["He_2(x) / 2!"]
+    np.testing.assert_allclose(curves["fits"]["ReLU"], relu, atol=1e-9)
+    np.testing.assert_allclose(curves["errors"]["ReLU"], np.abs(relu - np.maximum(x.numpy(), 0)), atol=1e-9)
+
+    drawn = []
+    original = pictures._figure
+    pictures._figure = lambda: drawn.append(original()) or drawn[-1]
+    pictures.draw(basis, curves, numbers, tmp_path / "hermite.svg")
+    ((figure, axes),) = drawn
+    ours = {line.get_label(): line for line in axes[1, 0].lines}
+    np.testing.assert_allclose(ours["fit of ReLU + 2"].get_ydata(), relu + 2, atol=1e-9)
+    assert ours["fit of ReLU + 2"].get_color() == colour_of("hermite")
+    assert ours["the activation"].get_color() == STOCK
+    for axis in axes.flat:
+        assert axis.get_xlabel()
+        assert axis.get_ylabel()
+        assert [text.get_text() for text in axis.get_legend().get_texts()]
+    # Another release of matplotlib may place things elsewhere.
+    shown = (re.findall("<text[^>]*>(.*?)</text>", file.read_text()) for file in (tmp_path / "hermite.svg", kept))
+    assert next(shown) == next(shown)
+
+
+def test_pictures_of_bases_are_small_and_their_numbers_are_those_of_today():
+    pictures = script(ROOT / "docs" / "pictures" / "bases.py")
+    kept = script(ROOT / "docs" / "numbers.py").result("bases")["bases"]
+    assert list(kept) == [basis.name for basis in OURS]
+    for file in (ROOT / "docs" / "pictures" / "bases").iterdir():
+        assert file.stat().st_size < 60_000, file.name
+    for name in ("hermite", "tropical"):
+        assert leaves(pictures.numbers_of(basis_named(name))) == pytest.approx(leaves(kept[name]), rel=1e-3, abs=1e-9)
+
+
+def leaves(tree, path=""):
+    """The numbers of nested maps, by their path."""
+    if not isinstance(tree, dict):
+        return {path: tree} if isinstance(tree, int | float) else {}
+    return {key: value for name, part in tree.items() for key, value in leaves(part, f"{path}/{name}").items()}
 
 
 LOAD = """
@@ -135,7 +235,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "architecture.md", *PAGES], ids=str)
+@pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "architecture.md", *PAGES, *BASES], ids=str)
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
     for link in LINK.findall(text):

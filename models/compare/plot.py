@@ -9,12 +9,10 @@ from typing import Any
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.compare.report import ACCURACY, LOSS, ComparedRun, Comparison
-from ortho_fx.plots import load_pyplot, save
+from ortho_fx.plots import STOCK, line_styles, load_pyplot, save
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the marks are for prints in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# For prints in grey.
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-_INK = "0.2"
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
@@ -48,7 +46,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
             last.plot(values, [number] * len(values), style["marker"], color=style["color"], alpha=0.7, ms=6, mew=0)
             last.plot([mean, mean], [number - 0.25, number + 0.25], color=style["color"], lw=2)
             if name == comparison.reference:
-                last.axvline(mean, color=_INK, lw=1, ls="--", zorder=0)
+                last.axvline(mean, color=STOCK, lw=1, ls="--", zorder=0)
         # The first steps are alike for all activations. With them, the later differences would be too small to see.
         late = [
             scale * run.validations[step][measure] for run in finished for step in run.validations if step >= steps / 5
@@ -70,9 +68,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
 
 def _style(name: str, comparison: Comparison) -> dict[str, Any]:
     number = comparison.activations.index(name)
-    turn, colour = divmod(number - 1, len(_COLOURS))
-    line = {"color": _COLOURS[colour], "ls": ("-", "-.", ":")[turn % 3]} if number else {"color": _INK, "ls": "--"}
-    return {**line, "marker": _MARKS[number % len(_MARKS)]}
+    return {**line_styles(comparison.activations)[number], "marker": _MARKS[number % len(_MARKS)]}
 
 
 def _draw_curve(axis: Any, runs: Sequence[ComparedRun], measure: str, scale: float, style: Mapping[str, Any]) -> None:

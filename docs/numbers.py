@@ -1,0 +1,215 @@
+"""Keeps the numbers and tables of the pages equal to the result files.
+
+    python docs/numbers.py    rewrites what differs, and names the pages
+
+A number on a page has its source behind it, `0.49<!-- time hermite 3 -->`, and a table has it above. Readers of the
+page don't see that. `python docs/pictures/bases.py` writes the numbers of the bases themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ortho_fx.bases import OURS, basis_named
+
+PAGES = sorted((Path(__file__).parent / "bases").glob("*.md"))
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
+TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_FORMS = {
+    "polynomial": "a polynomial in powers of x, by Horner's rule",
+    "waves": "a constant and the waves that are above rounding",
+    "maximum": "a maximum of the lines that are needed",
+    "difference": "a difference of two maxima, of the lines that are needed",
+    "formula": "the same formula, with constants",
+}
+_ABSENT = "–"
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def time(name: str) -> str:
+    """The time of forward and backward together, relative to compiled GELU."""
+    return f"{_speed(name)['ratios']['total']:.2f}"
+
+
+def time_a_channel(name: str) -> str:
+    """The same with one expansion for each channel."""
+    return f"{_speed(f'{name} a channel')['ratios']['total']:.2f}"
+
+
+def depth(name: str) -> str:
+    """The deepest plain network that trains."""
+    return str(next(row["deepest"] for row in result("trainable_depth")["rows"] if row["name"] == name))
+
+
+def loss(name: str) -> str:
+    """The last validation loss of a comparison, as mean over its seeds: "gpt2 hermite:3"."""
+    comparison, activation = name.split(maxsplit=1)
+    compared = result(f"compare_{comparison}")
+    last = str(compared["settings"]["steps"])
+    runs = [run for run in compared["runs"] if run["activation"] == activation]
+    return f"{statistics.fmean(run['validations'][last]['validation_loss'] for run in runs):.3f}"
+
+
+def step(name: str) -> str:
+    """The time of a training step relative to GELU: "gpt2 hermite 3"."""
+    model, expansion = name.split(maxsplit=1)
+    return f"{_row(result('speed_cpu')[model], expansion)['ratios']['total']:.2f}"
+
+
+def compile_time(name: str) -> str:
+    return f"{result('speed_cpu')['compile']['ratios'][name]:.2f}"
+
+
+def rmse(name: str) -> str:
+    """The rmse of a fit for inputs N(0, 1): "hermite GELU", or "hermite 8" for GELU at another degree."""
+    basis, fitted = name.split()
+    numbers = result("bases")["bases"][basis]
+    return _short(numbers["gelu_rmse"][fitted] if fitted.isdigit() else numbers["fits"][fitted]["rmse"])
+
+
+def basin(name: str) -> str:
+    return _short(result("bases")["bases"][name]["starts"]["stable"]["basin"])
+
+
+def fine_tuned(name: str) -> str:
+    """How far a replaced activation is from GELU after fine-tuning, in nats, as mean over the seeds."""
+    runs = result("fine_tuning")["runs"]
+    ends = {one: statistics.fmean(run["after"] for run in runs if run["activation"] == one) for one in (name, "gelu")}
+    return f"{ends[name] - ends['gelu']:.4f}"
+
+
+NUMBERS: dict[str, Callable[[str], str]] = {
+    function.__name__: function
+    for function in (time, time_a_channel, depth, loss, step, compile_time, rmse, basin, fine_tuned)
+}
+
+
+def parameters(name: str) -> list[list[str]]:
+    basis = basis_named(name)
+    rows = [["parameter", "shape at degree n", f"at n = {basis.default_degree}", "learns"]]
+    for p in basis.parameters:
+        terms = "1" if p.scalar else ("⌊n/2⌋" if p.halved else "n") + (f" + {p.offset}" if p.offset else "")
+        shape = f"({terms},)" + " or (1,) if tied" * p.tieable
+        rows.append([f"`{p.name}`", shape, f"({p.size(basis.default_degree)},)", "yes" if p.learnable else "no"])
+    return rows
+
+
+def facts(name: str) -> list[list[str]]:
+    basis, numbers = basis_named(name), result("bases")["bases"][name]
+    far = ", ".join(f"{_short(y)} at {float(x):g}" for x, y in numbers["start_far_away"].items())
+    return [
+        ["property", "value"],
+        ["degrees", f"{basis.degrees[0]} to {basis.degrees[-1]}; {basis.default_degree} when omitted"],
+        ["learnable numbers", f"{numbers['learnable']} at degree {numbers['degree']}"],
+        ["the stable start far from zero", far],
+        ["a polynomial of x", "yes" if numbers["polynomial"] else "no"],
+        ["after `freeze_`", _FORMS[numbers["frozen_form"]]],
+    ]
+
+
+def starts(name: str) -> list[list[str]]:
+    rows = [["start", "forward gain", "backward gain", "slope", "basin"]]
+    for init, gain in result("bases")["bases"][name]["starts"].items():
+        measured = (f"{gain[key]:.2f}" for key in ("forward", "backward", "slope"))
+        rows.append([f'`"{init}"`', *measured, _short(gain["basin"])])
+    return rows
+
+
+def fits(name: str) -> list[list[str]]:
+    rows = [["activation", "rmse", "largest error on [-5, 5]", "rmse of the derivative"]]
+    for function, errors in result("bases")["bases"][name]["fits"].items():
+        rows.append([function, *(_short(errors[key]) for key in ("rmse", "max_error", "derivative_rmse"))])
+    return rows
+
+
+def cost(name: str) -> list[list[str]]:
+    speed = result("speed_cpu")
+    rows = [["expansion", "forward", "backward", "together", "loops", "memory"]]
+    for section in ("float32", "bases", "channel"):
+        for row in speed[section]["rows"]:
+            label = row["name"]
+            if label.split()[0] != name or label in [done[0] for done in rows]:
+                continue
+            memory = row["peak_bytes"] / _row(speed[section], "gelu")["peak_bytes"]
+            loops = f"{row['kernels']['forward']} + {row['kernels']['backward']}"
+            times = (f"{row['ratios'][part]:.2f}" for part in ("forward", "backward", "total"))
+            rows.append([label, *times, loops, f"{memory:.3f}"])
+    return rows
+
+
+def compared(_: str) -> list[list[str]]:
+    """All bases at their usual degree."""
+    rows = [["basis", "learnable numbers", "time", "fit of GELU, rmse", "basin", "deepest", "GPT-2, nats"]]
+    for basis in OURS:
+        numbers, label = result("bases")["bases"][basis.name], f"{basis.name} {basis.default_degree}"
+        row = [f"[`{label}`]({basis.name}.md)", str(numbers["learnable"]), time(label), rmse(f"{basis.name} GELU")]
+        row += [basin(basis.name), _if_measured(depth, f"{label} stable")]
+        rows.append([*row, _if_measured(loss, f"gpt2 {basis.name}:{basis.default_degree}")])
+    rows.append(["GELU itself", "0", "1", "0", _ABSENT, depth("gelu He"), loss("gpt2 gelu")])
+    return rows
+
+
+TABLES: dict[str, Callable[[str], list[list[str]]]] = {
+    function.__name__: function for function in (parameters, facts, starts, fits, cost, compared)
+}
+
+
+def renewed(text: str) -> str:
+    """The page with today's numbers and tables."""
+    text = TABLE.sub(lambda found: f"{found[1]}{_markdown(TABLES[found[2]](found[3]))}{found[4]}", text)
+    return NUMBER.sub(lambda found: NUMBERS[found[3]](found[4]) + found[2], text)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *others = rows
+    lines = [head, ["---"] * len(head), *others]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _row(section: Any, name: str) -> Any:
+    return next(row for row in section["rows"] if row["name"] == name)
+
+
+def _speed(name: str) -> Any:
+    speed = result("speed_cpu")
+    sections = [
+        speed[key] for key in ("float32", "bases", "channel") if any(row["name"] == name for row in speed[key]["rows"])
+    ]
+    return _row(sections[0], name)
+
+
+def _if_measured(number: Callable[[str], str], name: str) -> str:
+    try:
+        return number(name)
+    except (StopIteration, statistics.StatisticsError):
+        return _ABSENT
+
+
+def _short(value: float) -> str:
+    """Two digits; plain notation where it is short."""
+    if value == float("inf"):
+        return "∞"
+    if abs(value) < 1e-12:
+        return "0"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        if (new := renewed(text)) != text:
+            page.write_text(new)
+            print(page.name)
+
+
+if __name__ == "__main__":
+    main()
