@@ -95,7 +95,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer", title=title)
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, ncols=2, frameon=False, loc="lower left")
+        axis.legend(fontsize=7, ncols=2, frameon=False, loc="upper right")
     axes[0].set_ylabel(f"second moment, mean of {result['seeds']} seeds")
     save(figure, path)
 

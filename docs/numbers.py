@@ -80,16 +80,21 @@ def basin(name: str) -> str:
     return _short(result("bases")["bases"][name]["starts"]["stable"]["basin"])
 
 
-def fine_tuned(name: str) -> str:
-    """How far a replaced activation is from GELU after fine-tuning, in nats, as mean over the seeds."""
+def below_gelu(name: str) -> str:
+    """How far below that of GELU the loss is after fine-tuning, in nats, as mean over the seeds."""
     runs = result("fine_tuning")["runs"]
     ends = {one: statistics.fmean(run["after"] for run in runs if run["activation"] == one) for one in (name, "gelu")}
-    return f"{ends[name] - ends['gelu']:.4f}"
+    return f"{ends['gelu'] - ends[name]:.4f}"
+
+
+def annealed(name: str) -> str:
+    """The accuracy of digits after annealing ReLU to a polynomial, in per cent, as mean over the seeds."""
+    return f"{100 * statistics.fmean(run[name] for run in result('anneal')['runs']):.1f}"
 
 
 NUMBERS: dict[str, Callable[[str], str]] = {
     function.__name__: function
-    for function in (time, time_a_channel, depth, loss, step, compile_time, rmse, basin, fine_tuned)
+    for function in (time, time_a_channel, depth, loss, step, compile_time, rmse, basin, below_gelu, annealed)
 }
 
 

@@ -144,7 +144,7 @@ def test_the_picture_of_a_basis_shows_what_the_basis_computes(tmp_path):
     original = pictures._figure
     pictures._figure = lambda: drawn.append(original()) or drawn[-1]
     pictures.draw(basis, curves, numbers, tmp_path / "hermite.svg")
-    ((figure, axes),) = drawn
+    ((_figure, axes),) = drawn
     ours = {line.get_label(): line for line in axes[1, 0].lines}
     np.testing.assert_allclose(ours["fit of ReLU + 2"].get_ydata(), relu + 2, atol=1e-9)
     assert ours["fit of ReLU + 2"].get_color() == colour_of("hermite")

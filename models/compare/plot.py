@@ -29,7 +29,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     pyplot = load_pyplot()
     steps = comparison.settings["steps"]
     shown = [name for name in comparison.activations if any(run.activation == name for run in finished)]
-    rows: list[tuple[str, str, float]] = [(LOSS, "validation loss", 1.0)]
+    rows: list[tuple[str, str, float]] = [(LOSS, "validation loss (nats)", 1.0)]
     if ACCURACY in finished[0].validations[steps]:
         rows.append((ACCURACY, "accuracy (%)", 100.0))
     height = max(2.8, 0.6 + 0.42 * len(shown))
@@ -61,8 +61,9 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
         for axis in (curves, last):
             axis.grid(alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_title("mean and range over seeds", fontsize=10)
-    axes[0, 1].set_title(f"after {steps:,} steps: seeds, and their mean", fontsize=10)
+    count = len(comparison.seeds)
+    axes[0, 0].set_title(f"mean and range over {count} seed{'s' * (count > 1)}", fontsize=10)
+    axes[0, 1].set_title(f"after {steps:,} steps: each seed, and the mean", fontsize=10)
     save(figure, path)
 
 
