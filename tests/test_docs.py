@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import markdown
 import numpy as np
 import pytest
 import torch
@@ -103,6 +104,15 @@ def script(path):
 def test_numbers_of_pages_are_those_of_the_result_files(page):
     numbers = script(ROOT / "docs" / "numbers.py")
     assert numbers.renewed(page.read_text()) == page.read_text(), "run: python docs/numbers.py"
+
+
+@pytest.mark.parametrize("page", BASES, ids=lambda page: page.stem)
+def test_every_formula_becomes_mathml(page):
+    arithmatex = {"pymdownx.arithmatex": {"generic": True}}
+    html = markdown.markdown(page.read_text(), extensions=["tables", *arithmatex], extension_configs=arithmatex)
+    typeset = script(ROOT / "docs" / "hooks.py").on_page_content(html)
+    assert typeset.count("<math ") == html.count('class="arithmatex"') > 0
+    assert re.search(r"\\[a-zA-Z(\[]", re.sub("<code.*?</code>", "", typeset, flags=re.DOTALL)) is None
 
 
 HEADINGS = ["Formula", "Start", "Example", "Derivative, growth, other forms", "Cost", "When", "Sources"]
