@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ortho_fx import ExpansionConfig, calibrate_, fit, param_groups, rewrite_
 from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.runs.plots import plot_runs
-from ortho_fx.plots import COLOURS, STOCK, colour_of
+from ortho_fx.plots import STOCK, colour_of
 
 matplotlib.use("agg")
 
@@ -43,7 +43,7 @@ NETWORKS = {
     "tropical rational 6": ExpansionConfig("tropical_rational", 6),
 }
 # Of the two classes.
-BLUE, RED = COLOURS["hermite"], COLOURS["tropical_rational"]
+BLUE, RED = colour_of("hermite"), colour_of("tropical_rational")
 CLASSES = LinearSegmentedColormap.from_list("classes", [BLUE, "white", RED])
 
 

@@ -1,7 +1,7 @@
 """The colours of every picture, and the picture of a fit. Only this module needs matplotlib, an extra dependency.
 
-Each basis has one colour, and stock activations such as GELU are nearly black. Seven of the colours are Okabe and
-Ito's ("Color universal design", 2008), four are Paul Tol's ("Colour schemes", 2021). The four keep the distance that
+Each basis has one colour, its own, and stock activations such as GELU are nearly black. Six colours are Okabe and Ito's
+("Color universal design", 2008), four are Paul Tol's ("Colour schemes", 2021). The four keep the distance that
 Okabe and Ito's have from one another, for readers with each kind of colour blindness too.
 """
 
@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ortho_fx.bases import BASES
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
 from ortho_fx.numerics.fit import FittedExpansion
 from ortho_fx.numerics.sampling import differentiated, name_of
 
-COLOURS: Mapping[str, str] = {
-    "hermite": "#0072B2",
-    "fourier": "#009E73",
-    "tropical": "#E69F00",
-    "tropical_rational": "#D55E00",
-    "chebyshev": "#56B4E9",
-    "safe_rational": "#CC79A7",
-    "piecewise_power": "#994455",
-    "gelu_series": "#004488",
-    "silu_series": "#222255",
-    "relu_squared_series": "#661100",
-}
 # GELU, ReLU and all else that is no basis of ours.
 STOCK = "#404040"
 _DASHES: tuple[Any, ...] = (
@@ -46,7 +35,8 @@ _DASHES: tuple[Any, ...] = (
 
 def colour_of(label: str) -> str:
     """The colour of the basis that a label begins with ("hermite", "hermite 3", "hermite:3,lr=0.1"), or `STOCK`."""
-    return COLOURS.get(re.match("[a-z_]*", label)[0], STOCK)  # type: ignore[index]
+    basis = BASES.get(re.match("[a-z_]*", label)[0])  # type: ignore[index]
+    return STOCK if basis is None else basis.colour
 
 
 def line_styles(labels: Iterable[str]) -> list[dict[str, Any]]:

@@ -65,6 +65,8 @@ class Basis(ABC):
     piecewise: ClassVar[bool] = False
     # Whether fits use units of the weight's mean and deviation, and then rescale; `rescale` must be exact for this.
     fits_in_units: ClassVar[bool] = False
+    # The colour in pictures, as "#rrggbb"; the default is a grey. `ortho_fx.plots` says how ours were chosen.
+    colour: ClassVar[str] = "#808080"
     # The class of torchortho 0.1 whose saved state the basis reads.
     torchortho: ClassVar[TorchorthoState | None] = None
 

@@ -49,6 +49,7 @@ class _Polynomials:
 
 
 class Chebyshev(Basis):
+    colour = "#56B4E9"
     closed_form = True
     reach = 8.0
     fits_in_units = True

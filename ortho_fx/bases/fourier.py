@@ -65,6 +65,7 @@ def _fundamental(frequencies: Tensor) -> Tensor:
 
 
 class Fourier(Basis):
+    colour = "#009E73"
     torchortho = TorchorthoState(
         "FourierActivation",
         "fundamental",

@@ -81,6 +81,7 @@ def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> di
 
 
 class Hermite(Basis):
+    colour = "#0072B2"
     torchortho = TorchorthoState(
         "HermiteActivation",
         "coeffs",

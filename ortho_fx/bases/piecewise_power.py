@@ -61,6 +61,7 @@ class _Side:
 
 
 class PiecewisePower(Basis):
+    colour = "#994455"
     closed_form = True
     reach = 8.0
     piecewise = True

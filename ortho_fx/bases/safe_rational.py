@@ -46,6 +46,7 @@ def _slope(x: Value, coefficients: Value) -> Value:
 
 
 class SafeRational(Basis):
+    colour = "#CC79A7"
     reach = 8.0
     fits_in_units = True
 

@@ -105,6 +105,7 @@ class StockSeries(Basis):
 
 
 class GELUSeries(StockSeries):
+    colour = "#004488"
     transition = np.linspace(-10.0, 10.0, 11)
 
     def stock(self, x: Value) -> Value:
@@ -116,6 +117,7 @@ class GELUSeries(StockSeries):
 
 
 class SiLUSeries(StockSeries):
+    colour = "#222255"
     transition = np.linspace(-40.0, 40.0, 41)
 
     def stock(self, x: Value) -> Value:
@@ -127,6 +129,7 @@ class SiLUSeries(StockSeries):
 
 
 class ReLUSquaredSeries(StockSeries):
+    colour = "#661100"
     transition = np.zeros(1)
     # The layer map of c (ReLU^2 + b) with gains of 1 has its repelling fixed point at 1.24, so that a signal of 1.25
     # times the variance would grow without bound. With this slope the point is at 3.0, as for Hermite of degree 3.

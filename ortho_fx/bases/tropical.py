@@ -221,6 +221,7 @@ class PiecewiseLinear(Basis):
 
 
 class Tropical(PiecewiseLinear):
+    colour = "#E69F00"
     maxima = ((0, 1),)
     torchortho = TorchorthoState(
         "TropicalActivation", "powers", torchortho_parameters, frozenset({"powers", "coefficients"})

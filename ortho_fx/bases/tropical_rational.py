@@ -48,6 +48,7 @@ def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> di
 
 
 class TropicalRational(PiecewiseLinear):
+    colour = "#D55E00"
     maxima = ((0, 1), (2, 3))
     torchortho = TorchorthoState(
         "TropicalRationalActivation",
