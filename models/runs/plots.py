@@ -19,12 +19,9 @@ from ortho_fx.models.runs.files import Row, Run
 from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import Reference
-from ortho_fx.plots import load_pyplot, save
+from ortho_fx.plots import STOCK, colour_of, line_styles, load_pyplot, save
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes serve more runs than there are colours.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.25")
-_DASHES = ("-", "--", "-.", ":")
-_BEFORE, _AFTER, _REFERENCE = "0.55", "#D55E00", "0.1"
+_BEFORE = "0.6"
 _REFERENCE_DASH = (0, (4, 2))
 _DPI = 200
 _POINTS = 400
@@ -73,8 +70,7 @@ def _plot_losses(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path
     )
     figure.get_layout_engine().set(w_pad=0.1)
     left, right = axes[0, 0], axes[0, -1]
-    for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        style = _style(index)
+    for run, label, style in zip(runs, labels, _styles(runs), strict=True):
         _curve(left, run.rows, "loss", style, plain(label))
         _validations(left, run, "validation_loss", style)
         if accuracy:
@@ -93,13 +89,13 @@ def _plot_losses(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path
 
 def _plot_norms(runs: Sequence[Run], labels: Sequence[str], path: Path) -> Path:
     figure, axis = load_pyplot().subplots(figsize=(6, 3.6), layout="constrained")
-    for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        _curve(axis, run.rows, "gradient_norm", _style(index), plain(label))
+    for run, label, style in zip(runs, labels, _styles(runs), strict=True):
+        _curve(axis, run.rows, "gradient_norm", style, plain(label))
         skipped = [row["step"] for row in run.rows if row.get("skipped")]
         if skipped:
             place = axis.get_xaxis_transform()
-            axis.plot(skipped, [0.03] * len(skipped), "x", color=_style(index)["color"], ms=5, transform=place)
-            axis.plot([], [], "x", color=_style(index)["color"], ms=5, label=f"{plain(label)}: skipped step")
+            axis.plot(skipped, [0.03] * len(skipped), "x", color=style["color"], ms=5, transform=place)
+            axis.plot([], [], "x", color=style["color"], ms=5, label=f"{plain(label)}: skipped step")
     _log_scale(axis, [row["gradient_norm"] for run in runs for row in run.rows if "gradient_norm" in row], 5)
     _dress(axis, "step", "norm of the gradient")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
@@ -165,9 +161,9 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
     seen = [saved.inputs for saved in (before, after) if saved.inputs is not None and saved.inputs.counts]
     low, high = _interval(seen, 1e-3)
     x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
-    width = 1.2 if thin else 1.8
+    width, colour_after = 1.2 if thin else 1.8, colour_of(after.activation.config.basis)
     shown = []
-    for saved, colour, order in ((before, _BEFORE, 2), (after, _AFTER, 3)):
+    for saved, colour, order in ((before, _BEFORE, 2), (after, colour_after, 3)):
         y = _values(saved, x)
         middle = y.mean(1)
         axis.plot(x, middle, color=colour, lw=width, zorder=order)
@@ -178,7 +174,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
             shown += list(band)
     if after.activation.reference is not None:
         exact = after.activation.reference(x).numpy()
-        axis.plot(x, exact, color=_REFERENCE, lw=0.7 * width, ls=_REFERENCE_DASH, zorder=4)
+        axis.plot(x, exact, color=STOCK, lw=0.7 * width, ls=_REFERENCE_DASH, zorder=4)
         shown.append(exact)
     # A polynomial's ends are steep and few inputs are there, so the curve may leave the axes.
     left, right = _interval(seen, 0.1)
@@ -187,7 +183,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
     axis.set_ylim(inside.min() - 0.35 * room, inside.max() + 0.08 * room)
     axis.set_xlim(low, high)
     place, highest = axis.get_xaxis_transform(), max((inputs.density.max() for inputs in seen), default=1.0)
-    for saved, colour in ((before, _BEFORE), (after, _AFTER)):
+    for saved, colour in ((before, _BEFORE), (after, colour_after)):
         if saved.inputs is not None and saved.inputs.counts:
             heights, fill = 0.2 * saved.inputs.density / highest, {"color": colour, "alpha": 0.3, "lw": 0}
             axis.stairs(heights, saved.inputs.edges, fill=True, transform=place, zorder=0, **fill)
@@ -200,14 +196,15 @@ def _legend_of(before: SavedExpansions, after: SavedExpansions) -> tuple[list[An
 
     found = [site.activation.reference for site in after.sites.values()]
     replaced = sorted({reference.target for reference in found if isinstance(reference, Reference)})
+    colour = colour_of(_basis_of(after))
     legend: dict[str, Any] = {
         "start" if before.step == 0 else f"step {before.step}": Line2D([], [], color=_BEFORE, lw=1.8),
-        f"step {after.step}": Line2D([], [], color=_AFTER, lw=1.8),
+        f"step {after.step}": Line2D([], [], color=colour, lw=1.8),
     }
     if replaced:
-        legend[", ".join(replaced)] = Line2D([], [], color=_REFERENCE, lw=1.2, ls=_REFERENCE_DASH)
+        legend[", ".join(replaced)] = Line2D([], [], color=STOCK, lw=1.2, ls=_REFERENCE_DASH)
     if any(site.activation.channels is not None for site in after.sites.values()):
-        legend["10-90 % of channels"] = Patch(color=_AFTER, alpha=0.25, lw=0)
+        legend["10-90 % of channels"] = Patch(color=colour, alpha=0.25, lw=0)
     legend["density of x"] = Patch(color="0.5", alpha=0.3, lw=0)
     return list(legend.values()), list(legend)
 
@@ -266,8 +263,14 @@ def _smoothed(values: Array) -> Array:
     return smoothed
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "ls": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
+def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The style of each run: the colour of its basis, and a dash if several runs have the same basis."""
+    return line_styles(_basis_of(run.now) for run in runs)
+
+
+def _basis_of(saved: SavedExpansions | None) -> str:
+    """The basis of the first expansion; empty without one."""
+    return next((site.activation.config.basis for site in saved.sites.values()), "") if saved is not None else ""
 
 
 def _log_scale(axis: Any, values: Sequence[float], least_span: float) -> bool:
