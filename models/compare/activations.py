@@ -161,8 +161,8 @@ def _of_basis(name: str, parts: list[str], settings: tuple[tuple[str, Any], ...]
     if "frozen" in marks and wrong is not None:
         raise OrthoFxError(f"frozen expansions have no {wrong}; got {text!r}")
     chosen = ExpansionConfig(name, int(degree[0]) if degree else None, tied="tied" in marks)
-    on = {mark: mark in marks for mark in _MARKS}
-    return Activation(name, chosen.degree, settings=settings, **on)
+    tied, gated, frozen = (mark in marks for mark in _MARKS)
+    return Activation(name, chosen.degree, tied=tied, gated=gated, frozen=frozen, settings=settings)
 
 
 def choose_activations(texts: Sequence[str], reference: str, config: TrainConfig) -> list[Activation]:

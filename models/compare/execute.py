@@ -88,7 +88,7 @@ def _in_processes(
                     job = waiting.pop(0)
                     progress(job.title)
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(job.config, to_go_on, sender))
+                    process: BaseProcess = context.Process(target=_work, args=(job.config, to_go_on, sender))
                     with _interrupts_ignored():
                         process.start()
                     sender.close()
@@ -99,10 +99,10 @@ def _in_processes(
                     done(job, _answer(job, process, ready))
         finally:
             # Empty unless something ended the loop.
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.join()
+            for _, left in running.values():
+                left.terminate()
+            for _, left in running.values():
+                left.join()
 
 
 def _answer(job: Job, process: BaseProcess, receiver: Connection) -> str | None:

@@ -351,8 +351,8 @@ class Comparison:
         cells = [
             _spread(values, LOSS),
             "-" if beside is None else f"{beside.mean:+.4f}",
-            _interval(beside and beside.t),
-            _interval(beside and beside.bootstrap),
+            _interval(None if beside is None else beside.t),
+            _interval(None if beside is None else beside.bootstrap),
             "-" if beside is None else f"{beside.better} of {beside.pairs}",
         ]
         if images:

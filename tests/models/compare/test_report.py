@@ -75,14 +75,63 @@ class TestTables(expecttest.TestCase):
         self.check(
             comparison().report(),
             """\
-""",
+gpt2 tiny, 1,000 parameters, some text, 400 steps, batch size 16, 2 seeds, float32 on cpu (some CPU), torch 2.13.0,
+2026-01-02
+
+Difference to gelu, validation loss, with the 95 % interval of Student's t:
+                    at equal steps                 at equal time  at equal parameters
+gelu                             -                             -                    -
+slow  -0.1300 (-0.5112 to +0.2512)  -0.0700 (-0.3241 to +0.1841)                    -
+same                       +0.0500                       +0.0500              +0.0500
+
+At equal steps, after 400:
+           parameters  of them in expansions  validation loss  difference            95 % (t)    95 % (bootstrap)  better  finished  diverged
+gelu            1,000                      0  2.0500 +- 0.0707           -                   -                   -       -         2         0
+slow  1,016 (+1.60 %)                     16  1.9200 +- 0.0283     -0.1300  -0.5112 to +0.2512  -0.1578 to -0.1023  2 of 2         2         0
+same  1,004 (+0.40 %)                     16       2.0500 +- -     +0.0500                   -                   -  0 of 1         1         1
+
+At equal time, that of 400 steps of gelu:
+      ms a step  in training   time  peak memory  steps  validation loss  difference            95 % (t)    95 % (bootstrap)  better  diverged
+gelu         10           11  1.000        1.000    400  2.0500 +- 0.0707           -                   -                   -       -         0
+slow         13           11  1.250        1.050    320  1.9800 +- 0.0424     -0.0700  -0.3241 to +0.1841  -0.0885 to -0.0515  2 of 2         0
+same         10           11  1.005        0.950    400       2.0500 +- -     +0.0500                   -                   -  0 of 1         1
+
+Learning rates, chosen after 100 steps of a seed that is not reported:
+      trials     lr  expansion_lr  its loss  loss at the first rates       at the edge
+gelu       2  0.004             -    2.5000                   2.5000                lr
+slow       2  0.002          0.01    2.4000                 diverged  lr, expansion_lr
+same       0      -             -         -                        -                 -
+
++- is the sample standard deviation over seeds. A difference is the mean, over the seeds that both finished, of the
+value less that of gelu with the same seed. Its intervals are those of Student's t and of the bootstrap over seeds,
+which is too narrow for few seeds.
+Runs of one seed see the same batches. They start from the same weights, but for same, whose weights have other shapes
+and are drawn anew.
+Other than gelu in parameters by more than 1 %: slow.
+"time" and "peak memory" are ratios to gelu of a training step, measured in turns in one process (some CPU, 2 threads,
+2026-01-02), medians; memory is what a step allocates beyond weights, optimizer state and inputs. "in training" is the
+median of the runs' own steps, whatever else the machine did.
+At equal time an activation has a run of its own, whose schedule ends with the time of the reference's run. If that is
+within 1 % of the same number of steps, it is the same run.
+Every activation has the same number of trials around its first rates, on the same batches; they are read on the
+validation data. A best rate at the edge of what was tried may not be the best.
+same diverged with seed 1 in 400 steps: the loss is nan at step 150""",  # noqa: E501
         )
 
     def test_markdown_of_the_first_table(self):
         self.check(
             "\n\n".join(comparison().report(markdown=True).split("\n\n")[:3]),
             """\
-""",
+**gpt2 tiny, 1,000 parameters, some text, 400 steps, batch size 16, 2 seeds, float32 on cpu (some CPU), torch 2.13.0,
+2026-01-02**
+
+Difference to gelu, validation loss, with the 95 % interval of Student's t:
+
+|   | at equal steps | at equal time | at equal parameters |
+| --- | ---: | ---: | ---: |
+| `gelu` | - | - | - |
+| `slow` | -0.1300 (-0.5112 to +0.2512) | -0.0700 (-0.3241 to +0.1841) | - |
+| `same` | +0.0500 | +0.0500 | +0.0500 |""",
         )
 
     def test_one_seed_without_times_and_trials(self):
@@ -91,7 +140,23 @@ class TestTables(expecttest.TestCase):
         self.check(
             str(one),
             """\
-""",
+gpt2 tiny, some text, 400 steps, batch size 16, 1 seed, float32 on cpu (some CPU), torch 2.13.0, 2026-01-02
+
+Difference to gelu, validation loss, with the 95 % interval of Student's t:
+      at equal steps  at equal parameters
+gelu               -                    -
+slow         -0.1000                    -
+same               -                    -
+
+At equal steps, after 400:
+      parameters  of them in expansions  validation loss  difference  95 % (t)  95 % (bootstrap)  better  finished  diverged
+gelu           -                      0       2.0000 +- -           -         -                 -       -         1         0
+slow           -                     16       1.9000 +- -     -0.1000         -                 -  1 of 1         1         0
+same           -                      -                -           -         -                 -       -         0         0
+
++- is the sample standard deviation over seeds. A difference is the mean, over the seeds that both finished, of the
+value less that of gelu with the same seed. Its intervals are those of Student's t and of the bootstrap over seeds,
+which is too narrow for few seeds.""",  # noqa: E501
         )
 
     def test_images(self):
@@ -106,7 +171,20 @@ class TestTables(expecttest.TestCase):
         self.check(
             "\n\n".join(str(images).split("\n\n")[1:4]),
             """\
-""",
+Difference to gelu, validation loss, with the 95 % interval of Student's t:
+                    at equal steps  at equal parameters
+gelu                             -                    -
+slow  -0.0500 (-0.6853 to +0.5853)                    -
+
+Difference to gelu, accuracy in points, with the 95 % interval of Student's t:
+                at equal steps  at equal parameters
+gelu                         -                    -
+slow  +3.00 (-35.12 to +41.12)                    -
+
+At equal steps, after 400:
+           parameters  of them in expansions  validation loss  difference            95 % (t)    95 % (bootstrap)  better    accuracy %                difference  finished  diverged
+gelu            1,000                      0  0.3000 +- 0.0000           -                   -                   -       -  81.00 +- 1.41                         -         2         0
+slow  1,016 (+1.60 %)                     16  0.2500 +- 0.0707     -0.0500  -0.6853 to +0.5853  -0.0962 to -0.0038  1 of 2  84.00 +- 2.83  +3.00 (-35.12 to +41.12)         2         0""",  # noqa: E501
         )
 
 
