@@ -154,6 +154,8 @@ class TrainConfig:
             if getattr(self, name) and getattr(self, name) != getattr(task, name, None):
                 raise OrthoFxError(f"{name} is a setting of our own models; that of {self.model} is in its file")
         if custom:
+            if self.size not in ("tiny", "custom"):
+                raise OrthoFxError(f"size is a setting of our own models; got {self.size}")
             object.__setattr__(self, "size", "custom")
             object.__setattr__(self, "workers", 0)  # the file's batches are read in order, in this process
         if self.init is None:

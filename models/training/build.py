@@ -67,9 +67,8 @@ def build(config: TrainConfig, device: torch.device | None = None) -> Built:
     # 64 samples are enough to measure an activation's inputs. They are the same for any number of processes.
     first = slice(0, min(config.batch_size, 64))
     inputs = built.data.batch(config.seed, 0, config.batch_size, first)[0].to(device or torch.device("cpu"))
-    if config.stock is None:
-        _make_learnable(built.model, config, inputs)
-    else:
+    _make_learnable(built.model, config, inputs)
+    if config.stock is not None:
         _place_stock(built.model, Stock.parse(config.stock), config, inputs)
     return built
 
