@@ -388,6 +388,11 @@ class Comparison:
         unequal = [name for name in self.activations if abs(self.outcome(name).more_parameters or 0) > SAME]
         if unequal:
             notes.append(f"Other than {self.reference} in parameters by more than 1 %: {', '.join(unequal)}.")
+        if self.settings["warmup"] > self.steps:
+            notes.append(
+                f"Runs of {self.steps:,} steps end within the warmup of {self.settings['warmup']:,}: no learning rate "
+                "reaches its peak, and none comes down. Their order says little about longer runs."
+            )
         if self.costs:
             places = "; ".join(dict.fromkeys(cost.measured for cost in self.costs.values()))
             notes += [

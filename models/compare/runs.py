@@ -133,8 +133,6 @@ def compare(
     chosen = choose_activations(activations, reference, common)
     if budget.tune_steps is not None and budget.tune_steps > _steps(common):
         raise OrthoFxError(f"tune_steps must be at most the {_steps(common)} steps of a run; got {budget.tune_steps}")
-    for activation in chosen:
-        _require_steps(activation.configure(common, common.seed, out), activation.label)
     load_pyplot()  # A missing matplotlib is an error now, not after hours of training.
     with locked(out):
         try:
@@ -405,14 +403,6 @@ def _result(job: Job, diverged: str | None) -> ComparedRun:
 def _steps(config: TrainConfig) -> int:
     assert config.steps is not None
     return config.steps
-
-
-def _require_steps(config: TrainConfig, label: str) -> None:
-    if config.warmup > _steps(config):
-        raise OrthoFxError(
-            f"{label}: {config.steps} steps end within the warmup of {config.warmup}: ask for more steps, or a shorter "
-            "warmup"
-        )
 
 
 def _equal(own: nn.Parameter, value: Tensor) -> bool:

@@ -18,6 +18,7 @@ SETTINGS = {
     "size": "tiny",
     "data": "some text",
     "steps": 400,
+    "warmup": 100,
     "batch_size": 16,
     "dtype": "float32",
     "device": "cpu",
@@ -225,6 +226,13 @@ def test_csv_has_a_line_for_each_equality():
     assert float(slow["difference"]) == pytest.approx(-0.07)
     assert float(slow["t_low"]) < float(slow["bootstrap_low"]) < -0.07 < float(slow["bootstrap_high"])
     assert found["gelu", "steps"]["difference"] == ""
+
+
+def test_runs_that_end_within_the_warmup_are_told():
+    short = comparison()
+    assert "end within the warmup" not in str(short)
+    short.settings = {**SETTINGS, "warmup": 401}
+    assert "Runs of 400 steps end within the warmup of 401: no learning rate reaches" in " ".join(str(short).split())
 
 
 def test_latex_has_every_table():
