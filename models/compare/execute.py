@@ -41,7 +41,14 @@ class Job:
 Done = Callable[[Job, str | None], None]
 
 
-def train_all(jobs: Sequence[Job], at_once: int, done: Done, progress: Callable[[str], None], to_go_on: str) -> None:
+def train_all(
+    jobs: Sequence[Job],
+    at_once: int,
+    done: Done,
+    progress: Callable[[str], None],
+    to_go_on: str,
+    prepare: Callable[[], None] | None = None,
+) -> None:
     """Trains every job, from its newest checkpoint if it has one, and calls `done` after each.
 
     Args:
@@ -50,13 +57,14 @@ def train_all(jobs: Sequence[Job], at_once: int, done: Done, progress: Callable[
         done: called in this process.
         progress: called with a line when a job begins.
         to_go_on: what a run that ends early advises.
+        prepare: called first in each process that is started, to register bases; a function of a module.
 
     Raises:
         OrthoFxError: any error of `train` except `Diverged`, or a process that is gone.
         KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the runs under way are saved.
     """
     if at_once > 1:
-        _in_processes(jobs, at_once, done, progress, to_go_on)
+        _in_processes(jobs, at_once, done, progress, to_go_on, prepare)
         return
     for job in jobs:
         progress(job.title)
@@ -76,7 +84,12 @@ def train_one(config: TrainConfig, to_go_on: str) -> str | None:
 
 
 def _in_processes(
-    jobs: Sequence[Job], at_once: int, done: Done, progress: Callable[[str], None], to_go_on: str
+    jobs: Sequence[Job],
+    at_once: int,
+    done: Done,
+    progress: Callable[[str], None],
+    to_go_on: str,
+    prepare: Callable[[], None] | None,
 ) -> None:
     # A forked process would inherit the threads of PyTorch in an unknown state.
     context = multiprocessing.get_context("spawn")
@@ -88,7 +101,7 @@ def _in_processes(
                     job = waiting.pop(0)
                     progress(job.title)
                     receiver, sender = context.Pipe(duplex=False)
-                    process: BaseProcess = context.Process(target=_work, args=(job.config, to_go_on, sender))
+                    process: BaseProcess = context.Process(target=_work, args=(job.config, to_go_on, sender, prepare))
                     with _interrupts_ignored():
                         process.start()
                     sender.close()
@@ -121,13 +134,15 @@ def _answer(job: Job, process: BaseProcess, receiver: Connection) -> str | None:
     return text
 
 
-def _work(config: TrainConfig, to_go_on: str, sender: Connection) -> None:
+def _work(config: TrainConfig, to_go_on: str, sender: Connection, prepare: Callable[[], None] | None) -> None:
     """Trains a run in a process of its own, and sends its end."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     # The lines of several runs at a time would mix.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
+        if prepare is not None:
+            prepare()
         answer = ("done", train_one(config, to_go_on))
     except OrthoFxError as error:
         answer = ("error", str(error))

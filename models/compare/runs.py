@@ -103,6 +103,7 @@ def compare(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     to_go_on: str = "the same call goes on",
+    prepare: Callable[[], None] | None = None,
 ) -> Comparison:
     """Trains every activation with every seed, and writes the tables and the picture.
 
@@ -119,6 +120,7 @@ def compare(
         overwrite: start anew although `out` holds a comparison; the runs recorded there or asked for are removed.
         progress: called with a line of text whenever a run or a measurement begins.
         to_go_on: what a comparison that ends early advises.
+        prepare: called first in each process of several jobs, to register bases from outside; a function of a module.
 
     Raises:
         OrthoFxError: a wrong activation, the same one twice, a comparison with other settings or other data in `out`,
@@ -137,7 +139,7 @@ def compare(
     with locked(out):
         try:
             remove_unfinished(out, _WRITTEN)
-            return _Work(common, chosen, budget, out, progress, to_go_on).run(overwrite)
+            return _Work(common, chosen, budget, out, progress, to_go_on, prepare).run(overwrite)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(str(interrupt) or to_go_on) from None
 
@@ -166,9 +168,10 @@ class _Work:
         out: Path,
         progress: Callable[[str], None],
         to_go_on: str,
+        prepare: Callable[[], None] | None,
     ) -> None:
         self.config, self.budget, self.out = config, budget, out
-        self.progress, self.to_go_on = progress, to_go_on
+        self.progress, self.to_go_on, self.prepare = progress, to_go_on, prepare
         self.activations = {activation.label: activation for activation in chosen}
         self.reference = chosen[0].label
         self.threads = 1 if budget.jobs > 1 else None
@@ -350,7 +353,7 @@ class _Work:
 
     def _train(self, jobs: Sequence[Job]) -> None:
         titled = [replace(job, title=f"{n} of {len(jobs)}: {job.title}") for n, job in enumerate(jobs, 1)]
-        train_all(titled, self.budget.jobs, self._note, self.progress, self.to_go_on)
+        train_all(titled, self.budget.jobs, self._note, self.progress, self.to_go_on, self.prepare)
 
     def _note(self, job: Job, diverged: str | None) -> None:
         run = _result(job, diverged)

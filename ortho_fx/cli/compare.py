@@ -59,6 +59,7 @@ def add(commands: Commands[Parser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed, custom=True)
+    from ortho_fx.cli import load_plugins
     from ortho_fx.models.compare.runs import Budget, compare
 
     to_go_on = f"the same command{' without --overwrite' if parsed.overwrite else ''} goes on"
@@ -78,6 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
         reference=parsed.reference,
         overwrite=parsed.overwrite,
         to_go_on=to_go_on,
+        prepare=load_plugins,
         progress=lambda line: say_or_end(line, f"the runs that are done are kept in {parsed.out}: {to_go_on}"),
     )
     say_or_end(comparison, f"{parsed.out} is complete")
