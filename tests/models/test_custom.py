@@ -1,7 +1,6 @@
 """Models and data from a user's file: what it must define, and what is refused before the first run."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -171,16 +170,20 @@ def test_runs_end_with_the_process_that_started_them(tmp_path, problem):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, tmp_path / "start.py"], env=environment, stdout=subprocess.DEVNULL)
     rows = [tmp_path / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("own", "relu")]
-    deadline = time.monotonic() + 300
-    while not all(path.exists() and path.stat().st_size for path in rows):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 300
+        while not all(path.exists() and path.stat().st_size for path in rows):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     deadline = time.monotonic() + 60
-    while _sizes(rows) != (time.sleep(0.3), _sizes(rows))[1]:
+    before: list[int] = []
+    while before != (before := _sizes(rows)):
         assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def _sizes(paths: list[Path]) -> list[int]:
