@@ -46,7 +46,6 @@ from ortho_fx import ExpansionConfig, rewrite_
 from ortho_fx.bench.candidates import (
     TORCHORTHO,
     Candidate,
-    SquaredReLU,
     exchanged,
     make_candidates,
     trained_model,
@@ -54,6 +53,7 @@ from ortho_fx.bench.candidates import (
 )
 from ortho_fx.bench.config import DEFAULT_EXPANSIONS, BenchConfig
 from ortho_fx.bench.measure import bench, compile_seconds
+from ortho_fx.models.stock import SquaredReLU
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.speed import A_CHANNEL, HERMITE, RATIONAL, quick, sections

@@ -176,7 +176,7 @@ def content(folder: Path) -> dict[str, Any]:
             found[name] = _without_times(json.loads(path.read_text()))
         elif path.suffix == ".bin":
             found[name] = path.read_bytes()
-        elif path.name not in (".lock", "metrics.csv", "run.json", "compare.md", "compare.png", "tokenizer.json"):
+        elif path.name not in (".lock", "metrics.csv", "run.json", "tokenizer.json") and path.stem != "compare":
             found[name] = "a file that should not be there"
     return found
 

@@ -23,8 +23,10 @@ from ortho_fx.config import INITS, ExpansionConfig, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.custom import is_custom
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.data.batch import Kind
+from ortho_fx.models.stock import Stock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Characters of a recipe.
@@ -51,6 +53,13 @@ TASKS: dict[str, Task] = {
     "gpt2": Task(gpt2.PRESETS, gpt2.GPT2, gpt2.Block, "tokens", "tokens", "standard-library", 300, 16, 4e-3),
     "convnext": Task(convnext.PRESETS, convnext.ConvNeXt, convnext.Block, "images", "images", "digits", 300, 64, 4e-3),
 }
+# A model of a user's file, whose batches are its data.
+_CUSTOM = Task({}, torch.nn.Module, torch.nn.Module, "samples", "samples", "batches of the file", 300, 64, 1e-3)
+
+
+def task_of(model: str) -> Task:
+    """The task of a model: that of `TASKS`, or that of a user's file."""
+    return _CUSTOM if is_custom(model) else TASKS[model]
 
 
 def _setting(default: Any, text: str | Callable[[], str], kind: type | None = None) -> Any:
@@ -77,7 +86,7 @@ class TrainConfig:
         None, "weights to fine-tune: a run, a file or a folder of ours, of transformers' GPT-2 or timm's ConvNeXt", str
     )
     dropout: float = _setting(0.0, "dropout of gpt2")
-    gated: bool = _setting(False, "give gpt2 SwiGLU MLPs of as many parameters; expansions replace their SiLU")
+    gated: bool = _setting(False, "give the model SwiGLU MLPs of as many parameters; expansions replace their SiLU")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
     basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
@@ -91,6 +100,11 @@ class TrainConfig:
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
     tied: bool = _setting(False, lambda: f"make the {what_ties()} multiples of one that learns")
     calibrate: bool = _setting(True, "start expansions for the inputs that the model really has, not for N(0, 1)")
+    stock: str | None = _setting(
+        None,
+        "with basis none, the activation in place of the model's own: relu, relu_squared, gelu:calibrated, ...",
+        str,
+    )
     freeze: bool = _setting(False, "fix the expansions at their start, as functions in which nothing learns")
 
     data: str | None = _setting(
@@ -109,6 +123,7 @@ class TrainConfig:
     lr: float | None = _setting(None, "peak learning rate", float)
     expansion_lr: float | None = _setting(None, "peak learning rate of the expansions (default: lr)", float)
     weight_decay: float = _setting(0.1, "decay of weight matrices")
+    expansion_decay: float = _setting(0.0, "decay of the expansions' parameters")
     beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
     warmup: int = _setting(30, "steps of linear warm-up")
     min_lr: float = _setting(0.1, "share of the peak learning rate at which the cosine ends")
@@ -130,9 +145,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
-        one_of("model", self.model, TASKS)
-        task = TASKS[self.model]
-        one_of("size", self.size, task.presets)
+        custom = is_custom(self.model)
+        if not custom:
+            one_of("model", self.model, TASKS)
+            one_of("size", self.size, TASKS[self.model].presets)
+        task = task_of(self.model)
+        for name in ("start_from", "data", "image_size", "augment", "gated", "label_smoothing") if custom else ():
+            if getattr(self, name) and getattr(self, name) != getattr(task, name, None):
+                raise OrthoFxError(f"{name} is a setting of our own models; that of {self.model} is in its file")
+        if custom:
+            if self.size not in ("tiny", "custom"):
+                raise OrthoFxError(f"size is a setting of our own models; got {self.size}")
+            object.__setattr__(self, "size", "custom")
+            object.__setattr__(self, "workers", 0)  # the file's batches are read in order, in this process
         if self.init is None:
             object.__setattr__(self, "init", "fit" if self.start_from else "stable")
         if self.expansion is None and self.freeze:
@@ -141,6 +166,10 @@ class TrainConfig:
             raise OrthoFxError(
                 f"frozen expansions do not learn: leave out expansion_lr, which is {self.expansion_lr:g}"
             )
+        if self.stock is not None:
+            if self.expansion is not None:
+                raise OrthoFxError(f"stock goes with basis none; got stock {self.stock} and basis {self.basis}")
+            object.__setattr__(self, "stock", str(Stock.parse(self.stock)))
         if self.expansion is not None:
             object.__setattr__(self, "degree", self.expansion.degree)
         elif self.degree is not None:
@@ -158,7 +187,8 @@ class TrainConfig:
             ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"), 1
         )
         least |= dict.fromkeys(("warmup", "seed", "skip_bad_steps", "workers"), 0)
-        least |= dict.fromkeys(("lr", "expansion_lr", "weight_decay", "min_lr", "mixup", "cutmix"), 0.0)
+        least |= dict.fromkeys(("lr", "expansion_lr", "weight_decay", "expansion_decay", "min_lr"), 0.0)
+        least |= dict.fromkeys(("mixup", "cutmix"), 0.0)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
@@ -170,7 +200,6 @@ class TrainConfig:
             raise OrthoFxError(f"clip must be above zero; got {self.clip}")
         for name, only in (
             ("dropout", "gpt2"),
-            ("gated", "gpt2"),
             ("drop_path", "convnext"),
             ("mixup", "convnext"),
             ("cutmix", "convnext"),
@@ -210,25 +239,27 @@ class TrainConfig:
     @property
     def activation(self) -> str:
         """The activation in a few words, for tables and titles."""
+        if self.stock is not None:
+            return f"{self.stock} gated" if self.gated else self.stock
         if self.expansion is None:
             return "silu gated" if self.gated else "gelu"
         return f"{self.expansion} frozen" if self.freeze else str(self.expansion)
 
     @property
     def directory(self) -> Path:
-        kind = "gelu" if self.expansion is None else f"{self.basis}{self.degree}"
+        kind = (self.stock or "gelu").replace(":", "") if self.expansion is None else f"{self.basis}{self.degree}"
         more = "-gated" * self.gated + "-frozen" * self.freeze
         return Path(self.out or f"runs/{self.model}-{self.size}-{kind}{more}")
 
     def configuration(self) -> dict[str, Any]:
         """The fields that a checkpoint must share with the run that resumes from it.
 
-        `gated` and `freeze` are among them only if they are set: checkpoints of earlier releases lack these fields, and
-        had neither gates nor frozen expansions.
+        `gated`, `freeze`, `stock` and `expansion_decay` are among them only if they are set: checkpoints of earlier
+        releases lack these fields, and had none of them.
         """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
         free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
-        free |= {name for name in ("gated", "freeze") if not getattr(self, name)}
+        free |= {name for name in ("gated", "freeze", "stock", "expansion_decay") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

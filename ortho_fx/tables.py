@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -39,3 +40,20 @@ def markdown(rows: Sequence[Sequence[str]], align: str = "l") -> str:
     """A Markdown table; the arguments are those of `table`, without notes."""
     sides = ["---:" if align[min(column, len(align) - 1)] == "r" else "---" for column in range(len(rows[0]))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], sides, *rows[1:]))
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+
+
+def latex(rows: Sequence[Sequence[str]], align: str = "l") -> str:
+    """A LaTeX tabular; the arguments are those of `table`, without notes. Numbers below zero get a minus sign."""
+    columns = "".join(align[min(column, len(align) - 1)] for column in range(len(rows[0])))
+    lines = [" & ".join(map(_latex_cell, cells)) + r" \\" for cells in rows]
+    body = "\n".join([r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"])
+    return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}"
+
+
+def _latex_cell(text: str) -> str:
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w.])([-+])(?=[0-9])", r"$\1$", escaped)

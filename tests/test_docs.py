@@ -75,6 +75,7 @@ def read(page, printed=None):
             for command in re.findall(r"^(?:\$ )?ortho-fx (.*)$", text, flags=re.MULTILINE):
                 arguments = shlex.split(command)
                 arguments += SHORT if arguments[0] in ("train", "compare") else []
+                arguments += ["--seeds", "1", "--no-equal-time"] if arguments[0] == "compare" else []
                 assert cli.main(arguments) == 0, command
                 commands.append(command)
     return namespace, commands

@@ -11,82 +11,158 @@ from typing import Any
 from ortho_fx.bases import BASES
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.custom import is_custom
 from ortho_fx.models.recipe import TrainConfig
+from ortho_fx.models.stock import NAMES, Stock
 
 # Settings that an activation may have of its own: those of its expansions, and those of its training.
-_OF_EXPANSIONS = ("init", "granularity", "clamp", "calibrate", "expansion_lr")
+_OF_COEFFICIENTS = ("expansion_lr", "expansion_decay")
+_OF_EXPANSIONS = ("init", "granularity", "clamp", "calibrate", *_OF_COEFFICIENTS)
 _OWN = (*_OF_EXPANSIONS, "lr", "weight_decay", "beta2", "warmup", "min_lr", "clip")
+# The model as it is, and stock activations as the gate of a product.
+OWN, GATES = "own", {"swiglu": "silu", "geglu": "gelu"}
+_MARKS = ("tied", "gated", "frozen")
 
 
 @dataclass(frozen=True)
 class Activation:
-    """GELU (the model as it is) or a basis of expansions, with settings of its own.
+    """An activation with settings of its own: a basis of expansions, a stock activation, or that of the model.
 
     Args:
-        basis: a basis, or "gelu".
+        basis: a basis, or None.
         degree: of the basis.
-        tied: as in `ExpansionConfig`.
+        stock: a stock activation, or None; without a basis and a stock activation the model stays as it is.
+        tied, frozen: as `ExpansionConfig` and `TrainConfig.freeze` have it.
+        gated: whether the model has gated MLPs of as many parameters, with this activation as the gate.
         settings: names and values of `TrainConfig`.
     """
 
-    basis: str
+    basis: str | None = None
     degree: int | None = None
+    stock: Stock | None = None
     tied: bool = False
+    frozen: bool = False
+    gated: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Activation:
-        """The activation that "BASIS[:DEGREE][:tied][,SETTING=VALUE...]" names.
+        """The activation of a text.
+
+        - "BASIS[:DEGREE][:tied][:gated][:frozen]": expansions; `frozen` keeps their start
+        - "NAME[:DEGREE][:rescaled or calibrated][:gated]": a stock activation, of `ortho_fx.models.stock`
+        - "swiglu", "geglu": short for "silu:gated" and "gelu:gated"
+        - "own": the model as it is
+
+        Settings follow, each as ",NAME=VALUE".
 
         Raises:
             OrthoFxError: an unknown basis or setting, one that all activations have in common, or a wrong value.
         """
         head, *assigned = (part.strip() for part in text.split(","))
-        basis, *parts = (part.strip() for part in head.lower().split(":"))
-        if basis != "gelu" and basis not in BASES:
-            raise OrthoFxError(
-                f"an activation is gelu or one of {', '.join(BASES)}, then its degree and settings, as in "
-                f"hermite:8,lr=0.01; got {text!r}"
-            )
+        name, *parts = (part.strip() for part in head.lower().split(":"))
         settings: dict[str, Any] = {}
         for part in assigned:
-            name, equals, value = (piece.strip() for piece in part.partition("="))
-            if not equals or name in settings:
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or key in settings:
                 raise OrthoFxError(f"settings of an activation are NAME=VALUE, each once; got {part!r} in {text!r}")
-            settings[name] = _value(name, value, text)
+            settings[key] = _value(key, value, text)
         ordered = tuple(sorted(settings.items()))
-        if basis == "gelu":
-            wrong = [*parts, *(name for name in settings if name in _OF_EXPANSIONS)]
-            if wrong:
-                raise OrthoFxError(f"gelu has no expansion that {wrong[0]!r} could be of; got {text!r}")
-            return cls(basis, settings=ordered)
-        tied = parts[-1:] == ["tied"]
-        degree = parts[: len(parts) - tied]
-        if len(degree) > 1 or any(re.fullmatch("[0-9]+", part) is None for part in degree):
-            raise OrthoFxError(f"after {basis} come its degree and tied, each with a colon before it; got {text!r}")
-        return cls(basis, ExpansionConfig(basis, int(degree[0]) if degree else None).degree, tied, ordered)
+        if name in BASES:
+            return _of_basis(name, parts, ordered, text)
+        wrong = next((key for key in settings if key in _OF_EXPANSIONS), None)
+        if wrong is not None:
+            raise OrthoFxError(f"{head} has no expansion that {wrong!r} could be of; got {text!r}")
+        if name == OWN and not parts:
+            return cls(settings=ordered)
+        gated = name in GATES or parts[-1:] == ["gated"]
+        rest = [GATES.get(name, name), *(parts[:-1] if parts[-1:] == ["gated"] else parts)]
+        if not any(":".join(rest).startswith(one) for one in NAMES) or rest == [""]:
+            known = ", ".join((OWN, *NAMES, *GATES))
+            raise OrthoFxError(
+                f"an activation is one of {known}, or one of the bases {', '.join(BASES)}, then its degree and "
+                f"settings, as in hermite:8,lr=0.01; got {text!r}"
+            )
+        stock = Stock.parse(":".join(rest))
+        if gated and stock.name == "polynorm":
+            raise OrthoFxError(f"polynorm needs all of a row, so it is no gate; got {text!r}")
+        return cls(stock=stock, gated=gated, settings=ordered)
+
+    @property
+    def name(self) -> str:
+        """The label without the settings."""
+        if self.basis is not None:
+            marks = [mark for mark in _MARKS if getattr(self, mark)]
+            return ":".join([self.basis, str(self.degree), *marks])
+        if self.stock is None:
+            return OWN
+        short = {stock: gate for gate, stock in GATES.items()}
+        if self.gated and self.stock.start is None and self.stock.name in short:
+            return short[self.stock.name]
+        return f"{self.stock}{':gated' * self.gated}"
 
     @property
     def label(self) -> str:
         """The text that `parse` reads, with the degree, and with the settings in sorted order."""
-        parts = [self.basis, *([] if self.degree is None else [str(self.degree)]), *(["tied"] if self.tied else [])]
-        return ",".join([":".join(parts), *(f"{name}={_text(value)}" for name, value in self.settings)])
+        return ",".join([self.name, *(f"{name}={_text(value)}" for name, value in self.settings)])
 
     @property
     def slug(self) -> str:
         """The label as part of a directory's name."""
         return re.sub(r"[^A-Za-z0-9._+-]+", "-", self.label)
 
+    @property
+    def learns(self) -> bool:
+        """Whether it has expansions whose parameters learn, and so a rate of their own."""
+        return self.basis is not None and not self.frozen
+
     def configure(self, config: TrainConfig, seed: int, out: Path) -> TrainConfig:
         """The run of this activation with a seed, in a directory of its own inside `out`.
 
         Raises:
-            OrthoFxError: settings that exclude each other.
+            OrthoFxError: settings that exclude each other, or gates for a model of a user's file.
         """
-        basis = "none" if self.basis == "gelu" else self.basis
-        directory = str(out / f"{self.slug}-seed{seed}")
+        if self.gated and is_custom(config.model):
+            raise OrthoFxError(f"{self.label} needs a model with gates; make them in {config.model}, without :gated")
         own = dict(self.settings)
-        return replace(config, basis=basis, degree=self.degree, tied=self.tied, seed=seed, out=directory, **own)
+        if not self.learns:  # what all expansions have in common is not for this one
+            own |= {"expansion_lr": None, "expansion_decay": 0.0}
+        return replace(
+            config,
+            basis=self.basis or "none",
+            degree=self.degree,
+            tied=self.tied,
+            gated=self.gated,
+            freeze=self.frozen,
+            stock=self._stock_of(config.model),
+            seed=seed,
+            out=str(out / f"{self.slug}-seed{seed}"),
+            **own,
+        )
+
+    def _stock_of(self, model: str) -> str | None:
+        """The stock activation to put into a model; None if the model has it already."""
+        if self.stock is None:
+            return None
+        built_in = "silu" if self.gated else "gelu"
+        return None if str(self.stock) == built_in and not is_custom(model) else str(self.stock)
+
+
+def _of_basis(name: str, parts: list[str], settings: tuple[tuple[str, Any], ...], text: str) -> Activation:
+    marks = [part for part in parts if part in _MARKS]
+    degree = parts[: len(parts) - len(marks)]
+    if parts[len(degree) :] != marks or len(set(marks)) != len(marks) or len(degree) > 1:
+        degree = ["?"]
+    if any(re.fullmatch("[0-9]+", part) is None for part in degree):
+        raise OrthoFxError(
+            f"after {name} come its degree and then {', '.join(_MARKS)}, each with a colon before it; got {text!r}"
+        )
+    wrong = next((key for key, _ in settings if key in _OF_COEFFICIENTS), None)
+    if "frozen" in marks and wrong is not None:
+        raise OrthoFxError(f"frozen expansions have no {wrong}; got {text!r}")
+    chosen = ExpansionConfig(name, int(degree[0]) if degree else None, tied="tied" in marks)
+    tied, gated, frozen = (mark in marks for mark in _MARKS)
+    return Activation(name, chosen.degree, tied=tied, gated=gated, frozen=frozen, settings=settings)
 
 
 def choose_activations(texts: Sequence[str], reference: str, config: TrainConfig) -> list[Activation]:

@@ -1,7 +1,9 @@
-"""The report of `ortho_fx.models.compare`: the runs of a comparison, their results, and the table."""
+"""The report of `ortho_fx.models.compare`: the runs of a comparison, their results, and the tables."""
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,10 +12,12 @@ from typing import Any
 
 from ortho_fx import tables
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.models.compare.costs import SAME, StepCost, equal_time_steps
+from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread
+from ortho_fx.models.compare.tuning import Trial, at_the_edge, best
 
-VERSION = 1
+VERSION = 2
 LOSS, ACCURACY = "validation_loss", "accuracy"
-_Measured = Mapping[int, Mapping[str, float]]  # measures by seed
 
 
 @dataclass
@@ -27,6 +31,8 @@ class ComparedRun:
         validations: by step, "validation_loss" in nats and, for images, "accuracy" from 0 to 1.
         step_seconds: median over its steps; the machine may have done other work meanwhile.
         diverged: why it ended before its last step; None if it did not.
+        steps: of the whole run, at whose end its learning rate is lowest.
+        lr, expansion_lr: peak learning rates; None for an expansion_lr like lr, and in files of version 1.
     """
 
     activation: str
@@ -37,23 +43,27 @@ class ComparedRun:
     validations: dict[int, dict[str, float]]
     step_seconds: float | None = None
     diverged: str | None = None
+    steps: int = 0
+    lr: float | None = None
+    expansion_lr: float | None = None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last validation of a run that ended."""
+        return self.validations[self.steps]
 
 
 @dataclass
-class StepCost:
-    """A training step of one activation, measured in turns with the others in one process.
+class Facts:
+    """What is known of an activation before its first run.
 
     Args:
-        seconds: median over the rounds.
-        ratio: median over the rounds of the time divided by that of the first activation in the same round.
-        peak_bytes: the most memory that the step held at a time, beyond weights, optimizer state and inputs.
-        rounds: how many there were.
+        parameters: how many numbers the model learns.
+        same_weights: whether it starts from the reference's very weights, all but those of its activations.
     """
 
-    seconds: float
-    ratio: float
-    peak_bytes: int
-    rounds: int
+    parameters: int
+    same_weights: bool
 
 
 @dataclass
@@ -61,55 +71,39 @@ class Outcome:
     """The results of one activation.
 
     Args:
-        final: the last validation of each finished run, by seed.
-        at_equal_time: the last validation within the time that the reference's steps take, by seed; empty if time was
-            not measured or no validation came that early.
-        equal_time_step: the step of that validation.
+        at_equal_steps: the last validation of each finished run of the common number of steps, by seed.
+        at_equal_time: that of the runs whose steps take the time of the reference's run, by seed.
+        equal_time_steps: the steps of these runs; None if time was not measured.
+        at_equal_parameters: `at_equal_steps` if the model learns as many numbers as the reference, within 1 %.
+        more_parameters: by what share it learns more numbers than the reference; None if that is not known.
         time_ratio, memory_ratio: of a step, divided by the reference's.
-        time_share: time up to `equal_time_step`, divided by the reference's whole time.
-        diverged: seeds whose run diverged.
+        diverged: the runs that diverged.
     """
 
     activation: str
-    final: dict[int, dict[str, float]]
+    at_equal_steps: dict[int, dict[str, float]]
     at_equal_time: dict[int, dict[str, float]]
-    equal_time_step: int | None
+    equal_time_steps: int | None
+    at_equal_parameters: dict[int, dict[str, float]]
+    more_parameters: float | None
     time_ratio: float | None
     memory_ratio: float | None
-    time_share: float | None
-    diverged: list[int]
-
-
-@dataclass
-class Difference:
-    """A measure of one activation minus that of the reference, over the seeds that both finished.
-
-    Args:
-        mean: of the paired differences.
-        in_stds: the mean divided by the larger of the two sample standard deviations; None if one of the two has a
-            single seed.
-        better: number of seeds on which the activation is better than the reference.
-        pairs: number of seeds.
-    """
-
-    mean: float
-    in_stds: float | None
-    better: int
-    pairs: int
+    diverged: list[ComparedRun]
 
 
 @dataclass
 class Comparison:
-    """Runs that differ only in the activation, its settings and the seed. Prints as a table.
+    """Runs that differ only in the activation, its settings and the seed. Prints as tables.
 
     Args:
         settings: the settings that all have in common, by the names of `TrainConfig`, with the name of the data.
         reference: the activation that the others are compared with.
         activations: all of them, the reference first.
         environment: date, hardware and versions.
-        runs: those that are done, in the order of training.
+        runs: those that are done, in the order in which they ended.
         costs: of each activation's training step; empty if time was not measured.
-        costs_environment: date, hardware and versions of that measurement.
+        trials: of learning rates, in the order in which they ended.
+        facts: of each activation.
     """
 
     settings: dict[str, Any]
@@ -118,48 +112,110 @@ class Comparison:
     environment: dict[str, Any]
     runs: list[ComparedRun] = field(default_factory=list)
     costs: dict[str, StepCost] = field(default_factory=dict)
-    costs_environment: dict[str, Any] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    facts: dict[str, Facts] = field(default_factory=dict)
 
-    def find(self, activation: str, seed: int) -> ComparedRun | None:
-        return next((run for run in self.runs if (run.activation, run.seed) == (activation, seed)), None)
+    def find(self, activation: str, seed: int, steps: int) -> ComparedRun | None:
+        wanted = (activation, seed, steps)
+        return next((run for run in self.runs if (run.activation, run.seed, run.steps) == wanted), None)
+
+    def trials_of(self, activation: str) -> list[Trial]:
+        """The trials of an activation in order of their numbers."""
+        return sorted((t for t in self.trials if t.activation == activation), key=lambda trial: trial.number)
+
+    @property
+    def steps(self) -> int:
+        """The steps of a run, but for those of equal time."""
+        return self.settings["steps"]
 
     @property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
 
-    def outcome(self, activation: str) -> Outcome:
-        """The results of an activation, at equal steps and at equal time."""
-        steps = self.settings["steps"]
-        runs = [run for run in self.runs if run.activation == activation]
-        finished = [run for run in runs if run.diverged is None]
+    def time_ratio(self, activation: str) -> float | None:
+        """Time of a training step, divided by the reference's; None if one of them was not measured."""
         own, reference = self.costs.get(activation), self.costs.get(self.reference)
-        time_ratio = memory_ratio = step = None
-        if own is not None and reference is not None:
-            time_ratio = own.ratio / reference.ratio
-            memory_ratio = own.peak_bytes / reference.peak_bytes
-            step = equal_time_step(sorted({step for run in finished for step in run.validations}), steps, time_ratio)
+        return None if own is None or reference is None else own.ratio / reference.ratio
+
+    def equal_time_steps(self, activation: str) -> int | None:
+        """The steps in the time of the reference's run; None if time was not measured."""
+        ratio = self.time_ratio(activation)
+        return None if ratio is None else equal_time_steps(self.steps, ratio)
+
+    def outcome(self, activation: str) -> Outcome:
+        """The results of an activation, at equal steps, time and parameters."""
+        own, reference = self.costs.get(activation), self.costs.get(self.reference)
+        memory = None if own is None or reference is None else own.peak_bytes / reference.peak_bytes
+        facts, others = self.facts.get(activation), self.facts.get(self.reference)
+        more = None if facts is None or others is None else facts.parameters / others.parameters - 1
+        at_equal_steps = self._finished(activation, self.steps)
+        ending = self.equal_time_steps(activation)
         return Outcome(
             activation,
-            final={run.seed: run.validations[steps] for run in finished},
-            at_equal_time={run.seed: run.validations[step] for run in finished if step in run.validations},
-            equal_time_step=step,
-            time_ratio=time_ratio,
-            memory_ratio=memory_ratio,
-            time_share=None if step is None or time_ratio is None else step * time_ratio / steps,
-            diverged=[run.seed for run in runs if run.diverged is not None],
+            at_equal_steps=at_equal_steps,
+            at_equal_time={} if ending is None else self._finished(activation, ending),
+            equal_time_steps=ending,
+            at_equal_parameters=at_equal_steps if more is not None and abs(more) <= SAME else {},
+            more_parameters=more,
+            time_ratio=self.time_ratio(activation),
+            memory_ratio=memory,
+            diverged=[run for run in self.runs if run.activation == activation and run.diverged is not None],
         )
 
+    def _finished(self, activation: str, steps: int) -> dict[int, dict[str, float]]:
+        runs = [run for run in self.runs if (run.activation, run.steps) == (activation, steps)]
+        return {run.seed: run.last for run in runs if run.diverged is None}
+
     def report(self, *, markdown: bool = False) -> str:
-        """The table, at equal steps and at equal time, as aligned text or as Markdown."""
+        """The tables as aligned text or as Markdown."""
         parts = [_wrapped(f"**{self._title()}**" if markdown else self._title())]
         for heading, header, rows in self._tables():
             if markdown:
                 named = [[header[0] or " ", *header[1:]], *([f"`{row[0]}`", *row[1:]] for row in rows)]
                 parts.append(f"{heading}\n\n{tables.markdown(named, 'lr')}")
             else:
-                parts.append(f"{heading}\n{tables.table(tables.without_empty_columns([header, *rows]), 'lr')}")
+                parts.append(f"{heading}\n{tables.table([header, *rows], 'lr')}")
         parts.append("\n".join(_wrapped(f"- {note}" if markdown else note) for note in self._notes()))
         return "\n\n".join(parts)
+
+    def latex(self) -> str:
+        """The tables in LaTeX, each after a comment with its heading."""
+        return "\n\n".join(
+            f"% {heading}\n{tables.latex([header, *rows], 'lr')}" for heading, header, rows in self._tables()
+        )
+
+    def csv(self) -> str:
+        """The results unrounded, with a line for each activation, kind of equality and measure."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(_COLUMNS)
+        outcomes = [self.outcome(activation) for activation in self.activations]
+        for outcome in outcomes:
+            run = next((run for run in self.runs if run.activation == outcome.activation), None)
+            facts = self.facts.get(outcome.activation)
+            rates = (None, None) if run is None else (run.lr, run.expansion_lr)
+            for equal, steps, values, reference in self._equalities(outcome, outcomes[0]):
+                for measure in (LOSS, ACCURACY):
+                    numbers = [measured[measure] for measured in values.values() if measure in measured]
+                    if not numbers:
+                        continue
+                    beside = self._beside(outcome, values, reference, measure)
+                    lines.writerow(
+                        [
+                            outcome.activation,
+                            equal,
+                            measure,
+                            steps,
+                            None if facts is None else facts.parameters,
+                            outcome.time_ratio,
+                            outcome.memory_ratio,
+                            *rates,
+                            len(numbers),
+                            *spread(numbers),
+                            *_plain(beside),
+                        ]
+                    )
+        return text.getvalue()
 
     def __str__(self) -> str:
         return self.report()
@@ -170,31 +226,35 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """The comparison with these values, as `to_dict` or its JSON has them.
+        """The comparison with these values, as `to_dict` or its JSON has them; also those of version 1.
 
         Raises:
             OrthoFxError: values of another version or another form.
         """
         values = dict(values)
         version = values.pop("version", None)
-        if version != VERSION:
-            raise OrthoFxError(f"comparison has version {version!r}; this release reads version {VERSION}")
+        if version not in (1, VERSION):
+            raise OrthoFxError(f"comparison has version {version!r}; this release reads versions 1 and {VERSION}")
         try:
+            if version == 1:
+                values = _of_version_1(values)
             runs = [ComparedRun(**run) for run in values.pop("runs")]
             for run in runs:
                 run.validations = {int(step): measured for step, measured in run.validations.items()}
             costs = {name: StepCost(**cost) for name, cost in values.pop("costs").items()}
-            return cls(runs=runs, costs=costs, **values)
+            trials = [Trial(**trial) for trial in values.pop("trials")]
+            facts = {name: Facts(**known) for name, known in values.pop("facts").items()}
+            return cls(runs=runs, costs=costs, trials=trials, facts=facts, **values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OrthoFxError(f"not a comparison: {type(error).__name__}: {error}") from None
 
     def _title(self) -> str:
         settings, environment = self.settings, self.environment
-        parameters = next((run.parameters for run in self.runs if run.activation == self.reference), None)
+        facts = self.facts.get(self.reference)
         seeds = len(self.seeds)
         parts = [
             f"{settings['model']} {settings['size']}",
-            "" if parameters is None else f"{parameters:,} parameters",
+            "" if facts is None else f"{facts.parameters:,} parameters",
             settings["data"],
             f"{settings['steps']:,} steps",
             f"batch size {settings['batch_size']}",
@@ -205,121 +265,219 @@ class Comparison:
         ]
         return ", ".join(part for part in parts if part)
 
-    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """Heading, header and rows of two tables: at equal steps and, if time was measured, at equal time."""
-        outcomes = [self.outcome(activation) for activation in self.activations]
-        images = any(ACCURACY in values for outcome in outcomes for values in outcome.final.values())
-        accuracy = ["accuracy %", "difference"] if images else []
-        steps, reference = self.settings["steps"], outcomes[0].final
-        header = ["", "expansion parameters", "validation loss", "difference", "in stds", "better", *accuracy]
-        rows = [self._at_equal_steps(outcome, reference, images) for outcome in outcomes]
-        found = [(f"At equal steps, after {steps:,}:", [*header, "finished", "diverged"], rows)]
-        if self.costs:
-            header = ["", "ms a step", "in training", "time", "peak memory", "step", "of the time"]
-            rows = [self._at_equal_time(outcome, reference, images) for outcome in outcomes]
-            heading = f"At equal time, that of {steps:,} steps of {self.reference}:"
-            found.append((heading, [*header, "validation loss", "difference", *accuracy], rows))
+    def _equalities(self, own: Outcome, reference: Outcome) -> list[tuple[str, int, Measured, Measured]]:
+        """The three kinds of equality: name, steps, and the values of an activation and of the reference."""
+        found: list[tuple[str, int, Measured, Measured]] = [
+            ("steps", self.steps, own.at_equal_steps, reference.at_equal_steps)
+        ]
+        if own.equal_time_steps is not None:
+            found.append(("time", own.equal_time_steps, own.at_equal_time, reference.at_equal_steps))
+        found.append(("parameters", self.steps, own.at_equal_parameters, reference.at_equal_steps))
         return found
 
-    def _at_equal_steps(self, outcome: Outcome, reference: _Measured, images: bool) -> list[str]:
+    def _beside(self, own: Outcome, values: Measured, reference: Measured, measure: str) -> Difference | None:
+        if own.activation == self.reference:
+            return None
+        return difference(values, reference, measure, larger_is_better=measure == ACCURACY)
+
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Heading, header and rows of each table."""
+        outcomes = [self.outcome(activation) for activation in self.activations]
+        images = any(ACCURACY in values for outcome in outcomes for values in outcome.at_equal_steps.values())
+        found = []
+        for measure, what, scale, digits in ((LOSS, "validation loss", 1, 4), (ACCURACY, "accuracy in points", 100, 2)):
+            if measure == ACCURACY and not images:
+                continue
+            rows = [
+                [
+                    outcome.activation,
+                    *(
+                        _with_interval(self._beside(outcome, values, reference, measure), scale, digits)
+                        for _, _, values, reference in self._equalities(outcome, outcomes[0])
+                    ),
+                ]
+                for outcome in outcomes
+            ]
+            names = [equal for equal, *_ in self._equalities(outcomes[0], outcomes[0])]
+            heading = f"Difference to {self.reference}, {what}, with the 95 % interval of Student's t:"
+            found.append((heading, ["", *(f"at equal {name}" for name in names)], rows))
+        measures = ["validation loss", "difference", "95 % (t)", "95 % (bootstrap)", "better"]
+        measures += ["accuracy %", "difference"] if images else []
+        header = ["", "parameters", "of them in expansions", *measures, "finished", "diverged"]
+        rows = [self._at_equal_steps(outcome, outcomes[0], images) for outcome in outcomes]
+        found.append((f"At equal steps, after {self.steps:,}:", header, rows))
+        if self.costs:
+            header = ["", "ms a step", "in training", "time", "peak memory", "steps", *measures, "diverged"]
+            rows = [self._at_equal_time(outcome, outcomes[0], images) for outcome in outcomes]
+            found.append((f"At equal time, that of {self.steps:,} steps of {self.reference}:", header, rows))
+        if self.trials:
+            header = ["", "trials", "lr", "expansion_lr", "its loss", "loss at the first rates", "at the edge"]
+            heading = (
+                f"Learning rates, chosen after {self.settings['tune_steps']:,} steps of a seed that is not reported:"
+            )
+            found.append((heading, header, [self._rates(activation) for activation in self.activations]))
+        return found
+
+    def _at_equal_steps(self, outcome: Outcome, reference: Outcome, images: bool) -> list[str]:
         run = next((run for run in self.runs if run.activation == outcome.activation), None)
-        others = {} if outcome.activation == self.reference else reference
-        beside = difference(outcome.final, others, LOSS)
+        facts = self.facts.get(outcome.activation)
+        more = "" if not outcome.more_parameters else f" ({100 * outcome.more_parameters:+.2f} %)"
         return [
             outcome.activation,
+            "-" if facts is None else f"{facts.parameters:,}{more}",
             "-" if run is None else f"{run.expansion_parameters:,}",
-            _spread(outcome.final, LOSS),
-            "-" if beside is None else f"{beside.mean:+.4f}",
-            "-" if beside is None or beside.in_stds is None else f"{beside.in_stds:+.1f}",
-            "-" if beside is None else f"{beside.better} of {beside.pairs}",
-            *(_accuracy(outcome.final, others) if images else ()),
-            str(len(outcome.final)),
-            str(len(outcome.diverged)),
+            *self._measures(outcome, outcome.at_equal_steps, reference.at_equal_steps, images),
+            str(len(outcome.at_equal_steps)),
+            str(sum(run.steps == self.steps for run in outcome.diverged)),
         ]
 
-    def _at_equal_time(self, outcome: Outcome, reference: _Measured, images: bool) -> list[str]:
+    def _at_equal_time(self, outcome: Outcome, reference: Outcome, images: bool) -> list[str]:
         cost = self.costs.get(outcome.activation)
         runs = [run for run in self.runs if run.activation == outcome.activation]
         trained = [run.step_seconds for run in runs if run.step_seconds is not None]
-        others = {} if outcome.activation == self.reference else reference
-        beside = difference(outcome.at_equal_time, others, LOSS)
         return [
             outcome.activation,
             "-" if cost is None else f"{1e3 * cost.seconds:.4g}",
             f"{1e3 * statistics.median(trained):.4g}" if trained else "-",
             "-" if outcome.time_ratio is None else f"{outcome.time_ratio:.3f}",
             "-" if outcome.memory_ratio is None else f"{outcome.memory_ratio:.3f}",
-            "-" if outcome.equal_time_step is None else f"{outcome.equal_time_step:,}",
-            "-" if outcome.time_share is None else f"{outcome.time_share:.0%}",
-            _spread(outcome.at_equal_time, LOSS),
-            "-" if beside is None else f"{beside.mean:+.4f}",
-            *(_accuracy(outcome.at_equal_time, others) if images else ()),
+            "-" if outcome.equal_time_steps is None else f"{outcome.equal_time_steps:,}",
+            *self._measures(outcome, outcome.at_equal_time, reference.at_equal_steps, images),
+            str(sum(run.steps == outcome.equal_time_steps for run in outcome.diverged)),
         ]
+
+    def _measures(self, own: Outcome, values: Measured, reference: Measured, images: bool) -> list[str]:
+        beside = self._beside(own, values, reference, LOSS)
+        cells = [
+            _spread(values, LOSS),
+            "-" if beside is None else f"{beside.mean:+.4f}",
+            _interval(None if beside is None else beside.t),
+            _interval(None if beside is None else beside.bootstrap),
+            "-" if beside is None else f"{beside.better} of {beside.pairs}",
+        ]
+        if images:
+            cells.append(_spread(values, ACCURACY, 100, 2))
+            cells.append(_with_interval(self._beside(own, values, reference, ACCURACY), 100, 2))
+        return cells
+
+    def _rates(self, activation: str) -> list[str]:
+        trials = self.trials_of(activation)
+        chosen = best(trials)
+        if not trials or chosen is None:
+            return [activation, str(len(trials)), *["-"] * 5]
+        coefficients = "-" if chosen.expansion_lr is None else f"{chosen.expansion_lr:.3g}"
+        first = trials[0].loss
+        edge = ", ".join(at_the_edge(trials)) or "-"
+        losses = [f"{chosen.loss:.4f}", "diverged" if first is None else f"{first:.4f}"]
+        return [activation, str(len(trials)), f"{chosen.lr:.3g}", coefficients, *losses, edge]
 
     def _notes(self) -> list[str]:
         notes = [
-            "± is the sample standard deviation over seeds. A difference is the mean over the seeds that both finished "
-            f"of the value less that of {self.reference}, also in units of the larger of the two deviations."
+            "± is the sample standard deviation over seeds. A difference is the mean, over the seeds that both "
+            f"finished, of the value less that of {self.reference} with the same seed. Its intervals are those of "
+            "Student's t and of the bootstrap over seeds, which is too narrow for few seeds."
         ]
+        others = [name for name in self.activations if name in self.facts and not self.facts[name].same_weights]
+        if others:
+            notes.append(
+                "Runs of one seed see the same batches. They start from the same weights, but for "
+                f"{', '.join(others)}, whose weights have other shapes and are drawn anew."
+            )
+        elif self.facts:
+            notes.append("Runs of one seed start from the same weights and see the same batches.")
+        unequal = [name for name in self.activations if abs(self.outcome(name).more_parameters or 0) > SAME]
+        if unequal:
+            notes.append(f"Other than {self.reference} in parameters by more than 1 %: {', '.join(unequal)}.")
+        if self.settings["warmup"] > self.steps:
+            notes.append(
+                f"Runs of {self.steps:,} steps end within the warmup of {self.settings['warmup']:,}: no learning rate "
+                "reaches its peak, and none comes down. Their order says little about longer runs."
+            )
         if self.costs:
-            environment = self.costs_environment
-            count = environment.get("threads")
-            threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
+            places = "; ".join(dict.fromkeys(cost.measured for cost in self.costs.values()))
             notes += [
                 f'"time" and "peak memory" are ratios to {self.reference} of a training step, measured in turns in one '
-                f"process ({environment['hardware']}{threads}, {environment['date']}), medians; memory is what a step "
-                'allocates beyond weights, optimizer state and inputs. "in training" is the median of the runs\' own '
-                "steps, whatever else the machine did.",
-                "At equal time, a slower activation is read at its last validation within the time, where its "
-                "learning rate has not come down, which is to its disadvantage; a faster one has time left.",
+                f"process ({places}), medians; memory is what a step allocates beyond weights, optimizer state and "
+                'inputs. "in training" is the median of the runs\' own steps, whatever else the machine did.',
+                "At equal time an activation has a run of its own, whose schedule ends with the time of the reference's"
+                " run. If that is within 1 % of the same number of steps, it is the same run.",
             ]
+        if self.trials:
+            notes.append(
+                "Every activation has the same number of trials around its first rates, on the same batches; they are "
+                "read on the validation data. A best rate at the edge of what was tried may not be the best."
+            )
         notes += [
-            f"{r.activation} diverged with seed {r.seed}: {r.diverged}" for r in self.runs if r.diverged is not None
+            f"{r.activation} diverged with seed {r.seed} in {r.steps:,} steps: {r.diverged}"
+            for r in self.runs
+            if r.diverged is not None
         ]
         return notes
 
 
-def equal_time_step(validated: Sequence[int], steps: int, ratio: float) -> int | None:
-    """The last validated step that ends within the time of `steps` steps of the reference.
-
-    Args:
-        validated: steps with a validation.
-        steps: steps of the whole run.
-        ratio: time of a step divided by the reference's.
-    """
-    return max((step for step in validated if step * ratio <= steps), default=None)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; a single value has no deviation."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def difference(values: _Measured, reference: _Measured, measure: str) -> Difference | None:
-    """The difference of a measure from the reference's, paired by seed; None if they have no seed in common."""
-    pairs = [(values[seed][measure], reference[seed][measure]) for seed in values if seed in reference]
-    if not pairs:
-        return None
-    differences = [own - other for own, other in pairs]
-    mean = statistics.fmean(differences)
-    stds = [spread([measured[measure] for measured in each.values()])[1] for each in (values, reference)]
-    larger = max((std for std in stds if std is not None), default=0.0)
-    in_stds = mean / larger if None not in stds and larger > 0 else None
-    sign = 1 if measure == ACCURACY else -1
-    return Difference(mean, in_stds, sum(sign * own > 0 for own in differences), len(pairs))
+_COLUMNS = [
+    "activation",
+    "equal",
+    "measure",
+    "steps",
+    "parameters",
+    "time_ratio",
+    "memory_ratio",
+    "lr",
+    "expansion_lr",
+    "seeds",
+    "mean",
+    "std",
+    "difference",
+    "t_low",
+    "t_high",
+    "bootstrap_low",
+    "bootstrap_high",
+    "better",
+    "pairs",
+]
 
 
-def _spread(values: _Measured, measure: str, scale: float = 1, digits: int = 4) -> str:
+def _plain(beside: Difference | None) -> list[float | None]:
+    if beside is None:
+        return [None] * 7
+    intervals = [*(beside.t or (None, None)), *(beside.bootstrap or (None, None))]
+    return [beside.mean, *intervals, beside.better, beside.pairs]
+
+
+def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of version 1 as those of today: it had no trials and no runs of equal time."""
+    values = dict(values)
+    environment = values.pop("costs_environment")
+    count = environment.get("threads")
+    threads = "" if count is None else f"{count} thread{'' if count == 1 else 's'}"
+    places = ", ".join(filter(None, [environment.get("hardware"), threads, environment.get("date")]))
+    steps = values["settings"]["steps"]
+    runs = [{**run, "steps": steps} for run in values.pop("runs")]
+    costs = {name: {**cost, "measured": places} for name, cost in values.pop("costs").items()}
+    facts = {run["activation"]: {"parameters": run["parameters"], "same_weights": True} for run in runs}
+    return {**values, "runs": runs, "costs": costs, "trials": [], "facts": facts}
+
+
+def _spread(values: Measured, measure: str, scale: float = 1, digits: int = 4) -> str:
     if not values:
         return "-"
     mean, std = spread([scale * measured[measure] for measured in values.values()])
     return f"{mean:.{digits}f} ± {'-' if std is None else format(std, f'.{digits}f')}"
 
 
-def _accuracy(values: _Measured, reference: _Measured) -> tuple[str, str]:
-    """Accuracy in percent, and its difference in points."""
-    beside = difference(values, reference, ACCURACY)
-    return _spread(values, ACCURACY, 100, 2), "-" if beside is None else f"{100 * beside.mean:+.2f}"
+def _interval(interval: Sequence[float] | None, scale: float = 1, digits: int = 4) -> str:
+    if interval is None:
+        return "-"
+    low, high = (f"{scale * bound:+.{digits}f}" for bound in interval)
+    return f"{low} to {high}"
+
+
+def _with_interval(beside: Difference | None, scale: float, digits: int) -> str:
+    if beside is None:
+        return "-"
+    mean = f"{scale * beside.mean:+.{digits}f}"
+    return mean if beside.t is None else f"{mean} ({_interval(beside.t, scale, digits)})"
 
 
 def _wrapped(text: str) -> str:

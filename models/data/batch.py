@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
-Kind = Literal["tokens", "images"]
+Kind = Literal["tokens", "images", "samples"]
 
 
 class Data(Protocol):

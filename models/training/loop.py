@@ -35,7 +35,7 @@ from ortho_fx.files import atomic_file, remove_unfinished
 from ortho_fx.models.data.digest import data_digest
 from ortho_fx.models.data.loader import WorkerLost, load, load_validation
 from ortho_fx.models.data.sources import Batch
-from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
+from ortho_fx.models.recipe import DTYPES, TrainConfig, task_of
 from ortho_fx.models.runs.files import RowsWritten, rows_differ
 from ortho_fx.models.runs.lock import locked
 from ortho_fx.models.training.build import build
@@ -119,7 +119,7 @@ class Run:
         assert config.batch_size is not None
         if config.compile and processes.device.type == "cpu":
             require_cpp_compiler("train without compiling: --no-compile, or compile = false in the recipe")
-        self.config, self.processes, self.task = config, processes, TASKS[config.model]
+        self.config, self.processes, self.task = config, processes, task_of(config.model)
         self.steps, self.batch_size = config.steps, config.batch_size
         self.directory, self.leads, self.to_go_on = config.directory, processes.rank == 0, to_go_on
         self.rows = processes.rows(config.batch_size, config.accumulate)
@@ -135,9 +135,9 @@ class Run:
         )
         self.probe = self.data.batch(config.seed, 0, config.batch_size, self.rows[0])[0].to(processes.device)
         self.unit_size = self.probe[0].numel() if self.task.kind == "tokens" else 1
-        self.peak = peak_flops(processes.device, DTYPES[config.dtype])
+        self.peak = None if built.loss else peak_flops(processes.device, DTYPES[config.dtype])
         self.flops = training_flops(self.model, self.probe) if self.peak is not None else 0.0
-        self.optimization = Optimization(self.model, config, processes)
+        self.optimization = Optimization(self.model, config, processes, built.loss)
         self.monitor = SiteMonitor(self.model)
         self.average = MovingAverage(self.model, config.ema) if config.ema else None
         self.workers, self.pin = config.workers or 0, processes.device.type == "cuda"
@@ -407,7 +407,12 @@ class Run:
         return checkpoint
 
     def _export(self) -> None:
-        """Writes model.safetensors, with the averaged weights if there is an average."""
+        """Writes model.safetensors, with the averaged weights if there is an average.
+
+        Such a file describes the activations of our models and expansions, so runs with others have none.
+        """
+        if self.config.stock is not None or self.task.kind == "samples":
+            return
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.leads:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ortho_fx.models.custom import Loss
 from ortho_fx.models.data.sources import Batch
-from ortho_fx.models.recipe import DTYPES, TASKS, TrainConfig
+from ortho_fx.models.recipe import DTYPES, TrainConfig, task_of
 from ortho_fx.models.training.processes import Processes, synchronise
 from ortho_fx.rewriting.optimizer import param_groups
 
@@ -39,15 +40,16 @@ class Optimization:
 
     Args:
         model: the model on its device; the result of `processes.share` is trained.
+        loss: the mean loss of a batch (None: the cross entropy of the model's logits).
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, loss: Loss | None = None) -> None:
         assert config.steps is not None
         assert config.lr is not None
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.loss = config, processes, loss
         self.steps, self.lr = config.steps, config.lr
         backend = "inductor" if config.expansion is None else "ortho_fx"
-        block = TASKS[config.model].block
+        block = task_of(config.model).block
         sharded = processes.count > 1 and config.parallel == "fsdp"
         if config.compile and sharded:
             # FSDP2 gathers parameters block by block, so only single blocks can be compiled.
@@ -57,7 +59,13 @@ class Optimization:
         self.shared = processes.share(model, block, config.parallel)
         whole = config.compile and not sharded
         self.losses = torch.compile(self._losses, backend=backend) if whole else self._losses
-        groups = param_groups(model, lr=config.lr, weight_decay=config.weight_decay, expansion_lr=config.expansion_lr)
+        groups = param_groups(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            expansion_lr=config.expansion_lr,
+            expansion_decay=config.expansion_decay,
+        )
         self.rates = [group["lr"] for group in groups]
         named = {group["name"]: group["params"] for group in groups}
         weights = [*named.get("decay", []), *named.get("no_decay", [])]
@@ -102,6 +110,13 @@ class Optimization:
             return self.shared(inputs)
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.loss is not None:
+            device, dtype = self.processes.device.type, self.config.dtype
+            with torch.autocast(device, DTYPES[dtype], enabled=dtype != "float32"):
+                loss = self.loss(self.shared, (inputs, targets)).float()
+            # A validation counts rows, and knows no right answers.
+            rows = loss.new_tensor(float(len(inputs)))
+            return loss if self.shared.training else torch.stack([loss * rows, torch.zeros_like(rows), rows])
         logits = self.logits(inputs).flatten(0, -2)
         if self.shared.training:
             targets = targets if targets.is_floating_point() else targets.flatten()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_fx.activations.expansion import ExpansionActivation, make_activation
+from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bench.config import ROW, BenchConfig
 from ortho_fx.config import ExpansionConfig
-from ortho_fx.errors import OrthoFxError
 from ortho_fx.models import convnext, gpt2
+from ortho_fx.models.stock import SquaredReLU, exchange_
 from ortho_fx.rewriting.optimizer import param_groups
 from ortho_fx.rewriting.rewrite import rewrite_
 
@@ -92,13 +92,6 @@ class Copy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _CopyFunction.apply(x)
-
-
-class SquaredReLU(nn.Module):
-    """y(x) = max(x, 0)^2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
 
 
 def make_candidates(config: BenchConfig, others: Mapping[str, nn.Module] | None = None) -> Iterator[Candidate]:
@@ -181,13 +174,7 @@ STOCK = {"gelu, tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(), "squared 
 def exchanged(model: nn.Module, activation: nn.Module) -> nn.Module:
     """A copy of the model, with a copy of the activation in the place of each of its own, modules and functions."""
     changed = copy.deepcopy(model)
-    rewrite_(changed, ExpansionConfig("hermite"))
-    expansions = [name for name, module in changed.named_modules() if isinstance(module, ExpansionActivation)]
-    if not expansions:
-        raise OrthoFxError(f"{type(model).__name__} has no activation that could be exchanged")
-    for name in expansions:
-        parent, _, attribute = name.rpartition(".")
-        setattr(changed.get_submodule(parent), attribute, copy.deepcopy(activation))
+    exchange_(changed, lambda: copy.deepcopy(activation))
     return changed
 
 

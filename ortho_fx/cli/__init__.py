@@ -37,7 +37,7 @@ def _run(arguments: Sequence[str]) -> int:
     parsed = None
     try:
         _refuse_invalid_bytes(arguments)
-        _load_plugins()
+        load_plugins()
         parser = make_parser()
         _complete(parser)
         parsed = parser.parse_args(arguments)
@@ -70,7 +70,7 @@ def _refuse_invalid_bytes(arguments: Sequence[str]) -> None:
             raise OrthoFxError(f"arguments must be text in UTF-8; got {argument!r}: rename what it names") from None
 
 
-def _load_plugins() -> None:
+def load_plugins() -> None:
     """Imports the modules that installed packages name in our entry points: they register bases and activations."""
     import importlib.metadata
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import importlib.machinery
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.user_files import called, load_factory
 
 FORMS = "gpt2[:SIZE], convnext[:SIZE], timm:NAME, hf:TYPE, hf:FOLDER or FILE.py:FACTORY"
 
@@ -49,7 +48,7 @@ def build_model(text: str) -> nn.Module:
         if kind == "hf" and name:
             return _transformers(text, name)
         if file.endswith(".py") and factory:
-            return _from_file(text, Path(file), factory)
+            return _on_meta(text, load_factory(Path(file), factory))
     raise OrthoFxError(f"MODEL must be {FORMS}; got {text!r}")
 
 
@@ -77,35 +76,17 @@ def _transformers(text: str, name: str) -> nn.Module:
         if not (Path(name) / "config.json").is_file():
             raise OrthoFxError(f"{name} has no config.json")
         # Never run code from the folder, and never use the network.
-        config = _called(
+        config = called(
             text, lambda: transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         )
     elif name in transformers.CONFIG_MAPPING:
-        config = _called(text, lambda: transformers.AutoConfig.for_model(name))
+        config = called(text, lambda: transformers.AutoConfig.for_model(name))
     else:
         similar = _similar(name, transformers.CONFIG_MAPPING.keys())
         raise OrthoFxError(f"{name!r} is no model type of transformers, and no folder{similar}")
     # Only on the meta device: the parameters of a default config may not fit into memory.
     with torch.device("meta"):
-        return _called(text, lambda: transformers.AutoModel.from_config(config))
-
-
-def _from_file(text: str, file: Path, name: str) -> nn.Module:
-    if not file.is_file():
-        raise OrthoFxError(f"there is no file {file}")
-    loader = importlib.machinery.SourceFileLoader(f"ortho_fx_model_{file.stem}", str(file))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    # As Python does for a script: it can import files next to it, and dataclasses look up their module.
-    sys.path.insert(0, str(file.parent.resolve()))
-    sys.modules[spec.name] = module
-    _called(str(file), lambda: loader.exec_module(module))
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        came = "it has nothing of that name" if factory is None else f"it is of type {type(factory).__name__}"
-        raise OrthoFxError(f"{file} must have a function or class {name}; {came}")
-    return _on_meta(text, factory)
+        return called(text, lambda: transformers.AutoModel.from_config(config))
 
 
 def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
@@ -117,7 +98,7 @@ def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
     except (Exception, SystemExit):
         needs_numbers = True
     if needs_numbers:
-        model = _called(text, factory)
+        model = called(text, factory)
     if not isinstance(model, nn.Module):
         raise OrthoFxError(f"{text} must be a torch.nn.Module; got {type(model).__name__}")
     return model
@@ -126,14 +107,6 @@ def _on_meta(text: str, factory: Callable[[], Any]) -> nn.Module:
 def _keeps_tensors(model: nn.Module) -> bool:
     """Whether a module keeps tensors as plain attributes; then its function depends on their values."""
     return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
-
-
-def _called(text: str, function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except (Exception, SystemExit) as error:  # foreign code may raise anything
-        first = next(iter(str(error).strip().splitlines()), "")
-        raise OrthoFxError(f"{text} cannot be built: {type(error).__name__}{': ' * bool(first)}{first}") from error
 
 
 def _library(name: str, text: str) -> Any:

@@ -15,9 +15,11 @@ from ortho_fx.cli.completion import FILE, Completer, Suggestion
 from ortho_fx.cli.export import ENDINGS
 from ortho_fx.cli.fit import fitted
 from ortho_fx.config import INITS, PRESET, ExpansionConfig
+from ortho_fx.models.compare.activations import GATES, OWN
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.recipe import DTYPES as TRAINING_DTYPES
 from ortho_fx.models.recipe import PARALLEL, TASKS, recipes
+from ortho_fx.models.stock import NAMES
 from ortho_fx.numerics.fit import WEIGHTS
 from ortho_fx.passes.vocabulary.targets import BY_NAME
 
@@ -31,9 +33,11 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
     presets = {name: list(task.presets) for name, task in TASKS.items()}
     devices: Suggestion = {"values": ["cpu", "cuda"]}
     granularity: Suggestion = {"values": ["layer", "channel", "group:"]}
-    activations = ["gelu", *(f"{name}:{ExpansionConfig(name).degree}" for name in BASES)]
+    stock = [OWN, *NAMES, *GATES]
+    activations = [*stock, *(f"{name}:{ExpansionConfig(name).degree}" for name in BASES)]
+    recipe: Suggestion = {"values": [*TASKS, *recipes()], "files": [".toml"]}
     run: dict[str, Suggestion] = {
-        "recipe": {"values": [*TASKS, *recipes()], "files": [".toml"]},
+        "recipe": recipe,
         "size": {"chosen_by": "recipe", "choices": presets},
         "start_from": {"files": _WEIGHTS},
         "init": {"values": [*INITS, PRESET], "files": [".json"]},
@@ -52,8 +56,13 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
             "targets": {"values": list(BY_NAME)},
             "sharing": {"values": ["instance", "site"]},
         },
-        "train": {**run, "basis": {"values": [*BASES, "none"]}},
-        "compare": {**run, "activations": {"values": activations}, "reference": {"values": activations}},
+        "train": {**run, "basis": {"values": [*BASES, "none"]}, "stock": {"values": list(NAMES)}},
+        "compare": {
+            **run,
+            "recipe": recipe | {"files": [".toml", ".py"]},
+            "activations": {"values": activations},
+            "reference": {"values": activations},
+        },
         "data": {
             "source": {"values": ["standard-library"], "files": [".txt"]},
             "out": folder,

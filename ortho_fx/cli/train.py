@@ -44,11 +44,12 @@ def add(commands: Commands[Parser]) -> None:
     command.set_defaults(run=run, trains=True)
 
 
-def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
-    """Adds the positional RECIPE and an option for every setting of a run."""
+def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (), also: str = "") -> None:
+    """Adds the positional RECIPE, which may `also` be something else, and an option for every setting of a run."""
     from ortho_fx.models.recipe import TASKS, TrainConfig
 
-    command.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(TASKS)}, the name of a recipe, or a TOML file")
+    forms = f"{', '.join(TASKS)}, the name of a recipe, or a TOML file{also}"
+    command.add_argument("recipe", metavar="RECIPE", help=forms)
     types: dict[object, Callable[[str], Any]] = {int: Whole(0), float: Number(infinite=True)}
     for setting in TrainConfig.settings():
         if setting.name in {"model", *without}:
@@ -63,11 +64,16 @@ def add_settings(command: argparse.ArgumentParser, *, without: Sequence[str] = (
             command.add_argument(flag, type=types.get(kind, kind), default=argparse.SUPPRESS, help=text)
 
 
-def config_of(parsed: argparse.Namespace) -> TrainConfig:
-    """The config of the recipe, with the options of the command line in place of its values."""
+def config_of(parsed: argparse.Namespace, custom: bool = False) -> TrainConfig:
+    """The config of the recipe, with the options of the command line in place of its values.
+
+    With `custom`, the recipe may be a FILE.py:FACTORY, see `ortho_fx.models.custom`.
+    """
+    from ortho_fx.models.custom import is_custom
     from ortho_fx.models.recipe import TASKS, TrainConfig, load_recipe
 
-    values = {"model": parsed.recipe} if parsed.recipe in TASKS else load_recipe(parsed.recipe)
+    named = parsed.recipe in TASKS or (custom and is_custom(parsed.recipe))
+    values = {"model": parsed.recipe} if named else load_recipe(parsed.recipe)
     given: dict[str, Any] = {s.name: getattr(parsed, s.name) for s in TrainConfig.settings() if hasattr(parsed, s.name)}
     if given.get("basis", values.get("basis")) != values.get("basis"):
         values = {name: value for name, value in values.items() if name not in _OF_THE_BASIS}

@@ -22,15 +22,16 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     expansion_lr: float | None = None,
+    expansion_decay: float = 0.0,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     r"""Groups for `torch.optim`: weights with decay, parameters without, and expansions with their own learning rate.
 
-    Matrices and convolution kernels decay. Biases, scales, the parameters of normalisations, and all parameters of
-    expansions do not: decay would pull an activation towards zero. Nor do those that the model, or a module inside of
-    it, names in `no_weight_decay()` or finds by a part of the name in `no_weight_decay_keywords()`. Parameters that
-    need no gradient are left out, shared parameters are listed once, and empty groups are dropped. The model may be
-    wrapped by DDP, sharded by `fully_shard`, or compiled.
+    Matrices and convolution kernels decay. Biases, scales and the parameters of normalisations do not, and those of
+    expansions only by `expansion_decay`: decay pulls an activation towards zero. Nor do those that the model, or a
+    module inside of it, names in `no_weight_decay()` or finds by a part of the name in `no_weight_decay_keywords()`.
+    Parameters that need no gradient are left out, shared parameters are listed once, and empty groups are dropped. The
+    model may be wrapped by DDP, sharded by `fully_shard`, or compiled.
 
     With `layer_decay` the rates fall towards the input. In layer l of 0 .. L the rate is
 
@@ -49,6 +50,7 @@ def param_groups(
         lr: learning rate of the model's own parameters, in layer L.
         weight_decay: decay of matrices and convolution kernels.
         expansion_lr: learning rate of the expansions, in layer L; `lr` when omitted.
+        expansion_decay: decay of all parameters of the expansions.
         layer_decay: above 0 and at most 1; every layer has the same rate when omitted.
 
     Returns:
@@ -62,7 +64,8 @@ def param_groups(
 
     Source: the decay of rates by layer is that of Clark et al., arXiv 2003.10555, and of Bao et al., arXiv 2106.08254.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("expansion_lr", expansion_lr)):
+    given = {"lr": lr, "weight_decay": weight_decay, "expansion_lr": expansion_lr, "expansion_decay": expansion_decay}
+    for name, value in given.items():
         if value is not None and not (is_number(value) and value >= 0):
             raise OrthoFxError(f"{name} must be a number, zero or more; got {value!r}")
     if layer_decay is not None and not (is_number(layer_decay) and 0 < layer_decay <= 1):
@@ -89,13 +92,14 @@ def param_groups(
         else:
             kind = "decay" if matrix and id(parameter) not in named else "no_decay"
         groups.setdefault((layers.get(id(parameter), last), kind), []).append(parameter)
+    decays = {"decay": weight_decay, "no_decay": 0.0, "expansions": expansion_decay}
     rates = {"decay": lr, "no_decay": lr, "expansions": lr if expansion_lr is None else expansion_lr}
     return [
         {
             "name": kind if layer_decay is None else f"layer_{layer}.{kind}",
             "params": groups[layer, kind],
             "lr": rates[kind] * (1.0 if layer_decay is None else layer_decay ** (last - layer)),
-            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "weight_decay": decays[kind],
         }
         for layer in range(last + 1)
         for kind in _KINDS

@@ -28,6 +28,16 @@ pytestmark = pytest.mark.slow
         ),
         ("tropical,granularity=group:4,calibrate=false", "tropical:5,calibrate=false,granularity=group:4", None),
         ("hermite,clamp=none,warmup=5", "hermite:3,clamp=none,warmup=5", None),
+        ("fourier:5:frozen", "fourier:5:frozen", "fourier-5-frozen"),
+        ("fourier:gated:tied", "fourier:5:tied:gated", "fourier-5-tied-gated"),
+        ("relu_squared", "relu_squared", "relu_squared"),
+        ("polynorm", "polynorm:3", "polynorm-3"),
+        ("gelu:calibrated,lr=1", "gelu:calibrated,lr=1.0", "gelu-calibrated-lr-1.0"),
+        ("silu:gated", "swiglu", "swiglu"),
+        ("geglu", "geglu", "geglu"),
+        ("silu:calibrated:gated", "silu:calibrated:gated", "silu-calibrated-gated"),
+        ("torchortho:hermite", "torchortho:hermite:3", "torchortho-hermite-3"),
+        ("own", "own", "own"),
     ],
 )
 def test_an_activation_has_one_label_and_a_directory(text, label, slug):
@@ -40,7 +50,7 @@ def test_an_activation_has_one_label_and_a_directory(text, label, slug):
 
 
 def test_a_run_has_what_is_common_and_what_is_its_own():
-    common = TrainConfig(basis="fourier", tied=True, clamp=4.0, steps=7, lr=1e-3, seed=3)
+    common = TrainConfig(basis="fourier", tied=True, clamp=4.0, steps=7, lr=1e-3, seed=3, expansion_lr=0.1)
     run = Activation.parse("hermite:8,lr=0.02,clamp=none").configure(common, 5, Path("out"))
     assert run.expansion == ExpansionConfig("hermite", 8)
     assert (run.lr, run.steps, run.seed, run.directory) == (
@@ -52,6 +62,35 @@ def test_a_run_has_what_is_common_and_what_is_its_own():
     untouched = Activation.parse("gelu").configure(common, 0, Path("out"))
     assert untouched.expansion is None
     assert untouched.lr == 1e-3
+    assert untouched.expansion_lr is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("relu_squared", {"basis": "none", "stock": "relu_squared", "gated": False}),
+        ("swiglu", {"basis": "none", "stock": None, "gated": True}),
+        ("geglu", {"basis": "none", "stock": "gelu", "gated": True}),
+        ("silu", {"basis": "none", "stock": "silu", "gated": False}),
+        ("gelu:calibrated", {"basis": "none", "stock": "gelu:calibrated"}),
+        ("hermite:4:gated", {"basis": "hermite", "degree": 4, "gated": True, "stock": None}),
+        ("fourier:5:frozen", {"basis": "fourier", "freeze": True}),
+        ("hermite,expansion_decay=0.1,expansion_lr=0.2", {"expansion_decay": 0.1, "expansion_lr": 0.2}),
+    ],
+)
+def test_what_an_activation_makes_of_a_run(text, fields):
+    run = Activation.parse(text).configure(TrainConfig(basis="none"), 0, Path("out"))
+    assert {name: getattr(run, name) for name in fields} == fields
+
+
+def test_gelu_is_that_of_our_models_and_a_new_one_in_others():
+    gelu = Activation.parse("gelu")
+    assert gelu.configure(TrainConfig(basis="none"), 0, Path("out")).stock is None
+    other = TrainConfig(model="mine.py:problem", basis="none")
+    assert gelu.configure(other, 0, Path("out")).stock == "gelu"
+    assert Activation.parse("own").configure(other, 0, Path("out")).stock is None
+    with pytest.raises(OrthoFxError, match=r"^swiglu needs a model with gates; make them in mine\.py:problem, without"):
+        Activation.parse("swiglu").configure(other, 0, Path("out"))
 
 
 def test_the_reference_comes_first_and_is_added_where_it_is_missing():
@@ -68,10 +107,11 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "an activation is gelu or one of hermite, fourier, tropical, tropical_rational, chebyshev, "),
+        ("", "an activation is one of own, gelu, gelu_tanh, relu, "),
         ("bessel:3", "as in hermite:8,lr=0.01; got 'bessel:3'"),
-        ("hermite:x", "after hermite come its degree and tied, each with a colon before it; got 'hermite:x'"),
-        ("fourier:tied:5", "after fourier come its degree and tied, each with a colon before it; got 'fourier:tied:5'"),
+        ("hermite:x", "after hermite come its degree and then tied, gated, frozen, each with a colon before it; got"),
+        ("fourier:tied:5", "after fourier come its degree and then tied, gated, frozen, each with a colon before it"),
+        ("hermite:gated:gated", "after hermite come its degree and then tied, gated, frozen, each with a colon before"),
         ("hermite:99", "degree of hermite must be an integer from 1 to 32; got 99"),
         ("hermite:3:tied", "tied is for the frequencies of fourier; hermite has none"),
         ("hermite,init", "settings of an activation are NAME=VALUE, each once; got 'init' in 'hermite,init'"),
@@ -85,7 +125,14 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
             "hermite,speed=1",
             "'speed' in 'hermite,speed=1' is no setting; an activation may set init, granularity, clamp",
         ),
-        ("gelu:3", "gelu has no expansion that '3' could be of; got 'gelu:3'"),
+        ("gelu:3", "gelu has no degree; got 3"),
+        ("polynorm:gated", "polynorm needs all of a row, so it is no gate; got 'polynorm:gated'"),
+        ("polynorm:calibrated", "polynorm normalises its own inputs, so it is not calibrated"),
+        ("swiglu:3", "silu has no degree; got 3"),
+        (
+            "hermite:frozen,expansion_lr=1",
+            "frozen expansions have no expansion_lr; got 'hermite:frozen,expansion_lr=1'",
+        ),
         ("gelu,init=fit", "gelu has no expansion that 'init' could be of; got 'gelu,init=fit'"),
     ],
 )

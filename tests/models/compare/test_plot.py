@@ -3,6 +3,8 @@
 import pytest
 
 from ortho_fx import OrthoFxError
+from ortho_fx.models.compare import plot
+from ortho_fx.models.compare.costs import StepCost
 from ortho_fx.models.compare.plot import plot_comparison
 from ortho_fx.models.compare.report import ComparedRun, Comparison
 
@@ -19,7 +21,7 @@ def comparison(images):
                 measured["accuracy"] = 0.5 + number / 20
             diverged = seed == 1 and label == LABELS[-1]
             ended = "the loss is nan" if diverged else None
-            runs.append(ComparedRun(label, seed, "", 100, 0, {} if diverged else validations, 0.1, ended))
+            runs.append(ComparedRun(label, seed, "", 100, 0, {} if diverged else validations, 0.1, ended, 400))
     return Comparison({"steps": 400}, "gelu", LABELS, {}, runs)
 
 
@@ -38,3 +40,22 @@ def test_a_picture_needs_a_run_that_finished_and_a_place(tmp_path):
     drawn.runs = drawn.runs[-1:]
     with pytest.raises(OrthoFxError, match=r"^there is no finished run to draw$"):
         plot_comparison(drawn, tmp_path / "picture.png")
+
+
+def test_the_second_column_has_runs_of_equal_time_over_seconds(tmp_path, monkeypatch):
+    timed = comparison(False)
+    timed.activations = LABELS[:2]
+    timed.costs = {"gelu": StepCost(0.5, 1.0, 1, 1), "hermite:3": StepCost(0.25, 0.5, 1, 1)}
+    longer = {400: {"validation_loss": 2.0}, 800: {"validation_loss": 1.0}}
+    timed.runs.append(ComparedRun("hermite:3", 0, "", 100, 0, longer, 0.1, None, 800))
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    plot_comparison(timed, tmp_path / "picture.png")
+    steps, seconds, _ = drawn[0].axes
+    assert [line.get_xdata().tolist() for line in steps.lines] == [[200, 400], [200, 400]]
+    gelu, hermite = seconds.lines
+    assert gelu.get_xdata().tolist() == [100, 200]
+    assert hermite.get_xdata().tolist() == [100, 200]
+    assert hermite.get_ydata().tolist() == [2.0, 1.0]
+    assert seconds.get_xlabel() == "seconds of training steps"
+    assert gelu.get_color() != hermite.get_color()

@@ -9,10 +9,11 @@ from torch import nn
 
 from ortho_fx import ExpansionConfig, OrthoFxError
 from ortho_fx.bases import BASES
-from ortho_fx.bench.candidates import Candidate, Rational, SquaredReLU, exchanged, trained_model
+from ortho_fx.bench.candidates import Candidate, Rational, exchanged, trained_model
 from ortho_fx.bench.config import ROW, BenchConfig
 from ortho_fx.bench.measure import bench, choose_expansions, compile_seconds, memory
 from ortho_fx.models import gpt2
+from ortho_fx.models.stock import SquaredReLU
 from ortho_fx.operators.generated_code import count_kernels, generated_code
 
 pytestmark = pytest.mark.slow

@@ -93,7 +93,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(command, capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ortho_fx.cli.make_parser", lambda: _PARSER)  # as it is, made once
     # In this order: a module that is first imported now would otherwise keep what stands for another's function.
-    for work in ("compare.runs.train", "training.loop.train", "data.prepare.prepare"):
+    for work in ("compare.execute.train", "training.loop.train", "data.prepare.prepare"):
         monkeypatch.setattr(f"ortho_fx.models.{work}", _started)
     for row in ROWS:
         if (row[0] if row and row[0] in COMMANDS else "") != command:

@@ -117,9 +117,11 @@ def test_activations_are_compared(capsys, recipe):
     rows = [line for line in out.splitlines() if line.startswith(("gelu ", "hermite:3 "))]
     assert len(rows) >= 2
     assert sorted(path.name for path in Path("compared").glob("compare.*")) == [
+        "compare.csv",
         "compare.json",
         "compare.md",
         "compare.png",
+        "compare.tex",
     ]
     assert "±" in out
     code, _, err = run(capsys, *command, "--activations", "bessel:3")
