@@ -44,7 +44,6 @@ from torch import Tensor, nn
 
 from ortho_fx import ExpansionConfig, rewrite_
 from ortho_fx.bench.candidates import (
-    TORCHORTHO,
     Candidate,
     exchanged,
     make_candidates,
@@ -53,7 +52,7 @@ from ortho_fx.bench.candidates import (
 )
 from ortho_fx.bench.config import DEFAULT_EXPANSIONS, BenchConfig
 from ortho_fx.bench.measure import bench, compile_seconds
-from ortho_fx.models.stock import SquaredReLU
+from ortho_fx.models.stock import TORCHORTHO, SquaredReLU
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.speed import A_CHANNEL, HERMITE, RATIONAL, quick, sections

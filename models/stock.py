@@ -140,9 +140,10 @@ _PLAIN: Mapping[str, Callable[[], nn.Module]] = {
     "prelu": nn.PReLU,
     "xielu": XIELU,
 }
-# torchortho's activations, by the name after "torchortho:", with the degree that they have without one.
-_TORCHORTHO = {"hermite": ("HermiteActivation", 3), "fourier": ("FourierActivation", 5)}
-_TORCHORTHO["tropical"] = ("TropicalActivation", 5)
+# torchortho's classes, with the degree that they have without one, and by the name after "torchortho:". Only their
+# signature is used. Version 0.1.2 has no granularity other than one expansion per module.
+TORCHORTHO = (("HermiteActivation", 3), ("FourierActivation", 5), ("TropicalActivation", 5))
+_TORCHORTHO = {title.removesuffix("Activation").lower(): (title, degree) for title, degree in TORCHORTHO}
 NAMES = (*_PLAIN, "polynorm", *(f"torchortho:{name}" for name in _TORCHORTHO))
 _DEGREE = re.compile("[1-9][0-9]?")
 

@@ -19,13 +19,11 @@ from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bench.config import ROW, BenchConfig
 from ortho_fx.config import ExpansionConfig
 from ortho_fx.models import convnext, gpt2
-from ortho_fx.models.stock import SquaredReLU, exchange_
+from ortho_fx.models.stock import TORCHORTHO, SquaredReLU, exchange_
 from ortho_fx.rewriting.optimizer import param_groups
 from ortho_fx.rewriting.rewrite import rewrite_
 
 WIDTH = ROW // 4
-# Only its signature is used. Version 0.1.2 has no granularity other than one expansion per module.
-TORCHORTHO = (("HermiteActivation", 3), ("FourierActivation", 5), ("TropicalActivation", 5))
 _numbers = itertools.count()
 
 

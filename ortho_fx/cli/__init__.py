@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ortho_fx.cli.completion import PLUGINS
 from ortho_fx.cli.mistakes import abandon_output, quoted, report, standard_streams
 from ortho_fx.cli.parser import Parser
+from ortho_fx.cli.plugins import load_plugins
 from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.version import __version__
 
@@ -68,18 +68,6 @@ def _refuse_invalid_bytes(arguments: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise OrthoFxError(f"arguments must be text in UTF-8; got {argument!r}: rename what it names") from None
-
-
-def load_plugins() -> None:
-    """Imports the modules that installed packages name in our entry points: they register bases and activations."""
-    import importlib.metadata
-
-    for group in PLUGINS:
-        for entry in importlib.metadata.entry_points(group=group):
-            try:
-                entry.load()
-            except Exception as error:
-                raise OrthoFxError(f"the entry point {entry.name} = {entry.value} of {group}: {error}") from error
 
 
 def _complete(parser: Parser) -> None:

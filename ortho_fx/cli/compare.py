@@ -59,7 +59,7 @@ def add(commands: Commands[Parser]) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed, custom=True)
-    from ortho_fx.cli import load_plugins
+    from ortho_fx.cli.plugins import load_plugins
     from ortho_fx.models.compare.runs import Budget, compare
 
     to_go_on = f"the same command{' without --overwrite' if parsed.overwrite else ''} goes on"
