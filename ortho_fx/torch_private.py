@@ -295,6 +295,7 @@ TESTS = PrivateNames(
         PrivateName("torch._dynamo.utils.counters", "hits of the caches"),
         PrivateName("torch._functorch.config", "has backward graphs compiled at once", alias="functorch"),
         PrivateName("torch._inductor.compile_fx.compile_fx", "Inductor without Dynamo"),
+        PrivateName("torch._inductor.config", "templates of matrix products, and frozen weights", alias="inductor"),
         PrivateName("torch._inductor.graph.GraphLowering", "generated code that is not built"),
         PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "sees every operator that runs"),
     ),

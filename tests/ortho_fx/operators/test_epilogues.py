@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ortho_fx import rewrite_
+from ortho_fx import rewrite_, torch_private
 from ortho_fx.operators import generated_code
 from tests.kinds import config_of
 
@@ -33,8 +33,9 @@ def block():
 def calls(model, x):
     """The kernels that compiled code calls; the model's and its results agree."""
     torch.compiler.reset()
-    with torch.no_grad(), generated_code.generated_code() as codes:
-        assert_close(torch.compile(model, options=TEMPLATES)(x), model(x), rtol=1e-4, atol=1e-5)
+    settings = torch_private.load(torch_private.TESTS).inductor.patch(TEMPLATES)
+    with torch.no_grad(), generated_code.generated_code() as codes, settings:
+        assert_close(torch.compile(model)(x), model(x), rtol=1e-4, atol=1e-5)
     (code,) = codes
     return re.findall(r"^\s+(cpp_fused_\w+)\(", code, re.MULTILINE)
 
