@@ -93,7 +93,8 @@ class TrainConfig:
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
         None,
-        f"start of the expansions: {', '.join(INITS)} or preset:FILE (default: stable, or fit with start_from)",
+        f"start of the expansions: {', '.join(INITS)}, depth:LAYERS or preset:FILE "
+        "(default: stable, or fit with start_from)",
         str,
     )
     granularity: str = _setting("layer", "one expansion a layer, channel or group:N")

@@ -14,6 +14,9 @@ from ortho_fx.errors import OrthoFxError
 INITS = ("stable", "paper", "calibrated", "fit", "exact")
 # A start from a file: "preset:FILE".
 PRESET = "preset:"
+# A start for a plain network of L layers: "depth:L".
+DEPTH = "depth:"
+_DEEPEST = 10_000
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
@@ -32,8 +35,9 @@ class ExpansionConfig:
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
             mean and standard deviation of each site's inputs), "fit" (the closest fit to the replaced activation) or
             "exact" (the replaced activation itself, for a basis that holds it: "gelu_series" for GELU, "tropical" for
-            ReLU, "piecewise_power" for ReLU^2), or "preset:FILE" (a function that `ortho-fx harvest` has written, or
-            the name of one that comes with the package).
+            ReLU, "piecewise_power" for ReLU^2), "depth:L" ("stable", and bent less, for a plain network of L layers,
+            from 1 to 10,000; `ortho_fx.bases.deep` has the formula), or "preset:FILE" (a function that
+            `ortho-fx harvest` has written, or the name of one that comes with the package).
         granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
             groups of neighbouring channels).
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.
@@ -45,8 +49,8 @@ class ExpansionConfig:
             then f_1((x - mean) / std) instead of std f_1((x - mean) / std), so that the product has the variance of b.
 
     Raises:
-        OrthoFxError: an unknown basis, init or granularity, a degree out of range, a clamp that is not above zero, a
-            clamp with init "exact", or `tied` for a basis without frequencies.
+        OrthoFxError: an unknown basis, init or granularity, a degree or a depth out of range, a clamp that is not above
+            zero, a clamp with init "exact", a gate with init "depth:L", or `tied` for a basis without frequencies.
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
@@ -68,8 +72,14 @@ class ExpansionConfig:
                 f"degree of {self.basis} must be an integer from {basis.degrees[0]} to {basis.degrees[-1]}; "
                 f"got {self.degree!r}"
             )
-        if self.init not in INITS and not (isinstance(self.init, str) and self.init.removeprefix(PRESET) != self.init):
-            raise OrthoFxError(f"init must be one of {', '.join(INITS)} or preset:FILE; got {self.init!r}")
+        if isinstance(self.init, str) and self.init.startswith(DEPTH):
+            depth_of(self.init)
+            if self.gated:
+                raise OrthoFxError(f"init {self.init!r} is for layers without gates; got gated=True: use init 'stable'")
+        elif self.init not in INITS and not (
+            isinstance(self.init, str) and self.init.removeprefix(PRESET) != self.init
+        ):
+            raise OrthoFxError(f"init must be one of {', '.join(INITS)}, depth:L or preset:FILE; got {self.init!r}")
         if self.init == "paper" and not basis.has_paper_start:
             others = ", ".join(init for init in INITS if init != self.init)
             raise OrthoFxError(f"init of {self.basis} must be one of {others}; the paper has no start for it")
@@ -258,6 +268,18 @@ def configs_of(value: object) -> ExpansionConfig | Mapping[str, ExpansionConfig 
         except OrthoFxError as error:
             raise OrthoFxError(f"the config of {pattern!r}: {error}") from None
     return found
+
+
+def depth_of(init: str) -> int:
+    """L of an init "depth:L".
+
+    Raises:
+        OrthoFxError: L is no integer from 1 to 10,000.
+    """
+    digits = init.removeprefix(DEPTH)
+    if not (digits.isascii() and digits.isdigit() and 1 <= int(digits) <= _DEEPEST):
+        raise OrthoFxError(f"init depth:L needs the number of layers L, from 1 to {_DEEPEST}; got {init!r}")
+    return int(digits)
 
 
 def what_ties() -> str:

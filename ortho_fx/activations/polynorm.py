@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
 from ortho_fx.arguments import is_integer, is_number
+from ortho_fx.bases import HERMITE
+from ortho_fx.config import DEPTH, depth_of
 from ortho_fx.errors import OrthoFxError
 
 _DEGREES = range(1, 9)
@@ -24,8 +27,9 @@ class PolyNormActivation(nn.Module):
 
     Args:
         degree: n, from 1 to 8.
-        init: "stable" (equal weights such that the output has the mean square 1 for x of N(0, 1)) or "paper" (1 / n).
-            The bias starts at 0.
+        init: "stable" (equal weights such that the output has the mean square 1 for x of N(0, 1)), "paper" (1 / n), or
+            "depth:L" (for a plain network of L layers: over many features the polynomial of the Hermite expansion with
+            that init). The bias starts at 0, and with "depth:L" at the constant of that polynomial.
         dim: the dimension that is normalised, the features.
         eps: what is added to mean squares; above zero.
 
@@ -52,16 +56,20 @@ class PolyNormActivation(nn.Module):
         super().__init__()
         if not is_integer(degree) or degree not in _DEGREES:
             raise OrthoFxError(f"degree of PolyNorm must be an integer from 1 to {_DEGREES[-1]}; got {degree!r}")
-        if init not in ("stable", "paper"):
-            raise OrthoFxError(f"init of PolyNorm must be stable or paper; got {init!r}")
+        depth = depth_of(init) if isinstance(init, str) and init.startswith(DEPTH) else None
+        if depth is None and init not in ("stable", "paper"):
+            raise OrthoFxError(f"init of PolyNorm must be stable, paper or depth:L; got {init!r}")
         if not is_integer(dim):
             raise OrthoFxError(f"dim must be an integer; got {dim!r}")
         if not is_number(eps) or eps <= 0:
             raise OrthoFxError(f"eps must be a finite number above zero; got {eps!r}")
         self.degree, self.dim, self.eps = degree, dim, float(eps)
-        start = _unit_weight(degree) if init == "stable" else 1 / degree
-        self.weight = nn.Parameter(torch.full((degree,), start, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        if depth is None:
+            bias, *weight = 0.0, *[_unit_weight(degree) if init == "stable" else 1 / degree] * degree
+        else:
+            bias, *weight = _deep_weights(degree, depth)
+        self.weight = nn.Parameter(torch.tensor(weight, device=device, dtype=dtype or torch.get_default_dtype()))
+        self.bias = nn.Parameter(torch.tensor([bias], device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum of normalised powers."""
@@ -86,12 +94,19 @@ class PolyNormActivation(nn.Module):
         return f"degree={self.degree}, dim={self.dim}"
 
 
+def _moment(order: int) -> float:
+    """E[x^order] for x of N(0, 1): (order - 1)!! for an even order."""
+    return 0.0 if order % 2 else float(math.prod(range(1, order, 2)))
+
+
 def _unit_weight(degree: int) -> float:
-    """1 / sqrt(sum_ij E[x^(i+j)] / sqrt(E[x^2i] E[x^2j])) for x of N(0, 1), whose E[x^2k] is (2k - 1)!!."""
-
-    def moment(order: int) -> float:
-        return 0.0 if order % 2 else float(math.prod(range(1, order, 2)))
-
+    """1 / sqrt(sum_ij E[x^(i+j)] / sqrt(E[x^2i] E[x^2j])) for x of N(0, 1)."""
     orders = range(1, degree + 1)
-    total = math.fsum(moment(i + j) / math.sqrt(moment(2 * i) * moment(2 * j)) for i in orders for j in orders)
+    total = math.fsum(_moment(i + j) / math.sqrt(_moment(2 * i) * _moment(2 * j)) for i in orders for j in orders)
     return 1 / math.sqrt(total)
+
+
+def _deep_weights(degree: int, depth: int) -> list[float]:
+    """The bias and the weights whose powers sum up to the Hermite start for `depth` layers, for x of N(0, 1)."""
+    polynomial = HERMITE.series(HERMITE.deep_start(degree, depth)).convert(kind=Polynomial).coef
+    return [float(c) * math.sqrt(_moment(2 * i)) for i, c in enumerate(polynomial)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ortho_fx.bases import numeric
+from ortho_fx.bases.deep import deep
 from ortho_fx.bases.folded import Folded
 from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, after, masked, multiply_add
 from ortho_fx.errors import OrthoFxError
@@ -138,6 +139,14 @@ class Basis(ABC):
         """
         return numeric.start(self, degree, bounds, tied)
 
+    def deep_start(self, degree: int, depth: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
+        """The initial values of init "depth:L" for L layers: those of "stable", bent less where L is large.
+
+        Raises:
+            OrthoFxError: no expansion of the basis, clamped to `bounds`, is close enough to a line for that depth.
+        """
+        return deep(self, degree, depth, bounds, tied)
+
     def paper_start(self, degree: int, tied: bool = False) -> dict[str, Array]:
         """The initial values of init "paper".
 
@@ -156,6 +165,14 @@ class Basis(ABC):
         The default refits by least squares. It is exact if the basis can express that function.
         """
         return numeric.affine(self, values, scale, shift)
+
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        """The parameters of share * y + (1 - share) * slope * x, or of y(share x) / share, for inputs N(0, 1).
+
+        Both are closer to a line than y. The default is the sum, by least squares. It is exact if the basis can express
+        that function.
+        """
+        return numeric.straightened(self, values, share, slope)
 
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """The parameters of std * y((x - mean) / std), from the parameters of y.

@@ -93,6 +93,13 @@ class Chebyshev(Basis):
         coefficients[0] += shift
         return {**values, "coefficients": coefficients}
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        """Exact: x = c + T_1 / s."""
+        coefficients, line = share * values["coefficients"], (1 - share) * slope
+        coefficients[0] += line * values["centre"][0]
+        coefficients[1] += line / values["scale"][0]
+        return {**values, "coefficients": coefficients}
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: it changes centre and scale."""
         return {

@@ -144,6 +144,11 @@ class Hermite(Basis):
         coefficients[0] += shift
         return {"coefficients": coefficients}
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        coefficients = share * values["coefficients"]
+        coefficients[1] += (1 - share) * slope
+        return {"coefficients": coefficients}
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the change of variable follows from the generating function exp(x t - t^2 / 2).
 

@@ -73,7 +73,7 @@ def start(formula: Formula, degree: int, bounds: Bounds | None, tied: bool) -> d
     Raises:
         OrthoFxError: no such parameters were found.
     """
-    z, weight = _gaussian_nodes(8.0)
+    z, weight = gaussian_nodes(8.0)
     a1, a2, a3 = 1.0, -0.7, -0.49
     value = a1 * z + a2 * (z**2 - 1) / 2 + a3 * (z**3 - 3 * z) / 6
     slope = a1 + a2 * z + a3 * (z**2 - 1) / 2
@@ -83,7 +83,7 @@ def start(formula: Formula, degree: int, bounds: Bounds | None, tied: bool) -> d
     inside = np.ones_like(z) if bounds is None else ((z > bounds[0]) & (z < bounds[1])).astype(float)
     clipped = z if bounds is None else np.clip(z, *bounds)
     problem = Problem(clipped, weight, value, scale * slope, inside, 0.1, bounds is None)
-    values = _with_gains(formula, fitted(formula, problem, degree, tied), (1.0, 1.0), bounds)
+    values = with_gains(formula, fitted(formula, problem, degree, tied), (1.0, 1.0), bounds)
     if values is None:
         raise OrthoFxError(
             f"no {formula.name} expansion of degree {degree} with gains of 1 was found: its basis needs a `start`"
@@ -95,18 +95,27 @@ def rescaled(formula: Formula, values: Values, mean: float, std: float) -> dict[
     """The parameters of std * y((x - mean) / std), by least squares under x ~ N(mean, std^2), with the gains of y."""
     if (mean, std) == (0.0, 1.0):
         return {parameter.name: np.array(values[parameter.name], dtype=np.float64) for parameter in formula.parameters}
-    z, weight = _gaussian_nodes(8.0)
+    z, weight = gaussian_nodes(8.0)
     value, slope = sampled(formula, values, z)
     problem = Problem(mean + std * z, weight, std * value, slope, np.ones_like(z), std**2, False)
     moved = _refitted(formula, values, problem)
     known = moments(formula, values)
-    kept = _with_gains(formula, moved, (known.square, known.derivative_square), None, mean, std)
+    kept = with_gains(formula, moved, (known.square, known.derivative_square), None, mean, std)
     return moved if kept is None else kept
+
+
+def straightened(formula: Formula, values: Values, share: float, slope: float) -> dict[str, Array]:
+    """The parameters of share * y + (1 - share) * slope * x, by least squares under x ~ N(0, 1)."""
+    z, weight = gaussian_nodes(8.0)
+    value, rise = sampled(formula, values, z)
+    line = (1 - share) * slope
+    problem = Problem(z, weight, share * value + line * z, share * rise + line, np.ones_like(z), 1.0, False)
+    return _refitted(formula, values, problem)
 
 
 def affine(formula: Formula, values: Values, scale: float, shift: float) -> dict[str, Array]:
     """The parameters of scale * y + shift, by least squares under x ~ N(0, 1)."""
-    z, weight = _gaussian_nodes(8.0)
+    z, weight = gaussian_nodes(8.0)
     value, slope = sampled(formula, values, z)
     problem = Problem(z, weight, scale * value + shift, scale * slope, np.ones_like(z), 1.0, False)
     return _refitted(formula, values, problem)
@@ -220,7 +229,7 @@ class _Unknowns:
         return vector, cost
 
 
-def _with_gains(
+def with_gains(
     formula: Formula,
     values: Values,
     gains: tuple[float, float],
@@ -301,7 +310,7 @@ def _lengths(matrix: Array) -> Array:
     return np.where(length == 0, 1.0, length)
 
 
-def _gaussian_nodes(reach: float) -> tuple[Array, Array]:
+def gaussian_nodes(reach: float) -> tuple[Array, Array]:
     """Quadrature nodes for N(0, 1), on panels of width 1/4, and their weights, with sum 1."""
     nodes, weights = np.polynomial.legendre.leggauss(8)
     left = np.arange(-reach, reach, 0.25)

@@ -106,6 +106,14 @@ class PiecewisePower(Basis):
         scaled["constant"] = scaled["constant"] + shift
         return {**values, **scaled}
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        """Exact: x = t + (x - t) on both sides."""
+        scaled, line = self.affine(values, share, 0.0), (1 - share) * slope
+        scaled["constant"] += line * values["knot"]
+        for side in ("right", "left"):
+            scaled[side][0] += line
+        return scaled
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: it moves the knot, and scales the k-th coefficients by std^(1 - k)."""
         scales = std ** -np.arange(float(len(values["right"])))

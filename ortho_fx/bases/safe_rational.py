@@ -102,6 +102,16 @@ class SafeRational(Basis):
         whole = _padded(1 + root * root, len(values["numerator"]))
         return {**values, "numerator": scale * values["numerator"] + shift * whole}
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        """Exact at an odd degree. At an even one the function is bounded; then it is y(share x) / share."""
+        scaled = self.affine(values, share, 0.0)
+        root = Polynomial(values["denominator"])
+        line = Polynomial([0.0, (1 - share) * slope]) * (1 + root * root)
+        size = len(values["numerator"])
+        if len(line.coef) > size:
+            return self.rescale(values, 0.0, 1 / share)
+        return {**scaled, "numerator": scaled["numerator"] + _padded(line, size)}
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: both polynomials are expanded around another centre."""
         inner = Polynomial([-mean / std, 1 / std])

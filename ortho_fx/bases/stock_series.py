@@ -81,6 +81,13 @@ class StockSeries(Basis):
         coefficients[0] += shift
         return {**values, "coefficients": coefficients, self._weight: scale * values[self._weight]}
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        return {
+            **values,
+            **HERMITE.straightened(values, share, slope),
+            self._weight: share * values[self._weight],
+        }
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the series is rescaled as a Hermite expansion, and the stock activation gets other w, s and t."""
         return {

@@ -211,6 +211,12 @@ class PiecewiseLinear(Basis):
         scaled["offsets"] = scaled["offsets"] + shift
         return scaled
 
+    def straightened(self, values: Values, share: float, slope: float) -> dict[str, Array]:
+        """Exact: a line more is added to all lines of a maximum."""
+        scaled = {name: share * value for name, value in values.items()}
+        scaled["slopes"] = scaled["slopes"] + (1 - share) * slope
+        return scaled
+
     def rescale(self, values: Values, mean: float, std: float) -> dict[str, Array]:
         """Exact: the lines are shifted."""
         moved = dict(values)
@@ -248,7 +254,7 @@ class Tropical(PiecewiseLinear):
 
     def start(self, degree: int, bounds: Bounds | None = None, tied: bool = False) -> dict[str, Array]:
         """Equally spaced slopes, from 0.4 to 1 times the largest, and knots that divide N(0, 1) into equal masses."""
-        # Flatter first slopes bend it more: from 0.25 on, a plain network of 128 layers does not reach 95 % accuracy.
+        # Flatter first slopes bend it more, and deep plain networks then lose their inputs sooner.
         slopes, offsets = lines_between_quantiles(degree, 0.4, 1.0, 0.0)
         return stable(self, {"slopes": slopes, "offsets": offsets}, bounds)
 

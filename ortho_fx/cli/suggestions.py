@@ -14,7 +14,7 @@ from ortho_fx.bench.config import DTYPES, MODES, SUBJECTS
 from ortho_fx.cli.completion import FILE, Completer, Suggestion
 from ortho_fx.cli.export import ENDINGS
 from ortho_fx.cli.fit import fitted
-from ortho_fx.config import INITS, PRESET, ExpansionConfig
+from ortho_fx.config import DEPTH, INITS, PRESET, ExpansionConfig
 from ortho_fx.models.compare.activations import GATES, OWN
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.recipe import DTYPES as TRAINING_DTYPES
@@ -40,7 +40,7 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         "recipe": recipe,
         "size": {"chosen_by": "recipe", "choices": presets},
         "start_from": {"files": _WEIGHTS},
-        "init": {"values": [*INITS, PRESET], "files": [".json"]},
+        "init": {"values": [*INITS, DEPTH, PRESET], "files": [".json"]},
         "granularity": granularity,
         "data": {"values": [task.data for task in TASKS.values()], "files": [".txt"]},
         "augment": {"values": list(AUGMENTS)},

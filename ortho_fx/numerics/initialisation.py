@@ -2,7 +2,7 @@
 
 Each basis computes its own initial values, in `ortho_fx.bases`; ours share the rule in `ortho_fx.bases.stable`. Fourier
 and tropical functions start close to a line: at equal gains, deeper networks can be trained if their functions bend
-less (benchmarks/trainable_depth.py measures the depth).
+less. `ortho_fx.bases.deep` makes that exact for a given depth.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 from ortho_fx.bases import Basis, basis_named
-from ortho_fx.config import PRESET, ExpansionConfig
+from ortho_fx.config import DEPTH, PRESET, ExpansionConfig, depth_of
 from ortho_fx.numerics.moments import Array
 from ortho_fx.numerics.preset import preset_values
 
@@ -30,6 +30,8 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     scale sqrt(2) / n and equal offsets for tropical. The paper starts its tropical rational from fits only: here it
     is the tropical start over a denominator of zeros.
 
+    "depth:L" is "stable", bent less for a plain network of L layers; `ortho_fx.bases.deep` describes it.
+
     "preset:FILE" has the parameters in that file; `ortho_fx.numerics.preset` reads it.
 
     "fit" depends on the replaced function; `ortho_fx.numerics.fit` computes it.
@@ -38,13 +40,19 @@ def initial_parameters(config: ExpansionConfig) -> dict[str, Array]:
     if config.init.startswith(PRESET):
         return preset_values(config)
     basis = basis_named(config.basis)
-    start = _start(basis, config.degree, config.init == "paper", config.clamp, config.tied)
+    depth = depth_of(config.init) if config.init.startswith(DEPTH) else None
+    start = _start(basis, config.degree, config.init == "paper", depth, config.clamp, config.tied)
     return {name: value.copy() for name, value in start.items()}
 
 
 # Cached, because a model has many sites and few configs.
 @functools.lru_cache(maxsize=256)
-def _start(basis: Basis, degree: int, paper: bool, clamp: float | None, tied: bool) -> dict[str, Array]:
+def _start(
+    basis: Basis, degree: int, paper: bool, depth: int | None, clamp: float | None, tied: bool
+) -> dict[str, Array]:
     if paper:
         return basis.paper_start(degree, tied)
-    return basis.start(degree, None if clamp is None else (-clamp, clamp), tied)
+    bounds = None if clamp is None else (-clamp, clamp)
+    if depth is not None:
+        return basis.deep_start(degree, depth, bounds, tied)
+    return basis.start(degree, bounds, tied)

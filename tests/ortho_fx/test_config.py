@@ -32,7 +32,13 @@ def test_round_trip_and_hash():
         ({"tied": True}, "tied is for the frequencies of fourier; hermite has none"),
         ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
         ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
-        ({"init": "zeros"}, f"init must be one of {', '.join(INITS)} or preset:FILE; got 'zeros'"),
+        ({"init": "zeros"}, f"init must be one of {', '.join(INITS)}, depth:L or preset:FILE; got 'zeros'"),
+        ({"init": "depth:0"}, "init depth:L needs the number of layers L, from 1 to 10000; got 'depth:0'"),
+        ({"init": "depth:deep"}, "init depth:L needs the number of layers L, from 1 to 10000; got 'depth:deep'"),
+        (
+            {"init": "depth:9", "gated": True},
+            "init 'depth:9' is for layers without gates; got gated=True: use init 'stable'",
+        ),
     ],
 )
 def test_wrong_values_are_named(arguments, message):

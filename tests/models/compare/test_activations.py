@@ -120,7 +120,7 @@ def test_the_reference_comes_first_and_is_added_where_it_is_missing():
         ("hermite,warmup=1.5", "warmup must be a whole number; got '1.5' in 'hermite,warmup=1.5'"),
         ("hermite,calibrate=no", "calibrate must be true or false; got 'no' in 'hermite,calibrate=no'"),
         ("hermite,lr=-1", "lr must be 0 or more; got -1.0"),
-        ("hermite,init=best", f"init must be one of {', '.join(INITS)} or preset:FILE; got 'best'"),
+        ("hermite,init=best", f"init must be one of {', '.join(INITS)}, depth:L or preset:FILE; got 'best'"),
         (
             "hermite,speed=1",
             "'speed' in 'hermite,speed=1' is no setting; an activation may set init, granularity, clamp",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ortho_fx import ExpansionConfig, OrthoFxError, PolyNormActivation, find_sites
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, PolyNormActivation, find_sites
 
 
 def noise(*shape, dtype=torch.float64):
@@ -32,6 +32,14 @@ def test_the_start_keeps_the_size_of_signals(degree):
     assert PolyNormActivation(degree, "paper").weight.tolist() == pytest.approx([1 / degree] * degree)
 
 
+def test_the_start_for_a_depth_is_that_of_hermite_over_many_features():
+    x = noise(4, 100_000)
+    hermite = HermiteActivation(3, "depth:100", dtype=torch.float64)
+    y = PolyNormActivation(3, "depth:100", dtype=torch.float64)(x)
+    torch.testing.assert_close(y, hermite(x), atol=0.05, rtol=0.05)
+    assert y.square().mean().item() == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 6e4])
 def test_powers_of_large_and_absent_signals_are_finite(scale, dtype):
@@ -57,7 +65,7 @@ def test_it_is_no_basis_and_no_site():
     ("settings", "message"),
     [
         ({"degree": 9}, "degree of PolyNorm must be an integer from 1 to 8; got 9"),
-        ({"init": "fit"}, "init of PolyNorm must be stable or paper; got 'fit'"),
+        ({"init": "fit"}, "init of PolyNorm must be stable, paper or depth:L; got 'fit'"),
         ({"dim": "last"}, "dim must be an integer; got 'last'"),
         ({"eps": 0}, "eps must be a finite number above zero; got 0"),
     ],
