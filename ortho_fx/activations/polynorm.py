@@ -68,8 +68,8 @@ class PolyNormActivation(nn.Module):
             bias, *weight = 0.0, *[_unit_weight(degree) if init == "stable" else 1 / degree] * degree
         else:
             bias, *weight = _deep_weights(degree, depth)
-        self.weight = nn.Parameter(torch.tensor(weight, device=device, dtype=dtype or torch.get_default_dtype()))
-        self.bias = nn.Parameter(torch.tensor([bias], device=device, dtype=dtype or torch.get_default_dtype()))
+        self.weight = nn.Parameter(torch.tensor(weight, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.tensor([bias], device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum of normalised powers."""
