@@ -120,7 +120,8 @@ def signals(model: nn.Sequential, images: Tensor, runs: int) -> list[dict[str, f
     pairs = ~torch.eye(100, dtype=torch.bool)
     rows = []
     for h in model[:-1](images[:100].expand(runs, -1, -1)):
-        moments, unit = h.square().mean(1), F.normalize(h)
+        h = h.double()  # 100 layers of GELU shrink a signal below the smallest square of float32
+        moments, unit = h.square().mean(1), F.normalize(h, eps=1e-300)
         numbers = (unit @ unit.T)[pairs].mean(), moments.median(), moments.log().std()
         names = "cosine", "moment", "log_moment_deviation"
         rows.append({name: rounded(number) for name, number in zip(names, numbers, strict=True)})
