@@ -99,7 +99,7 @@ def annealed(name: str) -> str:
 
 NUMBERS: dict[str, Callable[[str], str]] = {
     function.__name__: function
-    for function in (time, time_a_channel, deep, loss, step, compile_time, rmse, basin, below_gelu, annealed)
+    for function in (time, time_a_channel, depth, loss, step, compile_time, rmse, basin, below_gelu, annealed)
 }
 
 
