@@ -158,18 +158,8 @@ def cost(name: str) -> list[list[str]]:
 
 def compared(_: str) -> list[list[str]]:
     """All bases at their usual degree."""
-    rows = [
-        [
-            "basis",
-            "learnable numbers",
-            "time",
-            "fit of GELU, rmse",
-            "basin",
-            "100 layers, %",
-            "with `depth:100`, %",
-            "GPT-2, nats",
-        ]
-    ]
+    deep = ["100 layers, %", "with `depth:100`, %"]
+    rows = [["basis", "learnable numbers", "time", "fit of GELU, rmse", "basin", *deep, "GPT-2, nats"]]
     for basis in OURS:
         numbers, label = result("bases")["bases"][basis.name], f"{basis.name} {basis.default_degree}"
         row = [f"[`{label}`]({basis.name}.md)", str(numbers["learnable"]), time(label), rmse(f"{basis.name} GELU")]
