@@ -34,6 +34,7 @@ from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.files import atomic_file
 from ortho_fx.numerics.initialisation import initial_parameters
+from ortho_fx.plots import line_styles, load_pyplot, save
 
 RESULTS = Path(__file__).parent / "results"
 RESULT = RESULTS / "deep_training.json"
@@ -244,25 +245,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = pyplot.get_cmap("tab20").colors
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), sharex=True, sharey=True, layout="constrained")
+    styles = line_styles(ACTIVATIONS)
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7.5), sharex=True, sharey=True, layout="constrained")
     for row_of_axes, depth in zip(axes, sorted(DEPTHS), strict=True):
         for axis, setting in zip(row_of_axes, (USUAL, REMEDY), strict=True):
-            for colour, activation in zip(colours, ACTIVATIONS, strict=False):
+            for style, activation in zip(styles, ACTIVATIONS, strict=True):
                 own = rows_of(rows, activation, setting, depth, 0)
                 if not own:
                     continue
                 losses = max(own, key=lambda row: row["accuracy"])["losses"]
                 smooth = [sum(losses[max(0, end - 5) : end]) / min(end, 5) for end in range(1, len(losses) + 1)]
-                style = "--" if activation in STOCK else "-"
-                axis.plot(range(1, len(smooth) + 1), smooth, style, color=colour, lw=1.4, label=activation)
+                axis.plot(range(1, len(smooth) + 1), smooth, **style, lw=1.4, label=activation)
                 if smooth and len(smooth) < STEPS:
-                    axis.plot(len(smooth), smooth[-1], "x", color=colour, ms=8)
+                    axis.plot(len(smooth), smooth[-1], "x", color=style["color"], ms=8)
             axis.set(yscale="log", ylim=(5e-3, 20), title=f"{depth} layers, {setting.name}")
             axis.grid(alpha=0.25)
     for axis in axes[:, 0]:
@@ -273,7 +268,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     title = f"Plain networks of width {WIDTH} on digits, seed 0, at the best rate; x: the next loss is not finite"
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path, dpi=130)
 
 
 def main() -> None:
