@@ -103,8 +103,8 @@ def script(path):
 
 @pytest.mark.parametrize("page", BASES, ids=lambda page: page.stem)
 def test_numbers_of_pages_are_those_of_the_result_files(page):
-    numbers = script(ROOT / "docs" / "numbers.py")
-    assert numbers.renewed(page.read_text()) == page.read_text(), "run: python docs/numbers.py"
+    numbers = script(ROOT / "docs" / "page_numbers.py")
+    assert numbers.renewed(page.read_text()) == page.read_text(), "run: python docs/page_numbers.py"
 
 
 @pytest.mark.parametrize("page", BASES, ids=lambda page: page.stem)
@@ -171,7 +171,7 @@ def test_the_picture_of_a_basis_shows_what_the_basis_computes(tmp_path):
 
 def test_pictures_of_bases_are_small_and_their_numbers_are_those_of_today():
     pictures = script(ROOT / "docs" / "pictures" / "bases.py")
-    kept = script(ROOT / "docs" / "numbers.py").result("bases")["bases"]
+    kept = script(ROOT / "docs" / "page_numbers.py").result("bases")["bases"]
     assert list(kept) == [basis.name for basis in OURS]
     for file in (ROOT / "docs" / "pictures" / "bases").iterdir():
         assert file.stat().st_size < 60_000, file.name

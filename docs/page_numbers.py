@@ -1,6 +1,6 @@
 """Keeps the numbers and tables of the pages equal to the result files.
 
-    python docs/numbers.py    rewrites what differs, and names the pages
+    python docs/page_numbers.py    rewrites what differs, and names the pages
 
 A number on a page has its source behind it, `0.49<!-- time hermite 3 -->`, and a table has it above. Readers of the
 page don't see that. `python docs/pictures/bases.py` writes the numbers of the bases themselves.
