@@ -44,11 +44,13 @@ def register_basis(basis: Basis) -> type[ExpansionActivation]:
             and those with a default.
 
     Returns:
-        Its module class, `<title>Activation`.
+        Its module class, `<title>Activation`. If another basis has that title, the name of the basis takes its place:
+        "my_chebyshev" gives `MyChebyshevActivation`.
 
     Raises:
-        OrthoFxError: a name or a title that is taken or no identifier, wrong degrees or parameters, a formula that
-            fails or cannot be compiled, or derivatives that are not those of the formula. Nothing is registered then.
+        OrthoFxError: a name that is taken, a name or a title that is no identifier, wrong degrees or parameters, a
+            formula that fails or cannot be compiled, or derivatives that are not those of the formula. Nothing is
+            registered then.
     """
     _check_description(basis)
     for degree in sorted({basis.degrees[0], basis.default_degree, basis.degrees[:6][-1]}):
@@ -73,7 +75,9 @@ def _check_description(basis: Basis) -> None:
     if any(registration.is_defined(operator) for operator in (name, f"{name}_backward")):
         raise OrthoFxError(f"basis {name!r} would have an operator of a name that is taken")
     if not _is_identifier(basis.title) or hasattr(activations, activations.class_name(basis)):
-        raise OrthoFxError(f"the title of basis {name!r} must be an identifier that no other has; got {basis.title!r}")
+        raise OrthoFxError(
+            f"the title of basis {name!r} must be an identifier that gives its class a free name; got {basis.title!r}"
+        )
     degrees = basis.degrees
     if not isinstance(degrees, range) or not degrees or degrees.step != 1 or basis.default_degree not in degrees:
         raise OrthoFxError(

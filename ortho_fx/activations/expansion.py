@@ -516,7 +516,7 @@ def _of_registered_basis(name: str) -> ExpansionActivation:
 
 
 def add_class(basis: Basis) -> type[ExpansionActivation]:
-    """Makes the module class of a registered basis, `<title>Activation` in this module."""
+    """Makes the module class of a registered basis, in this module under the name that `class_name` gives."""
     text = f"{inspect.cleandoc(type(basis).__doc__ or basis.title)}\n\nThe activation of basis {basis.name!r}."
     members = {"basis": basis, "__doc__": text, "__module__": __name__}
     cls = type(class_name(basis), (RegisteredActivation,), members)
@@ -526,7 +526,10 @@ def add_class(basis: Basis) -> type[ExpansionActivation]:
 
 
 def class_name(basis: Basis) -> str:
-    return f"{basis.title}Activation"
+    """`<title>Activation`, or with the basis' own name in the place of a title that another basis has."""
+    taken = any(other.title == basis.title for name, other in BASES.items() if name != basis.name)
+    title = basis.name.title().replace("_", "") if taken else basis.title
+    return f"{title}Activation"
 
 
 def make_activation(

@@ -374,7 +374,8 @@ class Doubled(Powers):
         ({"name": "none"}, "not none or gelu; got 'none'"),
         ({"name": "Upper"}, "identifier in lower case"),
         ({"name": "hermite_backward"}, "would have an operator of a name that is taken"),
-        ({"title": "Hermite"}, "the title of basis 'bad' must be an identifier that no other has; got 'Hermite'"),
+        ({"title": "two words"}, "the title of basis 'bad' must be an identifier that gives its class a free name"),
+        ({"title": "Expansion"}, "the title of basis 'bad' must be an identifier that gives its class a free name"),
         ({"degrees": range(0)}, "the degrees of basis 'bad' must be a range with step 1"),
         ({"default_degree": 99}, "holds its default degree"),
         ({"parameters": (Parameter("x"),)}, "cannot have a parameter 'x': the name is taken or no identifier"),
@@ -393,6 +394,16 @@ def test_what_is_wrong_with_a_basis_is_said_and_nothing_is_registered(settings, 
         ortho_fx.register_basis(cls(**{**values, **settings}))
     assert "bad" not in BASES
     assert not hasattr(torch.ops.ortho_fx, "bad")
+
+
+def test_a_title_may_be_that_of_another_basis():
+    with bases_from_outside():
+        cls = ortho_fx.register_basis(Powers("my_hermite", "Hermite", COEFFICIENTS, range(1, 9), 3))
+        assert cls.__name__ == "MyHermiteActivation"
+        assert activations.MyHermiteActivation is cls
+        assert type(pickle.loads(pickle.dumps(cls(3)))) is cls
+    assert not hasattr(activations, "MyHermiteActivation")
+    assert activations.HermiteActivation.basis is HERMITE
 
 
 def test_what_a_kernel_cannot_compute_is_said():
