@@ -22,6 +22,8 @@ _OWN = (*_OF_EXPANSIONS, "lr", "weight_decay", "beta2", "warmup", "min_lr", "cli
 # The model as it is, and stock activations as the gate of a product.
 OWN, GATES = "own", {"swiglu": "silu", "geglu": "gelu"}
 _MARKS = ("tied", "gated", "frozen")
+# The activation of each of our models, as it is published.
+_BUILT_IN = {"gpt2": "gelu_tanh", "convnext": "gelu"}
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class Activation:
         """The stock activation to put into a model; None if the model has it already."""
         if self.stock is None:
             return None
-        built_in = "silu" if self.gated else "gelu"
-        return None if str(self.stock) == built_in and not is_custom(model) else str(self.stock)
+        built_in = None if is_custom(model) else "silu" if self.gated else _BUILT_IN[model]
+        return None if str(self.stock) == built_in else str(self.stock)
 
 
 def _of_basis(name: str, parts: list[str], settings: tuple[tuple[str, Any], ...], text: str) -> Activation:

@@ -83,9 +83,11 @@ def test_what_an_activation_makes_of_a_run(text, fields):
     assert {name: getattr(run, name) for name in fields} == fields
 
 
-def test_gelu_is_that_of_our_models_and_a_new_one_in_others():
-    gelu = Activation.parse("gelu")
-    assert gelu.configure(TrainConfig(basis="none"), 0, Path("out")).stock is None
+def test_a_model_keeps_the_activation_that_it_is_published_with():
+    gelu, tanh = Activation.parse("gelu"), Activation.parse("gelu_tanh")
+    gpt2, convnext = TrainConfig(basis="none"), TrainConfig(model="convnext", basis="none")
+    assert [one.configure(gpt2, 0, Path("out")).stock for one in (gelu, tanh)] == ["gelu", None]
+    assert [one.configure(convnext, 0, Path("out")).stock for one in (gelu, tanh)] == [None, "gelu_tanh"]
     other = TrainConfig(model="mine.py:problem", basis="none")
     assert gelu.configure(other, 0, Path("out")).stock == "gelu"
     assert Activation.parse("own").configure(other, 0, Path("out")).stock is None
