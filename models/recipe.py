@@ -32,6 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Characters of a recipe.
 _LONGEST = 2**20
 PARALLEL = ("ddp", "fsdp")
+OPTIMIZERS = ("adamw", "adam", "muon")
+# Settings of `TrainConfig` that checkpoints of earlier releases lack, since they had none of them.
+_ADDED = ("gated", "freeze", "stock", "expansion_decay", "optimizer", "expansion_min_lr")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class TrainConfig:
     steps: int | None = _setting(None, "optimizer steps", int)
     batch_size: int | None = _setting(None, "sequences or images an optimizer step, over all processes", int)
     accumulate: int = _setting(1, "parts that each process computes its share of a batch in, one after the other")
+    optimizer: str = _setting("adamw", f"of the weights: {', '.join(OPTIMIZERS)}; expansions learn by AdamW")
     lr: float | None = _setting(None, "peak learning rate", float)
     expansion_lr: float | None = _setting(None, "peak learning rate of the expansions (default: lr)", float)
     weight_decay: float = _setting(0.1, "decay of weight matrices")
@@ -128,6 +132,9 @@ class TrainConfig:
     beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
     warmup: int = _setting(30, "steps of linear warm-up")
     min_lr: float = _setting(0.1, "share of the peak learning rate at which the cosine ends")
+    expansion_min_lr: float | None = _setting(
+        None, "the same for the learning rate of the expansions (default: min_lr)", float
+    )
     clip: float = _setting(1.0, "largest norm of the gradient of the weights, and of that of the expansions")
     ema: float = _setting(0.0, "decay of a moving average of the weights, which validation and export use; 0 is none")
     seed: int = _setting(0, "seed of weights, batches and dropout")
@@ -163,10 +170,10 @@ class TrainConfig:
             object.__setattr__(self, "init", "fit" if self.start_from else "stable")
         if self.expansion is None and self.freeze:
             raise OrthoFxError("freeze goes with a basis, and basis is 'none'")
-        if self.freeze and self.expansion_lr is not None:
-            raise OrthoFxError(
-                f"frozen expansions do not learn: leave out expansion_lr, which is {self.expansion_lr:g}"
-            )
+        for name in ("expansion_lr", "expansion_min_lr") if self.freeze else ():
+            value = getattr(self, name)
+            if value is not None:
+                raise OrthoFxError(f"frozen expansions do not learn: leave out {name}, which is {value:g}")
         if self.stock is not None:
             if self.expansion is not None:
                 raise OrthoFxError(f"stock goes with basis none; got stock {self.stock} and basis {self.basis}")
@@ -182,13 +189,17 @@ class TrainConfig:
             object.__setattr__(self, "workers", 4 if self.device.startswith("cuda") else 0)
         one_of("dtype", self.dtype, DTYPES)
         one_of("parallel", self.parallel, PARALLEL)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise OrthoFxError("muon needs whole matrices, and fsdp shards them: use ddp, or adamw")
         if self.augment is not None:
             one_of("augment", self.augment, AUGMENTS)
         least: dict[str, float] = dict.fromkeys(
             ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"), 1
         )
         least |= dict.fromkeys(("warmup", "seed", "skip_bad_steps", "workers"), 0)
-        least |= dict.fromkeys(("lr", "expansion_lr", "weight_decay", "expansion_decay", "min_lr"), 0.0)
+        least |= dict.fromkeys(("lr", "expansion_lr", "weight_decay", "expansion_decay"), 0.0)
+        least |= dict.fromkeys(("min_lr", "expansion_min_lr"), 0.0)
         least |= dict.fromkeys(("mixup", "cutmix"), 0.0)
         for name, low in least.items():
             value = getattr(self, name)
@@ -255,12 +266,11 @@ class TrainConfig:
     def configuration(self) -> dict[str, Any]:
         """The fields that a checkpoint must share with the run that resumes from it.
 
-        `gated`, `freeze`, `stock` and `expansion_decay` are among them only if they are set: checkpoints of earlier
-        releases lack these fields, and had none of them.
+        Those of `_ADDED` are among them only if they differ from their defaults.
         """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
         free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
-        free |= {name for name in ("gated", "freeze", "stock", "expansion_decay") if not getattr(self, name)}
+        free |= {one.name for one in fields(self) if one.name in _ADDED and getattr(self, one.name) == one.default}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

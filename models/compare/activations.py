@@ -16,7 +16,7 @@ from ortho_fx.models.recipe import TrainConfig
 from ortho_fx.models.stock import NAMES, Stock
 
 # Settings that an activation may have of its own: those of its expansions, and those of its training.
-_OF_COEFFICIENTS = ("expansion_lr", "expansion_decay")
+_OF_COEFFICIENTS = ("expansion_lr", "expansion_decay", "expansion_min_lr")
 _OF_EXPANSIONS = ("init", "granularity", "clamp", "calibrate", *_OF_COEFFICIENTS)
 _OWN = (*_OF_EXPANSIONS, "lr", "weight_decay", "beta2", "warmup", "min_lr", "clip")
 # The model as it is, and stock activations as the gate of a product.
@@ -128,7 +128,7 @@ class Activation:
             raise OrthoFxError(f"{self.label} needs a model with gates; make them in {config.model}, without :gated")
         own = dict(self.settings)
         if not self.learns:  # what all expansions have in common is not for this one
-            own |= {"expansion_lr": None, "expansion_decay": 0.0}
+            own |= {"expansion_lr": None, "expansion_decay": 0.0, "expansion_min_lr": None}
         return replace(
             config,
             basis=self.basis or "none",

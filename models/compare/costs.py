@@ -126,6 +126,6 @@ def _training_steps(configs: Mapping[str, TrainConfig], setting: BenchConfig) ->
         def step(_: object, optimization: Optimization = optimization) -> None:
             optimization.step(0, parts)
             # In the next step the profiler would ignore this free, since it misses the allocation.
-            optimization.optimizer.zero_grad(set_to_none=True)
+            optimization.zero_grad()
 
         yield Candidate(name, "expansion" if number else "reference", {"step": step}, config.device, config.compile)

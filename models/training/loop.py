@@ -352,7 +352,7 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """The content of a checkpoint: tensors by qualified names; each process has its own shards."""
-        model, optimizer = get_state_dict(self.model, self.optimization.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimization.optimizers)
         state = {"model": model, "optimizer": optimizer}
         return state if self.average is None else {**state, "average": self.average.averages}
 
@@ -399,7 +399,7 @@ class Run:
             print(f"ortho-fx: warning: {note}", file=sys.stderr, flush=True)
         set_state_dict(
             self.model,
-            self.optimization.optimizer,
+            self.optimization.optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )

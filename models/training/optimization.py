@@ -1,10 +1,11 @@
-"""The optimizer step of a run: losses of the micro-batches, gradients over all processes, clipping, AdamW."""
+"""The optimizer step of a run: losses of the micro-batches, gradients over all processes, clipping, update."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.custom import Loss
 from ortho_fx.models.data.sources import Batch
 from ortho_fx.models.recipe import DTYPES, TrainConfig, task_of
 from ortho_fx.models.training.processes import Processes, synchronise
 from ortho_fx.rewriting.optimizer import param_groups
+
+# The group of `param_groups` with what expansions learn.
+EXPANSIONS = "expansions"
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,28 @@ class Optimization:
             expansion_lr=config.expansion_lr,
             expansion_decay=config.expansion_decay,
         )
-        self.rates = [group["lr"] for group in groups]
-        named = {group["name"]: group["params"] for group in groups}
-        weights = [*named.get("decay", []), *named.get("no_decay", [])]
-        self.clipped = [own for own in (weights, named.get("expansions", [])) if own]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+        learned = [parameter for group in groups if group["name"] == EXPANSIONS for parameter in group["params"]]
+        weights = [parameter for group in groups if group["name"] != EXPANSIONS for parameter in group["params"]]
+        self.clipped = [own for own in (weights, learned) if own]
+        self.optimizers = _optimizers(model, groups, config)
+        self.rates = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; loading a state makes new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, step: int, parts: Sequence[Batch]) -> Step:
         """Takes step number `step` (the first is 0) on this process' micro-batches."""
         config = self.config
         scale = learning_rate_scale(step, self.steps, config.warmup, config.min_lr)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * scale
+        floor = config.min_lr if config.expansion_min_lr is None else config.expansion_min_lr
+        of_expansions = learning_rate_scale(step, self.steps, config.warmup, floor)
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group["lr"] = rate * (of_expansions if group["name"] == EXPANSIONS else scale)
         # Dropout depends on seed, step and rank alone, so a checkpoint needs no state of generators.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, step, self.processes.rank)).generate_state(1)[0]))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         total = torch.zeros((), device=self.processes.device)
         for number, (inputs, targets) in enumerate(parts, 1):
             synchronise(self.shared, number == len(parts))
@@ -95,8 +107,14 @@ class Optimization:
         if finite:
             for own, own_norm in zip(self.clipped, norms, strict=True):
                 nn.utils.clip_grads_with_norm_(own, config.clip, own_norm)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         return Step(loss_value, norm, self.lr * scale, finite)
+
+    def zero_grad(self) -> None:
+        """Frees the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """For a batch in eval mode: sum of the losses in nats, number of right answers, number of targets."""
@@ -130,6 +148,42 @@ class Optimization:
                 (targets >= 0).sum().float(),
             ]
         )
+
+
+def _optimizers(
+    model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig
+) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of a run. Expansions learn by AdamW, whatever the rest does, and so does what Muon is not for."""
+    betas = (0.9, config.beta2)
+    if config.optimizer == "adamw":
+        return (torch.optim.AdamW(groups, betas=betas, fused=True),)
+    expansions = [group for group in groups if group["name"] == EXPANSIONS]
+    rest = [group for group in groups if group["name"] != EXPANSIONS]
+    if config.optimizer == "adam":
+        first: torch.optim.Optimizer = torch.optim.Adam(rest, betas=betas, fused=True)
+        second = expansions
+    else:
+        hidden = hidden_matrices(model)
+        own = [p for group in rest if group["name"] == "decay" for p in group["params"] if id(p) in hidden]
+        if not own:
+            raise OrthoFxError(f"muon is for matrices of hidden linear layers, and {config.model} has none: use adamw")
+        # Its steps are scaled to the size of AdamW's, so that one learning rate is for all.
+        assert config.lr is not None
+        group = {"name": "hidden", "params": own, "lr": config.lr, "weight_decay": config.weight_decay}
+        first = torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw")
+        others = [{**group, "params": [p for p in group["params"] if id(p) not in hidden]} for group in rest]
+        second = [group for group in (*others, *expansions) if group["params"]]
+    return (first, torch.optim.AdamW(second, betas=betas, fused=True)) if second else (first,)
+
+
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """The ids of the weights that Muon is for: of every `nn.Linear` but the last, and of none that an embedding shares.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {id(weight) for weight in linear[:-1]} - embeddings - {id(weight) for weight in linear[-1:]}
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:

@@ -35,7 +35,7 @@ def test_a_recipe_is_a_file_as_well(tmp_path):
     [
         ("steps = ", "recipe {path} is not TOML: Invalid value (at end of document)"),
         ("speed = 9", "unknown setting 'speed'; settings are model, size, "),
-        ("[optimizer]\nlr = 1.0", "unknown setting 'optimizer'; settings are model, size, "),
+        ("[schedule]\nlr = 1.0", "unknown setting 'schedule'; settings are model, size, "),
         ('steps = "5"', "steps must be a whole number; got '5'"),
         ("compile = 1", "compile must be true or false; got 1"),
         ("lr = nan", "lr must be finite; got nan"),
@@ -65,6 +65,15 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are():
         (
             {"freeze": True, "expansion_lr": 0.01},
             "frozen expansions do not learn: leave out expansion_lr, which is 0.01",
+        ),
+        (
+            {"freeze": True, "expansion_min_lr": 0.5},
+            "frozen expansions do not learn: leave out expansion_min_lr, which is 0.5",
+        ),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adam, muon; got 'sgd'"),
+        (
+            {"optimizer": "muon", "parallel": "fsdp"},
+            "muon needs whole matrices, and fsdp shards them: use ddp, or adamw",
         ),
         ({"steps": 0}, "steps must be 1 or more; got 0"),
         ({"accumulate": 0}, "accumulate must be 1 or more; got 0"),

@@ -105,7 +105,7 @@ def test_a_frozen_start_stays_and_coefficients_may_decay(tmp_path):
     comparison = compare(small(), names, ONE, tmp_path)
     assert [run.expansion_parameters for run in comparison.runs] == [0, 0, 4]
     config = small(basis="hermite", lr=1.0, expansion_lr=0.5, expansion_decay=0.5)
-    groups = Optimization(module.build(config).model, config, execute_processes()).optimizer.param_groups
+    groups = Optimization(module.build(config).model, config, execute_processes()).groups
     assert {group["name"]: group["weight_decay"] for group in groups} == {
         "decay": 0.1,
         "no_decay": 0.0,

@@ -115,7 +115,7 @@ def stop_at(run, losses_before, number):
 
 @pytest.mark.parametrize(
     ("model", "changes"),
-    [("gpt2", {"dropout": 0.2, "freeze": True}), ("convnext", {"drop_path": 0.2, "ema": 0.9})],
+    [("gpt2", {"dropout": 0.2, "freeze": True}), ("convnext", {"drop_path": 0.2, "ema": 0.9, "optimizer": "muon"})],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_resumed_run_repeats_the_losses_to_the_last_bit(tmp_path, model, changes, number):

@@ -56,6 +56,47 @@ def test_a_step_is_that_of_adamw_on_the_mean_of_the_micro_batches():
         assert agree > 0.99
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("model", ["gpt2", "convnext"])
+def test_expansions_learn_by_adamw_whatever_the_rest_does(optimizer, model):
+    config = TrainConfig(model, compile=False, batch_size=2, optimizer=optimizer, warmup=0, expansion_lr=0.5)
+    built = build(config)
+    optimization = Optimization(built.model, config, ALONE)
+    first, second = optimization.optimizers
+    assert isinstance(first, {"adam": torch.optim.Adam, "muon": torch.optim.Muon}[optimizer])
+    assert isinstance(second, torch.optim.AdamW)
+    assert [group["lr"] for group in second.param_groups if group["name"] == "expansions"] == [0.5]
+    taken = [id(p) for group in optimization.groups for p in group["params"]]
+    assert sorted(taken) == sorted(map(id, built.model.parameters()))
+    before = [p.detach().clone() for p in built.model.parameters()]
+    optimization.step(0, [built.data.batch(0, 0, 2)])
+    moved = [not torch.equal(p, old) for p, old in zip(built.model.parameters(), before, strict=True)]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_muon_is_for_hidden_matrices_alone():
+    config = TrainConfig(compile=False, optimizer="muon", weight_decay=0.05)
+    model = build(config).model
+    muon, adamw = Optimization(model, config, ALONE).optimizers
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    (hidden,) = muon.param_groups
+    own = sorted(names[id(parameter)] for parameter in hidden["params"])
+    kinds = ("attention.projection", "attention.qkv", "mlp.expand", "mlp.projection")
+    assert own == [f"blocks.{block}.{kind}.weight" for block in range(4) for kind in kinds]
+    assert hidden["weight_decay"] == 0.05
+    decayed = [names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]]
+    assert sorted(decayed) == sorted(n for n, p in model.named_parameters() if p.dim() == 2 and n not in own)
+
+
+def test_expansions_have_a_floor_of_their_own():
+    config = TrainConfig(compile=False, batch_size=2, steps=2, warmup=0, expansion_lr=1.0, expansion_min_lr=0.0)
+    built = build(config)
+    optimization = Optimization(built.model, config, ALONE)
+    optimization.step(2, [built.data.batch(0, 0, 2)])
+    rates = {group["name"]: group["lr"] for group in optimization.groups}
+    assert rates == {"decay": pytest.approx(4e-4), "no_decay": pytest.approx(4e-4), "expansions": 0.0}
+
+
 def test_an_evaluation_leaves_filler_out():
     config = TrainConfig(model="convnext", compile=False)
     built = build(config)
