@@ -137,6 +137,7 @@ _PLAIN: Mapping[str, Callable[[], nn.Module]] = {
     "leaky_relu_squared": SquaredLeakyReLU,
     "silu": nn.SiLU,
     "sine": Sine,
+    "tanh": nn.Tanh,
     "prelu": nn.PReLU,
     "xielu": XIELU,
 }

@@ -188,3 +188,17 @@ def test_runs_end_with_the_process_that_started_them(tmp_path, problem):
 
 def _sizes(paths: list[Path]) -> list[int]:
     return [path.stat().st_size for path in paths]
+
+
+def test_the_exact_solution_of_the_poisson_problem_has_no_loss():
+    problem = Custom.load(f"{Path(__file__).parents[2] / 'benchmarks' / 'poisson.py'}:Poisson")
+
+    class Exact(torch.nn.Module):
+        def forward(self, points):
+            x, y = (torch.pi * points).unbind(-1)
+            return x.sin() * y.sin() + (3 * x).sin() * (2 * y).sin() / 2
+
+    batch = next(problem.hooks.batches(0, 64))
+    assert problem.loss(Exact(), batch) < 1e-4 * batch[1].square().mean()
+    assert problem.loss(Exact().eval(), next(problem.hooks.batches(None, 64))) < 1e-5
+    assert problem.loss(problem.model(), batch) > 1

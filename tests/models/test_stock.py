@@ -21,6 +21,7 @@ X = torch.linspace(-4, 4, 81, dtype=torch.float64)
         ("relu_squared", X.clamp(min=0) ** 2),
         ("leaky_relu_squared", torch.where(X > 0, X, X / 2) ** 2),
         ("sine", torch.sin(X)),
+        ("tanh", torch.tanh(X)),
         ("prelu", torch.where(X > 0, X, X / 4)),
         ("silu", X * torch.sigmoid(X)),
         ("xielu", torch.where(X > 0, 0.8 * X**2 + X / 2, 0.8 * (torch.exp(X) - 1 - X) + X / 2)),
