@@ -6,7 +6,10 @@ The equation is u_xx + u_yy = f, with u = 0 on the boundary. f is that of the kn
 
     u(x, y) = sin(pi x) sin(pi y) + sin(3 pi x) sin(2 pi y) / 2
 
-The network n has an MLP with two hidden layers, and the boundary built in: 16 x (1 - x) y (1 - y) MLP(2 x - 1, 2 y - 1).
+The network n is an MLP with two hidden layers, times a factor that is 0 on the boundary:
+
+    n(x, y) = 16 x (1 - x) y (1 - y) MLP(2 x - 1, 2 y - 1)
+
 Training minimises the mean square of n_xx + n_yy - f at random points, which holds second derivatives of the
 activations. The validation is the relative error of n on a grid, sqrt(sum (n - u)^2 / sum u^2).
 """
