@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, weights: Path) -> Tensor:
     from ortho_fx.models.gpt2 import GPT2
+    from ortho_fx.models.weights.bundle import run_settings
 
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
@@ -74,7 +74,7 @@ def _example_inputs(model: nn.Module, batch_size: int, image_size: int | None, w
             raise OrthoFxError(f"--image-size is for a convnext, and {weights} is a gpt2")
         require_memory(4 * batch_size * config.context * config.vocabulary, f"the outputs of {batch_size} sequences")
         return torch.randint(config.vocabulary, (batch_size, config.context), generator=generator)
-    side = image_size or _image_size(_settings(weights), config.channels)
+    side = image_size or _image_size(run_settings(weights), config.channels)
     # The images, and the first activation that the model makes of them.
     values = config.channels * side**2 + config.widths[0] * (side // config.patch) ** 2
     require_memory(4 * batch_size * values, f"{batch_size} images of {side} x {side} pixels")
@@ -95,15 +95,3 @@ def _image_size(settings: Mapping[str, Any], channels: int) -> int:
     if settings.get("data") == "digits":
         return _DIGITS
     return _MNIST if channels == 1 else _PHOTOGRAPHS
-
-
-def _settings(weights: Path) -> Mapping[str, Any]:
-    """The settings of the run that made these weights; empty if they are unknown."""
-    from ortho_fx.tensor_files import files_of, read_metadata
-
-    file = files_of(weights)[0]
-    if file.suffix != ".safetensors":
-        return {}
-    description = json.loads(read_metadata(file).get("ortho_fx", "{}")).get("description", {})
-    settings = description.get("run") if isinstance(description, dict) else None
-    return settings if isinstance(settings, dict) else {}

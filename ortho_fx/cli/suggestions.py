@@ -70,6 +70,10 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         },
         "harvest": {"runs": folder, "out": {"files": [".json"], "new": [".json"]}},
         "plot": {"runs": folder, "out": folder},
+        "sample": {
+            "weights": {"files": _WEIGHTS},
+            "tokenizer": {"values": ["bytes"], "files": [".json"]},
+        },
         "fit": {
             "function": {"values": list(fitted())},
             "basis": {"values": list(BASES)},

@@ -21,6 +21,7 @@ _GIVEN = {
     "data": ["text.txt", "tokens"],
     "harvest": ["run", "--out", "preset.json"],
     "plot": ["run"],
+    "sample": ["run"],
     "fit": ["gelu"],
     "bench": [],
     "export": ["run", "model.pt2"],
