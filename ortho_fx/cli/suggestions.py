@@ -12,7 +12,7 @@ from typing import Any
 from ortho_fx.bases import BASES
 from ortho_fx.bench.config import DTYPES, MODES, SUBJECTS
 from ortho_fx.cli.completion import FILE, Completer, Suggestion
-from ortho_fx.cli.export import ENDINGS
+from ortho_fx.cli.export import ENDINGS, LIBRARIES
 from ortho_fx.cli.fit import fitted
 from ortho_fx.config import DEPTH, INITS, PRESET, ExpansionConfig
 from ortho_fx.models.compare.activations import GATES, OWN
@@ -90,7 +90,12 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
             "mode": {"values": list(MODES)},
             "json": {"files": [".json"], "new": [".json"]},
         },
-        "export": {"weights": {"files": _WEIGHTS}, "out": {"files": list(ENDINGS), "new": list(ENDINGS)}},
+        "export": {
+            "weights": {"files": _WEIGHTS},
+            "out": {"files": list(ENDINGS), "new": list(ENDINGS)},
+            "to": {"values": list(LIBRARIES)},
+            "tokenizer": {"values": ["bytes"], "files": [".json"]},
+        },
         "doctor": {},
     }
 
