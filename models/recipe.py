@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Characters of a recipe.
 _LONGEST = 2**20
 PARALLEL = ("ddp", "fsdp")
+LOGGERS = ("tensorboard", "wandb", "trackio", "none")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class TrainConfig:
 
     eval_every: int = _setting(100, "steps between validations")
     save_every: int = _setting(500, "steps between checkpoints")
+    log: str = _setting(
+        "tensorboard", "where curves are shown besides the run's own files: tensorboard, wandb, trackio or none"
+    )
     keep: int = _setting(2, "checkpoints that are kept, the newest")
     out: str | None = _setting(None, "directory of the run (default: runs/MODEL-SIZE-BASISDEGREE)", str)
 
@@ -182,6 +186,7 @@ class TrainConfig:
             object.__setattr__(self, "workers", 4 if self.device.startswith("cuda") else 0)
         one_of("dtype", self.dtype, DTYPES)
         one_of("parallel", self.parallel, PARALLEL)
+        one_of("log", self.log, LOGGERS)
         if self.augment is not None:
             one_of("augment", self.augment, AUGMENTS)
         least: dict[str, float] = dict.fromkeys(
@@ -259,7 +264,7 @@ class TrainConfig:
         releases lack these fields, and had none of them.
         """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
-        free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
+        free |= {"eval_every", "save_every", "keep", "skip_bad_steps", "log"}
         free |= {name for name in ("gated", "freeze", "stock", "expansion_decay") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in free}
 

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
 
-LOGGERS = ("tensorboard", "wandb", "trackio", "none")
 PROJECT = "ortho_fx"
 
 
@@ -41,7 +40,7 @@ def open_logger(name: str, directory: Path, first: int, settings: Mapping[str, A
     """The logger of a run that has done `first` steps; None for "none", and without TensorBoard.
 
     Args:
-        name: one of `LOGGERS`.
+        name: tensorboard, wandb, trackio or none.
         directory: the run's directory, which exists.
         first: number of steps done; a new run has 0.
         settings: those of the run, which Weights & Biases and trackio show beside it.

@@ -18,7 +18,7 @@ from ortho_fx.config import DEPTH, INITS, PRESET, ExpansionConfig
 from ortho_fx.models.compare.activations import GATES, OWN
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.recipe import DTYPES as TRAINING_DTYPES
-from ortho_fx.models.recipe import PARALLEL, TASKS, recipes
+from ortho_fx.models.recipe import LOGGERS, PARALLEL, TASKS, recipes
 from ortho_fx.models.stock import NAMES
 from ortho_fx.numerics.fit import WEIGHTS
 from ortho_fx.passes.vocabulary.targets import BY_NAME
@@ -47,6 +47,7 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         "dtype": {"values": list(TRAINING_DTYPES)},
         "device": devices,
         "parallel": {"values": list(PARALLEL)},
+        "log": {"values": list(LOGGERS)},
         "out": folder,
     }
     models = [name if size is None else f"{name}:{size}" for name in presets for size in (None, *presets[name])]
