@@ -25,8 +25,9 @@ class Recorder:
     recorder and to call `step`, which communicate.
 
     Args:
-        model: a rewritten model, also wrapped or compiled. The start is recorded now, as step 0.
+        model: a rewritten model, also wrapped or compiled. What its expansions are now is recorded at once.
         every: how many steps lie between two records.
+        first: how many steps are done already.
 
     Attributes:
         courses: what was recorded of each site.
@@ -45,7 +46,7 @@ class Recorder:
         >>> recorder.plot("expansions.png")  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, every: int = 1) -> None:
+    def __init__(self, model: nn.Module, every: int = 1, first: int = 0) -> None:
         checked_model(model)
         if not is_integer(every) or every < 1:
             raise OrthoFxError(f"every must be an integer above zero; got {every!r}")
@@ -57,7 +58,7 @@ class Recorder:
         }
         if not self.courses:
             raise OrthoFxError(f"{type(model).__name__} holds no expansion to record: call rewrite_ first")
-        self._last = 0
+        self._last = first
         self._record()
 
     def step(self, step: int | None = None) -> None:
