@@ -44,8 +44,8 @@ def run(notebook):
 
 def _drawn(figure):
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    size = "<Figure size {:.0f}x{:.0f}>".format(*(figure.get_size_inches() * 100))
+    figure.savefig(picture, format="png", dpi=80, metadata={"Software": None})
+    size = "<Figure size {:.0f}x{:.0f}>".format(*(figure.get_size_inches() * 80))
     return {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": [size]}
 
 
