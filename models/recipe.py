@@ -35,6 +35,7 @@ PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "adam", "muon")
 # Settings of `TrainConfig` that checkpoints of earlier releases lack, since they had none of them.
 _ADDED = ("gated", "freeze", "stock", "expansion_decay", "optimizer", "expansion_min_lr")
+LOGGERS = ("tensorboard", "wandb", "trackio", "none")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class TrainConfig:
 
     eval_every: int = _setting(100, "steps between validations")
     save_every: int = _setting(500, "steps between checkpoints")
+    log: str = _setting(
+        "tensorboard", "where curves are shown besides the run's own files: tensorboard, wandb, trackio or none"
+    )
     keep: int = _setting(2, "checkpoints that are kept, the newest")
     out: str | None = _setting(None, "directory of the run (default: runs/MODEL-SIZE-BASISDEGREE)", str)
 
@@ -192,6 +196,7 @@ class TrainConfig:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise OrthoFxError("muon needs whole matrices, and fsdp shards them: use ddp, or adamw")
+        one_of("log", self.log, LOGGERS)
         if self.augment is not None:
             one_of("augment", self.augment, AUGMENTS)
         least: dict[str, float] = dict.fromkeys(
@@ -269,7 +274,7 @@ class TrainConfig:
         Those of `_ADDED` are among them only if they differ from their defaults.
         """
         free = {"data", "workers", "accumulate", "parallel", "device", "compile", "out"}
-        free |= {"eval_every", "save_every", "keep", "skip_bad_steps"}
+        free |= {"eval_every", "save_every", "keep", "skip_bad_steps", "log"}
         free |= {one.name for one in fields(self) if one.name in _ADDED and getattr(self, one.name) == one.default}
         return {name: value for name, value in asdict(self).items() if name not in free}
 

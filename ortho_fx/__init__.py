@@ -35,6 +35,7 @@ from ortho_fx.passes.vocabulary.register import register_activation
 from ortho_fx.passes.vocabulary.sites import Site
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
+from ortho_fx.recording import Recorder
 from ortho_fx.register import register_basis
 from ortho_fx.rewriting import loading
 from ortho_fx.rewriting.anneal import Annealing
@@ -71,6 +72,7 @@ __all__ = [
     "Polynomial",
     "PolynomialReport",
     "ReLUSquaredSeriesActivation",
+    "Recorder",
     "RevertReport",
     "RewriteReport",
     "SafeRationalActivation",

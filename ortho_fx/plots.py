@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from ortho_fx.activations.course import Course
+from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.bases import BASES
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import atomic_file
@@ -23,6 +26,9 @@ from ortho_fx.numerics.sampling import differentiated, name_of
 
 # GELU, ReLU and all else that is no basis of ours.
 STOCK = "#404040"
+# Sites of one picture, and functions of one site.
+_MOST_SITES, _MOST_CURVES = 8, 6
+_T = TypeVar("_T")
 _DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -87,6 +93,77 @@ def plot_fit(fit: FittedExpansion, path: str | Path) -> None:
             axis.grid(alpha=0.2)
             axis.margins(x=0)
     save(figure, path)
+
+
+def plot_courses(courses: Mapping[str, Course]) -> Any:
+    """A figure with a row for each course of an expansion: how its parameters moved, and its function at some steps."""
+    pyplot = load_pyplot()
+    names = spread(list(courses), _MOST_SITES)
+    figure, axes = pyplot.subplots(
+        len(names), 2, figsize=(9, 0.5 + 2.5 * len(names)), layout="constrained", squeeze=False
+    )
+    for (left, right), name in zip(axes, names, strict=True):
+        course = courses[name]
+        for number, parameter in enumerate(course.values[0]):
+            colour = pyplot.get_cmap("tab10")(number)
+            lines = torch.stack([_of_channels(values[parameter]) for values in course.values]).T
+            for place, line in enumerate(lines):
+                alpha = 1 - 0.65 * place / max(len(lines) - 1, 1)
+                marks = {"marker": "."} if len(course.steps) == 1 else {}
+                left.plot(
+                    course.steps,
+                    line - line[0],
+                    color=colour,
+                    alpha=alpha,
+                    lw=1.2,
+                    label="" if place else parameter,
+                    **marks,
+                )
+        left.set_title(name.replace("$", r"\$"), fontsize=9, loc="left")
+        left.set_ylabel(f"change since step {course.steps[0]:,}", fontsize=9)
+        left.xaxis.get_major_locator().set_params(integer=True)
+        x = torch.linspace(*course.interval, 300, dtype=torch.float64)
+        shown = spread(list(range(len(course.steps))), _MOST_CURVES)
+        for order, place in enumerate(shown):
+            shade = pyplot.get_cmap("viridis")(0.85 * order / max(len(shown) - 1, 1))
+            label = f"step {course.steps[place]:,}"
+            right.plot(x, function_values(course.at(place), x).mean(1), color=shade, lw=1.4, label=label)
+        right.set_ylabel("f(x)", fontsize=9)
+        for axis in (left, right):
+            if name == names[0]:
+                axis.legend(frameon=False, fontsize=7)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.2, lw=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("step", fontsize=9)
+    axes[-1, 1].set_xlabel("x", fontsize=9)
+    return figure
+
+
+def function_values(activation: ExpansionActivation, x: Tensor) -> Any:
+    """f(x) for x (points,) as an array (points, channels); one column if it is the same for all channels."""
+    with torch.no_grad():
+        if activation.channels is None:
+            return activation(x).numpy()[:, None]
+        # Channels lie in the activation's channel dimension, the points in another; all other dimensions have size 1.
+        dim = -1 if activation.channel_dim is None else activation.channel_dim
+        shape = [1] * max(dim + 1, -dim, 2)
+        points = 0 if dim % len(shape) else 1
+        shape[points], shape[dim] = len(x), activation.channels
+        everywhere = x.reshape([len(x) if place == points else 1 for place in range(len(shape))]).expand(shape)
+        return activation(everywhere).movedim((points, dim), (0, 1)).reshape(len(x), -1).numpy()
+
+
+def spread(items: list[_T], most: int) -> list[_T]:
+    """The items, or so many of them that are evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def _of_channels(value: Tensor) -> Tensor:
+    """The numbers of a parameter, each as the mean over the channels that have their own."""
+    return value.double().reshape(len(value), -1).mean(1) if value.dim() > 1 else value.double().reshape(-1)
 
 
 def save(figure: Any, path: str | Path, dpi: int = 150) -> None:

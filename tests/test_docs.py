@@ -231,7 +231,7 @@ def test_the_readme_runs_from_top_to_bottom(capsys):
     namespace, commands = read(ROOT / "README.md")
     assert "1 replaced, 0 left, 4 new parameters" in capsys.readouterr().out
     assert [tuple(p.shape) for p in namespace["model"][1].parameters()] == [(1,), (5,), (5,), (5,)]
-    assert [command.split()[0] for command in commands] == ["train", "plot", "export", "compare"]
+    assert [command.split()[0] for command in commands] == ["train", "plot", "sample", "export", "compare"]
 
 
 OTHERS = [

@@ -51,7 +51,7 @@ from ortho_fx.plots import load_pyplot
 
 # Settings of a single activation or run, and settings that do not change a run's results.
 _NOT_IN_COMMON = {"basis", "degree", "tied", "gated", "freeze", "stock", "seed", "out"}
-_NOT_IN_COMMON |= {"workers", "parallel", "save_every", "keep"}
+_NOT_IN_COMMON |= {"workers", "parallel", "save_every", "keep", "log"}
 _WRITTEN = ("compare.json", "compare.md", "compare.csv", "compare.tex", "compare.png")
 _FEWEST_TRIALS = 2
 

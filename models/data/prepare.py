@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -146,9 +146,9 @@ def _write(
     made: dict[str, Any] = {"vocabulary": 256, "tokenizer": "bytes", "end_of_text": None}
     encode: Encode | None = None
     if tokenizer != "bytes":
-        model = _train_bpe(parts[0], vocabulary, seed) if tokenizer == "bpe" else _read_tokenizer(Path(tokenizer))
+        model = _train_bpe(parts[0], vocabulary, seed) if tokenizer == "bpe" else read_tokenizer(Path(tokenizer))
         ids = model.get_vocab()
-        end = next((ids[name] for name in _ENDS_OF_TEXT if name in ids), None)
+        end = end_of_text(ids)
         if not ids:
             raise OrthoFxError(f"{tokenizer} has an empty vocabulary, so it makes no tokens")
         made = {"vocabulary": max(ids.values()) + 1, "tokenizer": "tokenizer.json", "end_of_text": end}
@@ -156,7 +156,7 @@ def _write(
             file.write(model.to_str(pretty=True).encode())
 
         def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-            with _errors_of(f"the tokenizer {tokenizer} cannot encode the text"):
+            with errors_of(f"the tokenizer {tokenizer} cannot encode the text"):
                 encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -324,7 +324,17 @@ def _train_bpe(parts: Sequence[_Part], vocabulary: int, seed: int) -> Tokenizer:
     return model
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def end_of_text(ids: Mapping[str, int]) -> int | None:
+    """The id of the token that ends a document, in a vocabulary of names; None without one."""
+    return next((ids[name] for name in _ENDS_OF_TEXT if name in ids), None)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        OrthoFxError: no such file, another one, or no library tokenizers.
+    """
     if not path.is_file():
         raise OrthoFxError(f"tokenizer must be bytes, bpe or the path of a tokenizer.json; got {str(path)!r}")
     try:
@@ -332,7 +342,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     except (OSError, UnicodeError) as error:
         raise OrthoFxError(f"cannot read the tokenizer {path}: {reason(error)}") from None
     tokenizers = _import_tokenizers()
-    with _errors_of(f"{path} is not a tokenizer.json"):
+    with errors_of(f"{path} is not a tokenizer.json"):
         model = tokenizers.Tokenizer.from_str(text)
     # A tokenizer.json may ask for texts of one length, which would cut pieces off or fill them up.
     model.no_truncation()
@@ -341,7 +351,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _errors_of(what: str) -> Iterator[None]:
+def errors_of(what: str) -> Iterator[None]:
     """Makes an error of the library tokenizers one line; it raises plain exceptions, and panics, which print more."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Run:
         rows: one row for each step, with "step", "loss", "lr", "gradient_norm", "seconds" and, at some steps,
             "skipped", "validation_loss", "accuracy" and "mfu".
         site_rows: one row for each site and measurement, from `SiteMonitor.measure`; none without expansions.
+        coefficient_rows: one row for each site and measurement, from `SiteMonitor.coefficients`; none in runs of
+            releases that did not write them.
         start, now: the expansions at the start and at the last measurement; None without expansions.
     """
 
@@ -36,6 +38,7 @@ class Run:
     site_rows: list[Row]
     start: SavedExpansions | None
     now: SavedExpansions | None
+    coefficient_rows: list[Row] = field(default_factory=list)
 
     @property
     def validations(self) -> list[Row]:
@@ -54,11 +57,13 @@ def read_run(directory: str | Path) -> Run:
         if not (directory / name).is_file():
             raise OrthoFxError(f"{directory} is not a run directory: it has no {name}")
     config = read_json(directory / "run.json")
-    sites = directory / "sites.jsonl"
     files = [directory / name for name in ("expansions-start.safetensors", "expansions.safetensors")]
     start, now = (load_expansions(path) if path.is_file() else None for path in files)
-    site_rows = read_rows(sites) if sites.is_file() else []
-    return Run(directory, config, read_rows(directory / "metrics.jsonl"), site_rows, start, now)
+    site_rows, coefficient_rows = (
+        read_rows(directory / name) if (directory / name).is_file() else []
+        for name in ("sites.jsonl", "coefficients.jsonl")
+    )
+    return Run(directory, config, read_rows(directory / "metrics.jsonl"), site_rows, start, now, coefficient_rows)
 
 
 def read_rows(path: Path) -> list[Row]:

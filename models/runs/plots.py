@@ -12,14 +12,14 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ortho_fx.activations.course import Course
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.runs.files import Row, Run
 from ortho_fx.models.weights.expansions import SavedExpansion, SavedExpansions, SiteInputs
 from ortho_fx.numerics.moments import Array
 from ortho_fx.passes.vocabulary.targets import Reference
-from ortho_fx.plots import STOCK, colour_of, line_styles, load_pyplot, save
+from ortho_fx.plots import STOCK, colour_of, function_values, line_styles, load_pyplot, plot_courses, save
 
 _BEFORE = "0.6"
 _REFERENCE_DASH = (0, (4, 2))
@@ -33,8 +33,8 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
     """Draws runs into a directory and returns the files.
 
     loss.png and norm.png show all runs. Each run with expansions has sites/NAME.png for every site, sites.png with all
-    of them if there are several, and drift.png. They are in `out`, or with several runs in a subdirectory of `out` with
-    the run's name.
+    of them if there are several, drift.png, and coefficients.png with the parameters over the steps. They are in `out`,
+    or with several runs in a subdirectory of `out` with the run's name.
 
     Raises:
         OrthoFxError: no run, a run without a step yet, a directory that cannot be written, or no matplotlib.
@@ -51,8 +51,39 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> list[Path]:
         own = out if len(runs) == 1 else out / file_name(label)
         if any("drift" in row for row in run.site_rows):
             drawn.append(_plot_drift(run, own / "drift.png"))
+        courses = courses_of(run)
+        if courses:
+            drawn.append(_write(plot_courses(courses), own / "coefficients.png"))
         drawn += _plot_sites(run, own)
     return drawn
+
+
+def courses_of(run: Run) -> dict[str, Course]:
+    """What each recorded site of a run was over its steps; none for runs of releases that did not record it."""
+    if run.now is None:
+        return {}
+    courses: dict[str, Course] = {}
+    for row in run.coefficient_rows:
+        name = row["site"]
+        saved = run.now.sites.get(name)
+        if saved is None:
+            continue
+        if name not in courses:
+            courses[name] = Course(saved.activation)
+            if saved.inputs is not None and saved.inputs.counts:
+                courses[name].interval = _interval([saved.inputs], 1e-3)
+        courses[name].steps.append(row["step"])
+        courses[name].values.append(
+            {key: torch.tensor(_numbers(value), dtype=torch.float64) for key, value in row["parameters"].items()}
+        )
+    return courses
+
+
+def _numbers(values: Any) -> Any:
+    """Nested lists of a row, with NaN for what JSON cannot hold."""
+    if isinstance(values, list):
+        return [_numbers(value) for value in values]
+    return math.nan if values is None else values
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -164,7 +195,7 @@ def _plot_site(axis: Any, before: SavedExpansion, after: SavedExpansion, *, thin
     width, colour_after = 1.2 if thin else 1.8, colour_of(after.activation.config.basis)
     shown = []
     for saved, colour, order in ((before, _BEFORE, 2), (after, colour_after, 3)):
-        y = _values(saved, x)
+        y = function_values(saved.activation.double(), x)
         middle = y.mean(1)
         axis.plot(x, middle, color=colour, lw=width, zorder=order)
         shown.append(middle)
@@ -218,21 +249,6 @@ def _interval(inputs: Sequence[SiteInputs], outside: float) -> tuple[float, floa
         share = np.concatenate([[0.0], np.cumsum(seen.counts)]) / sum(seen.counts)
         ends.append(np.interp([outside / 2, 1 - outside / 2], share, seen.edges))
     return float(np.min(ends)), float(np.max(ends))
-
-
-def _values(saved: SavedExpansion, x: Tensor) -> Array:
-    """f(x) as (points, channels); one column if the activation is the same for all channels."""
-    activation = saved.activation.double()
-    with torch.no_grad():
-        if activation.channels is None:
-            return activation(x).numpy()[:, None]
-        # Channels lie in the activation's channel dimension, the points in another; all other dimensions have size 1.
-        dim = -1 if activation.channel_dim is None else activation.channel_dim
-        shape = [1] * max(dim + 1, -dim, 2)
-        points = 0 if dim % len(shape) else 1
-        shape[points], shape[dim] = len(x), activation.channels
-        spread = x.reshape([len(x) if place == points else 1 for place in range(len(shape))]).expand(shape)
-        return activation(spread).movedim((points, dim), (0, 1)).reshape(len(x), -1).numpy()
 
 
 def _curve(axis: Any, rows: Sequence[Row], key: str, style: dict[str, Any], label: str) -> None:

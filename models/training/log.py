@@ -1,4 +1,4 @@
-"""The log of a run: rows as JSON and CSV, sites as JSON, and all of it for TensorBoard.
+"""The log of a run: rows as JSON and CSV, sites and their coefficients as JSON, and curves for a logger.
 
 Rows are written through at once, so that `tail -f` shows them and a killed run keeps them. A checkpoint keeps their
 number and their digest; before it gets its name they are flushed to the disk.
@@ -14,14 +14,16 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.models.runs.files import Row, RowsWritten, read_rows, row_line
+from ortho_fx.models.training.loggers import Logger, open_logger
 
-ROW_FILES = ("metrics.jsonl", "sites.jsonl")
+ROW_FILES = ("metrics.jsonl", "sites.jsonl", "coefficients.jsonl")
 COLUMNS = ("step", "loss", "lr", "gradient_norm", "seconds", "skipped", "validation_loss", "accuracy", "mfu")
-# Columns that TensorBoard shows, with their names there; it groups curves by the part before the slash.
+# Columns that a logger shows, with their names there; it groups curves by the part before the slash.
 _TAGS = {
     "loss": "loss/training",
     "validation_loss": "loss/validation",
@@ -40,6 +42,8 @@ class RunLog:
         directory: the run's directory; made if it is missing.
         first: number of steps done. A new run has 0 and replaces earlier files.
         writes: whether this process writes; only one of a distributed run does.
+        logger: what shows the curves besides; see `open_logger`.
+        settings: of the run, for the logger.
 
     Attributes:
         kept: the rows up to `first`.
@@ -49,17 +53,25 @@ class RunLog:
         OrthoFxError: a file that cannot be written or, on resuming, cannot be read.
     """
 
-    def __init__(self, directory: Path, first: int, writes: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        first: int,
+        writes: bool,
+        logger: str = "tensorboard",
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.kept: list[Row] = []
         self.kept_sites: list[Row] = []
         self._files: list[_RowFile] = []
-        self._board: _Board | None = None
+        self._logger: Logger | None = None
         if not writes:
             return
         paths = [directory / name for name in (*ROW_FILES, "metrics.csv")]
+        coefficients: list[Row] = []
         if first:
-            self.kept, self.kept_sites = (
-                [row for row in read_rows(path) if row["step"] <= first] if path.exists() else [] for path in paths[:2]
+            self.kept, self.kept_sites, coefficients = (
+                [row for row in read_rows(path) if row["step"] <= first] if path.exists() else [] for path in paths[:3]
             )
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -69,10 +81,11 @@ class RunLog:
         texts = (
             "".join(map(row_line, self.kept)),
             "".join(map(row_line, self.kept_sites)),
+            "".join(map(row_line, coefficients)),
             header + "".join(map(_csv_line, self.kept)),
         )
         self._files = [_RowFile(path, text) for path, text in zip(paths, texts, strict=True)]
-        self._board = _open_board(directory / "tensorboard", first)
+        self._logger = open_logger(logger, directory, first, settings)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Writes the row of a step; keys that are not in `COLUMNS` are in the JSON alone.
@@ -82,9 +95,9 @@ class RunLog:
         """
         if self._files:
             self._files[0].append(row_line(row))
-            self._files[2].append(_csv_line(row))
-        if self._board is not None:
-            self._board.add({_TAGS[name]: value for name, value in row.items() if name in _TAGS}, row["step"])
+            self._files[3].append(_csv_line(row))
+        if self._logger is not None:
+            self._logger.add({_TAGS[name]: value for name, value in row.items() if name in _TAGS}, row["step"])
 
     def site_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes a measurement of the sites, as `SiteMonitor.measure` returns it.
@@ -94,9 +107,18 @@ class RunLog:
         """
         if self._files:
             self._files[1].append("".join(map(row_line, rows)))
-        if self._board is not None:
-            for row in rows:
-                self._board.add({f"sites_{name}/{row['site']}": row[name] for name in _SITE_TAGS}, row["step"])
+        if self._logger is not None and rows:
+            values = {f"sites_{name}/{row['site']}": row[name] for row in rows for name in _SITE_TAGS}
+            self._logger.add(values, rows[0]["step"])
+
+    def coefficient_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what the expansions are at a step, as `SiteMonitor.coefficients` returns it.
+
+        Raises:
+            OrthoFxError: a file that cannot be written.
+        """
+        if self._files:
+            self._files[2].append("".join(map(row_line, rows)))
 
     def flush(self) -> dict[str, RowsWritten]:
         """Flushes the rows to the disk; returns what there is in each .jsonl file, by its name.
@@ -106,15 +128,16 @@ class RunLog:
         """
         for file in self._files:
             file.flush()
-        return {file.path.name: file.written for file in self._files[:2]}
+        return {file.path.name: file.written for file in self._files[:3]}
 
     def close(self) -> None:
         """Closes the files; a killed run too keeps the rows that were written before."""
         for file in self._files:
             file.close()
-        if self._board is not None:
-            self._board.close()
-        self._files, self._board = [], None
+        self._files = []
+        if self._logger is not None:
+            logger, self._logger = self._logger, None
+            logger.close()
 
 
 class _RowFile:
@@ -172,39 +195,6 @@ class _RowFile:
 
 def _place(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-class _Board:
-    """TensorBoard's event files in a directory."""
-
-    def __init__(self, writer: Any, directory: Path) -> None:
-        self._writer, self._directory = writer, directory
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        try:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
-        except OSError as error:
-            raise OrthoFxError(f"cannot write {self._directory}: {error.strerror}") from None
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _open_board(directory: Path, first: int) -> _Board | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    try:
-        if not first:
-            # Otherwise TensorBoard would also show the curves of an earlier run in this directory.
-            for events in directory.glob("events.out.tfevents.*"):
-                events.unlink()
-        return _Board(SummaryWriter(str(directory), purge_step=first + 1 if first else None), directory)
-    except OSError as error:
-        raise OrthoFxError(f"cannot write {directory}: {error.strerror}") from None
 
 
 def _csv_line(row: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 RUN/run.json              the settings, the hardware and the versions
 RUN/metrics.jsonl, .csv   one row for each step
 RUN/sites.jsonl           one row for each site and validation: the expansion's inputs, and how far it has moved
+RUN/coefficients.jsonl    one row for each site and validation: the expansion's parameters, unless they are many
 RUN/expansions-start.safetensors, expansions.safetensors   the expansions at the start and at the last validation
 RUN/checkpoints/          the newest checkpoints, to resume from
 RUN/model.safetensors     the weights at the end
@@ -49,6 +50,7 @@ from ortho_fx.models.training.checkpoint import (
 from ortho_fx.models.training.divergence import explain_divergence
 from ortho_fx.models.training.ema import MovingAverage
 from ortho_fx.models.training.log import ROW_FILES, RunLog
+from ortho_fx.models.training.loggers import require_logger
 from ortho_fx.models.training.monitor import SiteMonitor
 from ortho_fx.models.training.optimization import Optimization, Step
 from ortho_fx.models.training.processes import Processes, join, peer_lost
@@ -98,14 +100,15 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         to_go_on: what a run that ends early advises (None: --resume if there is a checkpoint, or to start again).
 
     Raises:
-        OrthoFxError: a directory with a checkpoint but neither flag, one that another run writes, no whole checkpoint
-            to resume from, one of another configuration or of a run on other data, a disk that is full or cannot be
-            written, a process that is gone, or, once the current step is saved, a standard output that was closed. The
-            text says what is kept.
+        OrthoFxError: a logger that is not installed, a directory with a checkpoint but neither flag, one that another
+            run writes, no whole checkpoint to resume from, one of another configuration or of a run on other data, a
+            disk that is full or cannot be written, a process that is gone, or, once the current step is saved, a
+            standard output that was closed. The text says what is kept.
         Diverged: more than `config.skip_bad_steps` steps had a loss or a gradient that is not finite.
         KeyboardInterrupt, Terminated: after SIGINT or SIGTERM, once the current step is done and saved. Their text,
             or `kept`, says what is kept.
     """
+    require_logger(config.log)
     # Signals last: while processes join, PyTorch waits for the others in code that lets no handler of Python's run.
     with join(config.device) as processes, Signals():
         return Run(config, processes, to_go_on=to_go_on).start(resume=resume, overwrite=overwrite)
@@ -176,7 +179,7 @@ class Run:
                 ) from None
 
     def _run(self, first: int) -> Result:
-        log = RunLog(self.directory, first, writes=self.leads)
+        log = RunLog(self.directory, first, self.leads, self.config.log, asdict(self.config))
         with contextlib.closing(log):
             started = time.perf_counter()
             self._train(log, first)
@@ -311,6 +314,7 @@ class Run:
 
     def _measure_sites(self, log: RunLog, step: int) -> None:
         log.site_rows(self.monitor.measure(lambda: self.optimization.logits(self.probe), step))
+        log.coefficient_rows(self.monitor.coefficients(step))
         if self.leads and self.result.expansion_parameters:
             name = "expansions.safetensors" if step else "expansions-start.safetensors"
             self.monitor.save_expansions(self.directory / name, step)

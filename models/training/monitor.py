@@ -24,6 +24,9 @@ from ortho_fx.watch import watching
 # For the histogram of a site's inputs: samples kept of each call, number of bins, share of samples outside the bins.
 _SAMPLES, _BINS, _OUTLIERS = 16384, 100, 2e-4
 
+# Numbers of an expansion that are recorded at each measurement.
+_MOST_RECORDED = 4096
+
 Held = dict[str, dict[str, Tensor]]
 
 
@@ -113,6 +116,20 @@ class SiteMonitor:
             rows.append(row)
             self._samples[name] = np.concatenate([host[call][1].double().numpy() for call in seen])
         self.rows += rows
+        return rows
+
+    def coefficients(self, step: int) -> list[dict[str, Any]]:
+        """The parameters of the expansions as of the last measurement, a row for each, to nine significant digits.
+
+        A row has "step", "site" and "parameters", which maps names to nested lists. Expansions of more than 4,096
+        numbers have none, so that the rows of a run stay small.
+        """
+        rows = []
+        for name, site in self._sites.items():
+            learned = {key: self._now[name][key] for key, _ in site.named_parameters()}
+            if sum(value.numel() for value in learned.values()) <= _MOST_RECORDED:
+                parameters = {key: _rounded(value.tolist()) for key, value in learned.items()}
+                rows.append({"step": step, "site": name, "parameters": parameters})
         return rows
 
     def save_expansions(self, path: Path, step: int) -> None:
@@ -241,6 +258,13 @@ def _merged(calls: Sequence[tuple[_Call, Tensor]]) -> tuple[float, float, float,
     middle = float(weight @ mean)
     spread = float(weight @ (variance + (mean - middle) ** 2))
     return middle, math.sqrt(spread), float(low.min()), float(high.max()), math.sqrt(weight @ square)
+
+
+def _rounded(values: Any) -> Any:
+    """Numbers in nested lists as JSON has them: nine digits tell any two numbers in float32 apart, and NaN is null."""
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return float(f"{values:.9g}") if math.isfinite(values) else None
 
 
 def _inputs(row: Mapping[str, Any], sample: Array) -> SiteInputs:

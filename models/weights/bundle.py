@@ -33,7 +33,14 @@ from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.targets import choose_targets
-from ortho_fx.tensor_files import errors_naming, read_safetensors, safetensors_library, with_digest
+from ortho_fx.tensor_files import (
+    errors_naming,
+    files_of,
+    read_metadata,
+    read_safetensors,
+    safetensors_library,
+    with_digest,
+)
 
 VERSION = 1
 ModelConfig = GPT2Config | ConvNeXtConfig
@@ -198,6 +205,16 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise OrthoFxError(f"its metadata are damaged: {type(error).__name__}, {reason(error)}") from None
+
+
+def run_settings(path: Path) -> Mapping[str, Any]:
+    """The settings of the run that made the weights in a file or folder; empty if they are unknown."""
+    file = files_of(path)[0]
+    if file.suffix != ".safetensors":
+        return {}
+    description = json.loads(read_metadata(file).get("ortho_fx", "{}")).get("description", {})
+    settings = description.get("run") if isinstance(description, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _checked(config: ModelConfig, tensors: int) -> ModelConfig:

@@ -52,46 +52,48 @@ class _Layout:
     left_out: tuple[str, ...] = ()
 
 
+TRANSFORMERS = _Layout(
+    "transformers' GPT-2",
+    "gpt2",
+    "h.N.attn.c_attn.weight",
+    {
+        "wte": "tokens",
+        "wpe": "positions",
+        "h.N.ln_1": "blocks.N.norm1",
+        "h.N.attn.c_attn": "blocks.N.attention.qkv",
+        "h.N.attn.c_proj": "blocks.N.attention.projection",
+        "h.N.ln_2": "blocks.N.norm2",
+        "h.N.mlp.c_fc": "blocks.N.mlp.expand",
+        "h.N.mlp.c_proj": "blocks.N.mlp.projection",
+        "ln_f": "norm",
+        "lm_head": "head",
+    },
+    prefix="transformer.",
+    left_out=("h.N.attn.bias", "h.N.attn.masked_bias"),  # the causal mask
+)
+TIMM = _Layout(
+    "timm's ConvNeXt",
+    "convnext",
+    "stages.N.blocks.N.conv_dw.weight",
+    {
+        "stem.0": "stages.0.0",
+        "stem.1": "stages.0.1",
+        "stages.N.downsample.0": "stages.N.0",
+        "stages.N.downsample.1": "stages.N.1",
+        "stages.N.blocks.M.conv_dw": "stages.N.M.depthwise",
+        "stages.N.blocks.M.norm": "stages.N.M.norm",
+        "stages.N.blocks.M.mlp.fc1": "stages.N.M.expand",
+        "stages.N.blocks.M.mlp.fc2": "stages.N.M.project",
+        "stages.N.blocks.M.gamma": "stages.N.M.scale",
+        "head.norm": "norm",
+        "head.fc": "head",
+    },
+)
 _LAYOUTS = (
     _Layout("ortho-fx' gpt2", "gpt2", "blocks.N.attention.qkv.weight"),
     _Layout("ortho-fx' convnext", "convnext", "stages.N.N.depthwise.weight"),
-    _Layout(
-        "transformers' GPT-2",
-        "gpt2",
-        "h.N.attn.c_attn.weight",
-        {
-            "wte": "tokens",
-            "wpe": "positions",
-            "h.N.ln_1": "blocks.N.norm1",
-            "h.N.attn.c_attn": "blocks.N.attention.qkv",
-            "h.N.attn.c_proj": "blocks.N.attention.projection",
-            "h.N.ln_2": "blocks.N.norm2",
-            "h.N.mlp.c_fc": "blocks.N.mlp.expand",
-            "h.N.mlp.c_proj": "blocks.N.mlp.projection",
-            "ln_f": "norm",
-            "lm_head": "head",
-        },
-        prefix="transformer.",
-        left_out=("h.N.attn.bias", "h.N.attn.masked_bias"),  # the causal mask
-    ),
-    _Layout(
-        "timm's ConvNeXt",
-        "convnext",
-        "stages.N.blocks.N.conv_dw.weight",
-        {
-            "stem.0": "stages.0.0",
-            "stem.1": "stages.0.1",
-            "stages.N.downsample.0": "stages.N.0",
-            "stages.N.downsample.1": "stages.N.1",
-            "stages.N.blocks.M.conv_dw": "stages.N.M.depthwise",
-            "stages.N.blocks.M.norm": "stages.N.M.norm",
-            "stages.N.blocks.M.mlp.fc1": "stages.N.M.expand",
-            "stages.N.blocks.M.mlp.fc2": "stages.N.M.project",
-            "stages.N.blocks.M.gamma": "stages.N.M.scale",
-            "head.norm": "norm",
-            "head.fc": "head",
-        },
-    ),
+    TRANSFORMERS,
+    TIMM,
     _Layout(
         "the ConvNeXt of its authors",
         "convnext",
@@ -210,6 +212,34 @@ def _one_a_group(config: ExpansionConfig, channels: int) -> SiteConfig:
         return SiteConfig(config)
     granularity = "channel" if config.granularity == f"group:{channels}" else config.granularity
     return SiteConfig(replace(config, granularity=granularity), channels, -1)
+
+
+# What the other libraries call the places of our activations; M counts blocks.
+_ACTIVATIONS = {"blocks.N.mlp.act": "h.N.mlp.act", "stages.N.M.gelu_expansion_0": "stages.N.blocks.M.mlp.act"}
+
+
+def names_in(layout: _Layout, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names that a layout has for the tensors of our model, expansions too; a tied head is left out.
+
+    Raises:
+        OrthoFxError: tensors that the layout has no name for.
+    """
+    assert layout.names is not None
+    pairs = [*((ours, theirs) for theirs, ours in layout.names.items() if theirs != "lm_head"), *_ACTIVATIONS.items()]
+    rules = [(_pattern(ours, r"(\.\w+|)"), theirs) for ours, theirs in pairs]
+    found = {}
+    for name in state:
+        if layout.kind == "gpt2" and name == "head.weight":
+            continue
+        matches = ((pattern.fullmatch(name), theirs) for pattern, theirs in rules)
+        match, theirs = next(((match, theirs) for match, theirs in matches if match), (None, ""))
+        if match is None:
+            raise OrthoFxError(f"{layout.title} has no place for {name}")
+        *numbers, suffix = match.groups()
+        for placeholder, number in zip("NM", numbers, strict=False):
+            theirs = theirs.replace(placeholder, str(int(number) - (_ENTRY if placeholder == "M" else 0)))
+        found[name] = f"{layout.prefix}{theirs}{suffix}"
+    return found
 
 
 def _recognised(state: Mapping[str, Tensor]) -> tuple[_Layout, Mapping[str, Tensor]]:

@@ -89,7 +89,7 @@ def _complete(parser: Parser) -> None:
 def make_parser() -> Parser:
     """The parser of all commands. Its result holds the command's function as `run`."""
     # Imported here, because they import PyTorch, and completions are answered without it.
-    from ortho_fx.cli import bench, compare, data, doctor, export, fit, harvest, plot, sites, train
+    from ortho_fx.cli import bench, compare, data, doctor, export, fit, harvest, plot, sample, sites, train
 
     parser = Parser(
         prog="ortho-fx",
@@ -100,6 +100,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ortho-fx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (sites, train, compare, data, harvest, plot, fit, bench, export, doctor):
+    for command in (sites, train, compare, data, harvest, plot, sample, fit, bench, export, doctor):
         command.add(commands)
     return parser

@@ -12,13 +12,13 @@ from typing import Any
 from ortho_fx.bases import BASES
 from ortho_fx.bench.config import DTYPES, MODES, SUBJECTS
 from ortho_fx.cli.completion import FILE, Completer, Suggestion
-from ortho_fx.cli.export import ENDINGS
+from ortho_fx.cli.export import ENDINGS, LIBRARIES
 from ortho_fx.cli.fit import fitted
 from ortho_fx.config import DEPTH, INITS, PRESET, ExpansionConfig
 from ortho_fx.models.compare.activations import GATES, OWN
 from ortho_fx.models.data.augment import AUGMENTS
 from ortho_fx.models.recipe import DTYPES as TRAINING_DTYPES
-from ortho_fx.models.recipe import PARALLEL, TASKS, recipes
+from ortho_fx.models.recipe import LOGGERS, PARALLEL, TASKS, recipes
 from ortho_fx.models.stock import NAMES
 from ortho_fx.numerics.fit import WEIGHTS
 from ortho_fx.passes.vocabulary.targets import BY_NAME
@@ -47,6 +47,7 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         "dtype": {"values": list(TRAINING_DTYPES)},
         "device": devices,
         "parallel": {"values": list(PARALLEL)},
+        "log": {"values": list(LOGGERS)},
         "out": folder,
     }
     models = [name if size is None else f"{name}:{size}" for name in presets for size in (None, *presets[name])]
@@ -70,6 +71,10 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
         },
         "harvest": {"runs": folder, "out": {"files": [".json"], "new": [".json"]}},
         "plot": {"runs": folder, "out": folder},
+        "sample": {
+            "weights": {"files": _WEIGHTS},
+            "tokenizer": {"values": ["bytes"], "files": [".json"]},
+        },
         "fit": {
             "function": {"values": list(fitted())},
             "basis": {"values": list(BASES)},
@@ -86,7 +91,12 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
             "mode": {"values": list(MODES)},
             "json": {"files": [".json"], "new": [".json"]},
         },
-        "export": {"weights": {"files": _WEIGHTS}, "out": {"files": list(ENDINGS), "new": list(ENDINGS)}},
+        "export": {
+            "weights": {"files": _WEIGHTS},
+            "out": {"files": list(ENDINGS), "new": list(ENDINGS)},
+            "to": {"values": list(LIBRARIES)},
+            "tokenizer": {"values": ["bytes"], "files": [".json"]},
+        },
         "doctor": {},
     }
 

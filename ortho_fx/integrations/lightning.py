@@ -17,6 +17,7 @@ from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.batches import Batch
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.expansions import CONFIG_KEY
+from ortho_fx.recording import Recorder
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.rewriting.sources import expansion_config
 from ortho_fx.sharded import whole
@@ -48,19 +49,26 @@ class Expansions(Callback):
             arguments. By default the first of a pair.
         log: whether to log, after each epoch, "expansions/<site>": |p - p0| / |p0| for the parameters p of a site, all
             in one vector, and p0, their values at the first step.
+        record: every how many steps `recorder` keeps the parameters, for `recorder.plot(file)`; 0 records nothing.
 
     Raises:
         OrthoFxError: when the training starts, a module without expansions, or an optimizer that misses some.
 
     Attributes:
         calibration: what was measured; None before.
+        recorder: an `ortho_fx.Recorder` of the module, also over a resumption; None before, and without `record`.
     """
 
-    def __init__(self, calibrate: int = 0, *, inputs: Callable[[Any], Batch] = first_of, log: bool = True) -> None:
+    def __init__(
+        self, calibrate: int = 0, *, inputs: Callable[[Any], Batch] = first_of, log: bool = True, record: int = 0
+    ) -> None:
         super().__init__()
         self.batches, self.inputs, self.logs = calibrate, inputs, log
         self.calibration: Calibration | None = None
         self._starts: dict[str, Tensor] = {}
+        self.record = record
+        self.recorder: Recorder | None = None
+        self._recorded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not _learnable(pl_module):
@@ -68,11 +76,18 @@ class Expansions(Callback):
                 f"{type(pl_module).__name__} holds no expansion: call rewrite_ in its __init__ or in configure_model"
             )
         _check_optimizers(pl_module, trainer.optimizers)
-        if self._starts.keys() == _learnable(pl_module).keys():  # the run goes on
-            return
-        if self.batches and trainer.ckpt_path is None:
-            self._calibrate(trainer, pl_module)
-        self._starts = {name: _values(module) for name, module in _learnable(pl_module).items()}
+        if self._starts.keys() != _learnable(pl_module).keys():  # otherwise the run goes on
+            if self.batches and trainer.ckpt_path is None:
+                self._calibrate(trainer, pl_module)
+            self._starts = {name: _values(module) for name, module in _learnable(pl_module).items()}
+        if self.record:
+            self.recorder = Recorder(pl_module, self.record, trainer.global_step)
+            if self._recorded is not None:
+                self.recorder.load_state_dict(self._recorded)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.step(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.logs:
@@ -87,10 +102,12 @@ class Expansions(Callback):
         checkpoint[CONFIG_KEY] = expansion_config(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"starts": dict(self._starts)}
+        recorded = {} if self.recorder is None else {"recorded": self.recorder.state_dict()}
+        return {"starts": dict(self._starts), **recorded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._starts = dict(state_dict["starts"])
+        self._recorded = state_dict.get("recorded")
 
     def _calibrate(self, trainer: Any, module: Any) -> None:
         def batches() -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from ortho_fx.arguments import is_integer, is_number
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.modules.undecayed import learned_parameters
 from ortho_fx.passes.vocabulary.sites import plain_name
+from ortho_fx.recording import Recorder
 from ortho_fx.rewriting.calibration import Calibration, calibrate_
 from ortho_fx.sharded import whole
 
@@ -27,15 +28,23 @@ class ExpansionCallback(transformers.TrainerCallback):
             first step; 0 keeps the values. A resumed run does not calibrate.
         log: whether the entries of the log with a loss get "expansions/<site>/change" for each site: by how much the
             parameter that moved most has moved since `train` began. Reports of callbacks before this one lack it.
+        record: every how many steps `recorder` keeps the parameters, for `recorder.plot(file)`; 0 records nothing. A
+            resumed run records from there on.
+
+    Attributes:
+        recorder: an `ortho_fx.Recorder` of the model; None before training, and without `record`.
 
     Raises:
         OrthoFxError: at the beginning of training, an optimizer that decays expansions or does not have them; or
-            `calibrate_batches` that is no integer, zero or more.
+            `calibrate_batches` or `record` that is no integer, zero or more.
     """
 
-    def __init__(self, calibrate_batches: int = 0, log: bool = True) -> None:
-        if not is_integer(calibrate_batches) or calibrate_batches < 0:
-            raise OrthoFxError(f"calibrate_batches must be an integer, zero or more; got {calibrate_batches!r}")
+    def __init__(self, calibrate_batches: int = 0, log: bool = True, record: int = 0) -> None:
+        for name, number in (("calibrate_batches", calibrate_batches), ("record", record)):
+            if not is_integer(number) or number < 0:
+                raise OrthoFxError(f"{name} must be an integer, zero or more; got {number!r}")
+        self.record = record
+        self.recorder: Recorder | None = None
         self.calibrate_batches, self.adds_to_log = calibrate_batches, log
         self.calibration: Calibration | None = None
         self._starts: dict[str, Tensor] = {}
@@ -47,6 +56,12 @@ class ExpansionCallback(transformers.TrainerCallback):
         if self.calibrate_batches and state.global_step == 0:
             self.calibration = _calibrate(model, keywords["train_dataloader"], self.calibrate_batches)
         self._starts = _values(model)
+        if self.record:
+            self.recorder = Recorder(model, self.record, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **keywords: Any) -> None:
         if self.adds_to_log and logs is not None and "loss" in logs:
@@ -73,6 +88,7 @@ class ExpansionTrainerMixin:
             `args.learning_rate` when omitted.
         calibrate_batches: as in `ExpansionCallback`.
         log_expansions: as `log` of `ExpansionCallback`; here every report has it.
+        record_expansions: as `record` of `ExpansionCallback`; `recorder` has it.
 
     Raises:
         OrthoFxError: a wrong argument; when the optimizer is made, a model without trainable expansions that is given
@@ -87,16 +103,22 @@ class ExpansionTrainerMixin:
         expansion_lr: float | None = None,
         calibrate_batches: int = 0,
         log_expansions: bool = True,
+        record_expansions: int = 0,
         **keywords: Any,
     ) -> None:
         if expansion_lr is not None:
             if not is_number(expansion_lr) or expansion_lr < 0:
                 raise OrthoFxError(f"expansion_lr must be a number, zero or more; got {expansion_lr!r}")
             self.expansion_lr = expansion_lr
-        self._expansions = ExpansionCallback(calibrate_batches, log=False)
+        self._expansions = ExpansionCallback(calibrate_batches, log=False, record=record_expansions)
         self._log_expansions = log_expansions
         super().__init__(*args, **keywords)
         self.add_callback(self._expansions)  # type: ignore[attr-defined]
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder of the expansions; None before training, and without `record_expansions`."""
+        return self._expansions.recorder
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         ours = learned_parameters(model)

@@ -13,7 +13,7 @@ from ortho_fx.models.runs.files import read_run
 from ortho_fx.models.runs.plots import plot_runs
 from ortho_fx.models.training.log import RunLog
 from ortho_fx.models.training.monitor import SiteMonitor
-from ortho_fx.models.weights.expansions import SavedExpansion
+from ortho_fx.plots import function_values
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,7 @@ def make_run(directory, expansion=None, *, layers=2, steps=20, accuracy=False, s
             log.row(row)
         if step % 10 == 0:
             log.site_rows(monitor.measure(lambda: model(x), step))
+            log.coefficient_rows(monitor.coefficients(step))
             if expansion is not None:
                 name = "expansions.safetensors" if step else "expansions-start.safetensors"
                 monitor.save_expansions(directory / name, step)
@@ -82,14 +83,22 @@ def drawn(monkeypatch):
 def test_the_pictures_of_one_run(tmp_path):
     run = make_run(tmp_path / "run", ExpansionConfig("hermite"), layers=2)
     paths = plot_runs([run], tmp_path / "out")
-    names = ["loss.png", "norm.png", "drift.png", "sites/acts.0.png", "sites/acts.1.png", "sites.png"]
+    names = [
+        "loss.png",
+        "norm.png",
+        "drift.png",
+        "coefficients.png",
+        "sites/acts.0.png",
+        "sites/acts.1.png",
+        "sites.png",
+    ]
     assert [str(path.relative_to(tmp_path / "out")) for path in paths] == names
     for path in paths:
         height, width, _ = (pixels := picture(path)).shape
         assert 400 < height < 2000, path
         assert 600 < width < 2500, path
         assert pixels[..., :3].std() > 0.02, path
-    first, second = (picture(path) for path in paths[3:5])
+    first, second = (picture(path) for path in paths[4:6])
     assert first.shape != second.shape or not np.array_equal(first, second)
 
 
@@ -100,8 +109,8 @@ def test_several_runs_share_curves_and_have_sites_of_their_own(tmp_path):
         make_run(tmp_path / "other" / "gelu", ExpansionConfig("fourier", granularity="channel"), layers=1, seed=1),
     ]
     paths = plot_runs(runs, tmp_path / "out")
-    names = ["loss.png", "norm.png", "hermite/drift.png", "hermite/sites/acts.0.png"]
-    names += ["other-gelu/drift.png", "other-gelu/sites/acts.0.png"]
+    names = ["loss.png", "norm.png", "hermite/drift.png", "hermite/coefficients.png", "hermite/sites/acts.0.png"]
+    names += ["other-gelu/drift.png", "other-gelu/coefficients.png", "other-gelu/sites/acts.0.png"]
     assert [str(path.relative_to(tmp_path / "out")) for path in paths] == names
     alone = plot_runs(runs[:1], tmp_path / "alone")
     assert not np.array_equal(picture(alone[1]), picture(paths[1]))
@@ -133,6 +142,24 @@ def test_smoothing_keeps_constants_and_follows_a_step():
     smoothed = run_plots._smoothed(np.repeat([0.0, 1.0], 200))
     assert smoothed[199] == 0
     assert smoothed[203] == pytest.approx(0.5)  # four steps are a hundredth of all
+
+
+def test_coefficients_are_drawn_over_the_steps(tmp_path, drawn):
+    run = make_run(tmp_path / "run", ExpansionConfig("hermite"), layers=2)
+    plot_runs([run], tmp_path)
+    rows = [row for row in run.coefficient_rows if row["site"] == "acts.1"]
+    assert [row["step"] for row in rows] == [0, 10, 20]
+    left, right = drawn["coefficients.png"].axes[2:]
+    values = np.array([row["parameters"]["coefficients"] for row in rows]).reshape(3, -1)
+    for line, expected in zip(left.lines, (values - values[0]).T, strict=True):
+        assert line.get_xdata().tolist() == [0, 10, 20]
+        assert line.get_ydata() == pytest.approx(expected)
+    x = torch.tensor(right.lines[0].get_xdata())
+    for line, saved in ((right.lines[0], run.start), (right.lines[2], run.now)):
+        expected = saved.sites["acts.1"].activation.double()(x).detach().numpy()
+        assert line.get_ydata() == pytest.approx(expected, abs=1e-7)
+    shown = [text.get_text() for text in drawn["coefficients.png"].axes[1].get_legend().texts]
+    assert shown == ["step 0", "step 10", "step 20"]
 
 
 def test_a_site_shows_the_activation_before_and_after_and_what_it_replaced(tmp_path, drawn):
@@ -177,7 +204,7 @@ def test_channels_are_found_in_their_dimension(dim, shape):
         one.set_parameters({"coefficients": activation.coefficients[:, channel].detach().numpy()})
     expected = torch.stack([one(x) for one in every], 1).detach().numpy()
     activation(torch.zeros(shape))
-    assert run_plots._values(SavedExpansion(activation, None), x) == pytest.approx(expected)
+    assert function_values(activation, x) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 12, 18, 24, 36, 48])

@@ -169,7 +169,7 @@ def test_the_estimate_of_the_first_checkpoint_is_close(monkeypatch):
         assert estimate == pytest.approx(stated, rel=0.25)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "sites.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sites.jsonl", "coefficients.jsonl"])
 @pytest.mark.parametrize("loss", ["the last row", "the first row", "a digit", "the file"])
 def test_rows_that_are_lost_are_noticed(capsys, name, loss):
     whole = train(config())

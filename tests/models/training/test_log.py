@@ -160,7 +160,25 @@ def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
 def test_without_tensorboard_there_is_no_event_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     written(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.jsonl", "sites.jsonl"]
+    rows_only = ["coefficients.jsonl", "metrics.csv", "metrics.jsonl", "sites.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == rows_only
+
+
+def test_coefficients_are_dropped_and_kept_like_other_rows(tmp_path):
+    def coefficients(step):
+        return [{"step": step, "site": "act", "parameters": {"constant": [float(step)], "slopes": [[1.0], [None]]}}]
+
+    log = RunLog(tmp_path, 0, writes=True, logger="none")
+    for step in (0, 2, 4):
+        log.coefficient_rows(coefficients(step))
+    counts = {name: rows.count for name, rows in log.flush().items()}
+    assert counts == {"metrics.jsonl": 0, "sites.jsonl": 0, "coefficients.jsonl": 3}
+    log.close()
+    log = RunLog(tmp_path, 3, writes=True, logger="none")
+    assert [row["step"] for row in read_rows(tmp_path / "coefficients.jsonl")] == [0, 2]
+    log.coefficient_rows(coefficients(5))
+    log.close()
+    assert read_rows(tmp_path / "coefficients.jsonl") == [*coefficients(0), *coefficients(2), *coefficients(5)]
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):

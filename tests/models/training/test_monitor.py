@@ -207,3 +207,23 @@ def test_the_file_holds_the_activations_as_they_were_measured(tmp_path):
     torch.testing.assert_close(start.sites["blocks.1.mlp.act"].activation.coefficients.data, expected - 0.25)
     assert now.sites["blocks.1.mlp.act"].inputs.std == rows[1]["std"]
     assert start.sites["blocks.1.mlp.act"].inputs is None
+
+
+def test_coefficients_are_those_of_the_last_measurement_and_stay_few():
+    model, x = small_model(), torch.randn(50, 8)
+    monitor = SiteMonitor(model)
+    monitor.measure(lambda: model(x), 1)
+    with torch.no_grad():
+        model[1].coefficients.add_(1 / 3)
+    before = monitor.coefficients(1)
+    monitor.measure(lambda: model(x), 2)
+    rows = monitor.coefficients(2)
+    assert [(row["step"], row["site"]) for row in rows] == [(2, "1"), (2, "4")]
+    for row in rows:
+        module = model.get_submodule(row["site"])
+        assert row["parameters"].keys() == dict(module.named_parameters()).keys()
+        for name, parameter in module.named_parameters():
+            assert torch.equal(torch.tensor(row["parameters"][name]), parameter)  # nine digits are all of float32
+    assert before[0]["parameters"] != rows[0]["parameters"]
+    many = HermiteActivation(3, granularity="channel", channels=1025, channel_dim=-1)
+    assert SiteMonitor(nn.Sequential(many, HermiteActivation(2))).coefficients(0)[0]["site"] == "1"

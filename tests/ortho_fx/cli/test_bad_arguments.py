@@ -21,6 +21,7 @@ _GIVEN = {
     "data": ["text.txt", "tokens"],
     "harvest": ["run", "--out", "preset.json"],
     "plot": ["run"],
+    "sample": ["run"],
     "fit": ["gelu"],
     "bench": [],
     "export": ["run", "model.pt2"],
@@ -44,7 +45,7 @@ _WHOLE = [
 _NUMBER = ["", "x", "nan", "-nan", "1e309", "-1e309", "\u0661", "1,5", "0x1p3", "1_0"]
 # Options of text with few values that are right; a wrong one is refused before work starts.
 _NAMES = {"basis", "size", "init", "granularity", "dtype", "device", "parallel", "augment", "what", "mode", "bases"}
-_NAMES |= {"targets", "sharing", "weight", "activations", "reference"}
+_NAMES |= {"targets", "sharing", "weight", "activations", "reference", "log", "to"}
 _WRONG_NAMES = ["", "no such name", "\x1b[31mred", "two\northo-fx: error: lines", "x" * 5000]
 
 

@@ -127,6 +127,20 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_was_not_stopped(cls, tmp_
     assert later.changes(rest) == callback.changes(whole)
 
 
+def test_the_recorder_goes_on_with_the_run(tmp_path):
+    whole, stopped, resumed = (integration.Expansions(record=5) for _ in range(3))
+    fit(made(InInit), whole, tmp_path / "whole", 2, shuffle=False)
+    fit(made(InInit), stopped, tmp_path / "stopped", 1, shuffle=False)
+    (file,) = (tmp_path / "stopped").glob("*.ckpt")
+    fit(made(InInit), resumed, tmp_path / "resumed", 2, ckpt_path=file, shuffle=False)
+    for name in ("layers.1", "silu_expansion_0"):
+        one, other = (callback.recorder.courses[name] for callback in (whole, resumed))
+        assert one.steps == other.steps == [0, 5, 10, 15]
+        for values, again in zip(one.values, other.values, strict=True):
+            torch.testing.assert_close(values, again)
+    assert not torch.equal(one.values[0]["coefficients"], one.values[3]["coefficients"])
+
+
 def test_the_training_does_not_depend_on_the_calibration_s_batches(tmp_path):
     orders = []
     for batches in (0, 2):

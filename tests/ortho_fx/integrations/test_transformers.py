@@ -499,7 +499,7 @@ def test_calibration_leaves_the_random_state(tmp_path):
 
 @pytest.mark.slow
 def test_the_callback_in_a_plain_trainer(tmp_path):
-    callback = integration.ExpansionCallback(calibrate_batches=1)
+    callback = integration.ExpansionCallback(calibrate_batches=1, record=2)
     plain = transformers.Trainer
     model, _ = rewritten(form=a_channel)
     with pytest.raises(
@@ -510,6 +510,9 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["expansions/model.layers.0.mlp.act_fn/change"] > 0
     assert callback.calibration is not None
+    course = callback.recorder.courses["model.layers.0.mlp.act_fn"]
+    assert course.steps == list(range(0, trainer.state.global_step + 1, 2))
+    assert not torch.equal(course.values[0]["coefficients"], course.values[-1]["coefficients"])
     late, _ = llama()
     optimizer = torch.optim.SGD(late.parameters(), lr=0.1)
     rewrite_(late, "hermite3")
