@@ -58,7 +58,8 @@ SHALLOW = set(
     "qwen3_vit_88m samvit_base_patch16_224 vit_base_patch16_siglip_224".split()
 )
 
-# For each model type of transformers: its base model, and the first two heads that it has for these tasks.
+# For each model type of transformers: its base model, and the first two heads that it has for these tasks. dinat is not
+# among the types: it needs natten, a compiled library that the extra `bench` does not have.
 TASKS = (
     "MASKED_LM SEQUENCE_CLASSIFICATION CAUSAL_LM IMAGE_CLASSIFICATION SEQ_TO_SEQ_CAUSAL_LM AUDIO_CLASSIFICATION CTC "
     "OBJECT_DETECTION SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION DEPTH_ESTIMATION VIDEO_CLASSIFICATION BACKBONE "

@@ -120,10 +120,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "fastspeech2_conformer": {"vocab_size": VOCABULARY},
     "beit": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
-    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [2, 3, 4, 5]},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "clap": {
         "audio_config": {"patch_embeds_hidden_size": 32, "hidden_size": 256, "num_attention_heads": [2, 4, 8, 16]},
+    },
+    "oneformer": {
+        "backbone_config": {
+            "model_type": "swin",
+            "embed_dim": 48,
+            "depths": [1, 1, 1, 1],
+            "window_size": 2,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "conv_dim": WIDTH,
+        "mask_dim": WIDTH,
+        "hidden_dim": WIDTH,
     },
     "sam": {"vision_config": {"num_pos_feats": WIDTH // 2}},
     "sapiens2": {"head_config": {"upsample_out_channels": [32, 32], "conv_out_channels": [32]}},
@@ -269,7 +281,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     names = inspect.signature(model.forward).parameters
     beside = {name: make(model.config, random) for name, make in BESIDE.items() if name in names}
     for inputs in _usual_inputs(model, names, random):
-        inputs |= beside
+        inputs = {**inputs, **beside}
         yield {name: value[:1] for name, value in inputs.items()} if model.config.model_type in SINGLE else inputs
 
 
@@ -307,9 +319,7 @@ def _usual_inputs(model: nn.Module, names: Mapping[str, inspect.Parameter], rand
                     yield {audio: noise(*shape), **mask, **decoder}
             if text:
                 yield {**text, audio: noise(2, 1, 256, bins)}
-            if (
-                "decoder_input_values" in names
-            ):  # its own layers before the encoder and the decoder are in other classes
+            if "decoder_input_values" in names:  # encoder and decoder alone, without the layers before them
                 hidden = config.hidden_size
                 yield {audio: noise(2, 100, hidden), "decoder_input_values": noise(2, 8, hidden)}
     if "past_values" in names:
@@ -337,7 +347,7 @@ def _usual_inputs(model: nn.Module, names: Mapping[str, inspect.Parameter], rand
 
 def _bins(config: Any) -> int:
     """The number of features that audio has at each time."""
-    configs = [config, *(getattr(config, name) for name in ("audio_config",) if hasattr(config, name))]
+    configs = [config, getattr(config, "audio_config", None)]
     names = ("feature_projection_input_dim", "num_mel_bins", "feature_size")
     return next((getattr(c, name) for c in configs for name in names if hasattr(c, name)), 80)
 
