@@ -58,7 +58,8 @@ SHALLOW = set(
     "qwen3_vit_88m samvit_base_patch16_224 vit_base_patch16_siglip_224".split()
 )
 
-# For each model type of transformers: its base model, and the first two heads that it has for these tasks.
+# For each model type of transformers: its base model, and the first two heads that it has for these tasks. dinat is not
+# among the types: it needs natten, a compiled library that the extra `bench` does not have.
 TASKS = (
     "MASKED_LM SEQUENCE_CLASSIFICATION CAUSAL_LM IMAGE_CLASSIFICATION SEQ_TO_SEQ_CAUSAL_LM AUDIO_CLASSIFICATION CTC "
     "OBJECT_DETECTION SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION DEPTH_ESTIMATION VIDEO_CLASSIFICATION BACKBONE "
@@ -69,7 +70,7 @@ albert align aimv2 altclip apertus arcee audio-spectrogram-transformer autoforme
 big_bird bigbird_pegasus biogpt bit bitnet blenderbot blenderbot-small blip bloom bridgetower bros camembert canine
 chinese_clip clap clip clipseg codegen cohere cohere2 conditional_detr convbert convnext convnextv2 cpmant ctrl cvt
 data2vec-audio data2vec-text data2vec-vision dbrx deberta deberta-v2 decision_transformer deepseek_v2 deepseek_v3
-deformable_detr deit depth_anything detr diffllama dinat dinov2 dinov2_with_registers dinov3_convnext dinov3_vit
+deformable_detr deit depth_anything detr diffllama dinov2 dinov2_with_registers dinov3_convnext dinov3_vit
 distilbert doge donut-swin dots1 dpr dpt efficientnet electra encodec ernie ernie4_5 ernie4_5_moe esm eurobert exaone4
 falcon falcon_h1 falcon_mamba fastspeech2_conformer flaubert flava fnet focalnet fsmt funnel gemma gemma2 gemma3_text
 gemma3n_text git glm glm4 glm4_moe glpn gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite
@@ -86,7 +87,7 @@ splinter squeezebert stablelm starcoder2 superpoint swiftformer swin swin2sr swi
 table-transformer tapas textnet time_series_transformer timesfm timesformer trocr tvp udop umt5 unispeech unispeech-sat
 univnet upernet vaultgemma videomae vilt visual_bert vit vit_mae vit_msn vitdet vitmatte vitpose_backbone vits vivit
 wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm whisper xclip xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod yolos
-yoso youtu zamba zamba2 bailing_hybrid dac
+yoso youtu zamba zamba2 bailing_hybrid dac sapiens2
 """
 
 

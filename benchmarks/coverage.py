@@ -1,20 +1,25 @@
 """Coverage on real models: what `rewrite_` replaces, what it leaves and why, and what it misses.
 
-    OMP_NUM_THREADS=1 python benchmarks/coverage.py [--library timm|transformers] [--only PATTERN] [--limit N] [--again]
-    python benchmarks/coverage.py --summary          # needs timm and transformers: pip install -e ".[bench]"
+    pip install -e ".[bench]"                                   # timm and transformers
+    OMP_NUM_THREADS=1 python benchmarks/coverage.py             # [--library LIBRARY] [--only PATTERN ...] [--again]
+    OMP_NUM_THREADS=1 python benchmarks/coverage.py --default   # only the training step with the default expansion
+    python benchmarks/coverage.py --summary                     # only the text
 
 An oracle that knows nothing of the rewrite (oracle.py) records every activation that a model runs, in train and in
 eval. After `rewrite_` each of them must be gone, or be in the report with a reason; any other is an unexplained miss.
 Plain gates must be called as before. Each model is also measured for:
 
 - the relative error of the outputs if the expansions are fitted to the functions that they replace;
-- a training step, in which every expansion that is called must get a finite gradient. If the values of a random network
-  grow out of range, the step is done with clamped expansions;
+- a training step with the default expansion, `ExpansionConfig()`: outputs and gradients must be finite where those of
+  the model as it was are;
+- a training step with Hermite expansions of degree 3, in which every expansion that is called must get a finite
+  gradient. If the values of a random network grow out of range, the step is done with clamped ones;
 - a second rewrite, which must change nothing.
 
 Weights are random, models are small (architectures.py), and each architecture is measured in a process of its own. All
 of them take half an hour. Writes results/coverage.json, each row as soon as it is measured; rows in that file are not
-measured again. The summary is printed and written to results/coverage.txt.
+measured again. `--default` completes these rows; it does so anew if the default is another than the file names. The
+summary is printed and written to results/coverage.txt.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import platform
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +50,8 @@ from torch import Tensor, nn
 from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, RewriteReport, Site, find_sites, rewrite_
 
 RESULT = Path(__file__).parent / "results" / "coverage.json"
-LEARNABLE = ExpansionConfig("hermite", 3)
+DEFAULT = ExpansionConfig()
+HERMITE = ExpansionConfig("hermite", 3)
 CLAMPED = ExpansionConfig("hermite", 3, clamp=3.0)
 FITTED = ExpansionConfig("tropical_rational", 32, init="fit")  # ReLU exactly, GELU and SiLU to 1e-4
 TIMEOUT = 60
@@ -77,10 +83,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         return {"error": _short(error, 400)}
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "problems": []}
     row["unexplained"] = {"not observed after the rewrite": 1}
-    try:
-        plain, learnable, clamped, fitted = (copy.deepcopy(model) for _ in range(4))
-    except Exception:
-        plain, learnable, clamped, fitted = (build(spec)[0] for _ in range(4))
+    plain, learnable, clamped, fitted = (copied(model, spec) for _ in range(4))
     try:
         before = observe(plain, inputs)  # in train it changes buffers
     except Exception as error:
@@ -90,9 +93,9 @@ def measure(spec: Spec) -> dict[str, Any]:
     if "train_error" in before:
         row["train_error"] = before["train_error"][:200]
 
-    start = time.perf_counter()
+    start = time.process_time()  # others may use this machine
     try:
-        report = rewrite_(learnable, LEARNABLE)
+        report = rewrite_(learnable, HERMITE)
     except OrthoFxError as error:  # nothing to replace
         left = [site for site in find_sites(learnable) if site.reason]
         row["rewrite_error"] = _short(error, 400)
@@ -102,7 +105,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     except Exception as error:
         row["problems"].append(f"rewrite: {_short(error)}")
         return row
-    row["rewrite_seconds"] = round(time.perf_counter() - start, 3)
+    row["rewrite_seconds"] = round(time.process_time() - start, 3)
     row["replaced"] = dict(Counter(site.kind for site in report.replaced))
     row["left"] = _by_reason(report.left)
     expansions, called, reached = watched(learnable)
@@ -111,6 +114,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "rewritten": lambda: rewritten(row, learnable, inputs, before, report),
         "training": lambda: training(row, learnable, inputs, expansions, called, reached),
         "training, clamped": lambda: "diverged" in row and training_clamped(row, clamped, inputs),
+        "default": lambda: row.update(default_finite=at_default(spec, model, inputs)),
         "idempotence": lambda: again(row, learnable),
         "fidelity": lambda: fidelity(row, model, fitted, inputs),
     }
@@ -128,6 +132,14 @@ def measure(spec: Spec) -> dict[str, Any]:
             row["problems"].append(f"{name}: {_short(error)}")
     row["uncalled"] = sorted(set(expansions) - called)
     return row
+
+
+def copied(model: nn.Module, spec: Spec) -> nn.Module:
+    """A copy of the model; some models cannot be copied, and are built again."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:
+        return build(spec)[0]
 
 
 def _by_reason(left: Iterable[Site]) -> dict[str, int]:
@@ -185,23 +197,15 @@ def training(
     called: set[str],
     reached: set[str],
 ) -> None:
-    """Runs a backward pass. Records reached expansions without a finite gradient, and called ones off its path."""
-    model.train()
-    for parameter in model.parameters():
-        parameter.grad = None
+    """Runs a training step. Records reached expansions without a finite gradient, and called ones off its path."""
     seen_before = set(called)
     called.clear()
     reached.clear()
-    torch.manual_seed(1)
-    outputs = [t for t in tensors(model(**inputs)) if t.is_floating_point() and t.requires_grad and t.numel()]
-    if not outputs:
-        raise ValueError("no output has a gradient")
-    loss = torch.stack([t[t.isfinite()].square().mean() for t in outputs]).sum()  # NaN if one has no finite value
-    trained = set(called)
-    called |= seen_before
-    if not loss.isfinite():
-        raise OverflowError("the outputs or their squares are not finite")
-    loss.backward()
+    try:
+        backward(model, inputs)
+    finally:
+        trained = set(called)
+        called |= seen_before
     missing, infinite = [], []
     for name in sorted(reached):
         gradients = [parameter.grad for parameter in expansions[name].parameters()]
@@ -215,6 +219,54 @@ def training(
     model.eval()
 
 
+def backward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Runs forward and backward in train mode; returns the outputs. The loss is the mean square of their finite values.
+
+    Raises:
+        OverflowError: an output has no finite value, or the loss is out of range.
+    """
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.manual_seed(1)
+    outputs = [t for t in tensors(model(**inputs)) if t.is_floating_point() and t.requires_grad and t.numel()]
+    if not outputs:
+        raise ValueError("no output has a gradient")
+    loss = torch.stack([t[t.isfinite()].square().mean() for t in outputs]).sum()  # NaN if one has no finite value
+    if not loss.isfinite():
+        raise OverflowError("the outputs or their squares are not finite")
+    loss.backward()
+    return outputs
+
+
+def at_default(spec: Spec, model: nn.Module, inputs: Inputs) -> bool | str:
+    """Whether all outputs and gradients are finite at a training step with the default expansion; if not, what is not.
+
+    Values that are not finite in the model as it was, such as masked logits, do not count.
+    """
+    try:
+        changed = copied(model, spec)
+        rewrite_(changed, DEFAULT)
+        found = not_finite(changed, inputs)
+        if found:
+            found -= not_finite(copied(model, spec), inputs)
+    except Exception as error:
+        return _short(error)
+    return f"not finite: {', '.join(sorted(found))}"[:400] if found else True
+
+
+def not_finite(model: nn.Module, inputs: Inputs) -> set[str]:
+    """The outputs and the gradients of a training step that have a value that is not finite."""
+    outputs = {f"output {i}": t for i, t in enumerate(backward(model, inputs))}
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name for name, t in (outputs | gradients).items() if not t.isfinite().all()}
+
+
+def measure_default(spec: Spec) -> dict[str, Any]:
+    """What `--default` adds to the row of a model."""
+    return {"default_finite": at_default(spec, *build(spec))}
+
+
 def training_clamped(row: dict[str, Any], model: nn.Module, inputs: Inputs) -> None:
     """Rewrites the model with clamped expansions and runs its training step."""
     rewrite_(model, CLAMPED)
@@ -224,7 +276,7 @@ def training_clamped(row: dict[str, Any], model: nn.Module, inputs: Inputs) -> N
 def again(row: dict[str, Any], model: nn.Module) -> None:
     """Records how many sites a second rewrite replaces, and whether it changes any module."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
-    second = rewrite_(model, LEARNABLE)
+    second = rewrite_(model, HERMITE)
     same = [(name, type(module)) for name, module in model.named_modules()] == modules
     row["second_rewrite"] = len(second.replaced) if same else "modules changed"
 
@@ -265,7 +317,10 @@ def _short(error: Exception, length: int = 200) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:length]
 
 
-def serve(connection: Connection, group: list[Spec]) -> None:
+Measure = Callable[[Spec], dict[str, Any]]
+
+
+def serve(connection: Connection, group: list[Spec], measure: Measure) -> None:
     """Measures models in a process of their own and sends each row, without its empty fields."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -275,12 +330,12 @@ def serve(connection: Connection, group: list[Spec]) -> None:
         connection.send((spec, {key: value for key, value in row.items() if value not in ([], {})}))
 
 
-def measured(group: list[Spec]) -> Iterator[tuple[Spec, dict[str, Any]]]:
+def measured(group: list[Spec], measure: Measure) -> Iterator[tuple[Spec, dict[str, Any]]]:
     """Yields the rows of one group from a child process, which is restarted after a model that hangs or kills it."""
     context = multiprocessing.get_context("fork")
     while group:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=serve, args=(sender, group))
+        process = context.Process(target=serve, args=(sender, group, measure))
         process.start()
         sender.close()
         try:
@@ -301,9 +356,12 @@ def measured(group: list[Spec]) -> Iterator[tuple[Spec, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=("timm", "transformers"))
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names such as 'resnet*' or 'bert/*'")
+    parser.add_argument(
+        "--only", default=["*"], nargs="+", metavar="PATTERN", help="names such as 'resnet*' or 'bert/*'"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="measure at most N models more")
     parser.add_argument("--again", action="store_true", help="measure those that are in the result file, too")
+    parser.add_argument("--default", action="store_true", help="complete the rows of the file by the default expansion")
     parser.add_argument("--summary", action="store_true", help="only write the summary of the result file")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -316,19 +374,34 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    chosen = [s for s in specs() if arguments.library in (None, s.library) and fnmatch.fnmatch(s.name, arguments.only)]
-    done = set() if arguments.again else {(row["library"], row["name"]) for row in result["rows"]}
-    chosen = [spec for spec in chosen if (spec.library, spec.name) not in done][: arguments.limit]
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
-    hardware = f"one thread of a {platform.machine()} CPU"
+    listed = {(spec.library, spec.name) for spec in specs()}
+    rows = {key: row for row in result["rows"] if (key := (row["library"], row["name"])) in listed}
+    if result.get("default") != str(DEFAULT):
+        for row in rows.values():
+            row.pop("default_finite", None)
+    head = {
+        "date": date.today().isoformat(),
+        "hardware": f"one thread of a {platform.machine()} CPU",
+        **{"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__},
+        "default": str(DEFAULT),
+    }
+    chosen = [s for s in specs() if arguments.library in (None, s.library)]
+    chosen = [spec for spec in chosen if any(fnmatch.fnmatch(spec.name, pattern) for pattern in arguments.only)]
+    if arguments.default:
+        chosen = [spec for spec in chosen if sum(rows.get((spec.library, spec.name), {}).get("replaced", {}).values())]
+    done = {key for key, row in rows.items() if not arguments.default or "default_finite" in row}
+    chosen = [s for s in chosen if arguments.again or (s.library, s.name) not in done][: arguments.limit]
     for _, group in itertools.groupby(chosen, key=lambda spec: (spec.library, spec.group)):
-        for spec, row in measured([*group]):
-            row = {"library": spec.library, "name": spec.name, **row}
-            rows = [r for r in result["rows"] if (r["library"], r["name"]) != (spec.library, spec.name)]
-            result = {"date": date.today().isoformat(), "hardware": hardware, **versions, "rows": [*rows, row]}
-            save(result, arguments.output)
-            print(line(row), flush=True)
-    write_summary(result, arguments.output)
+        for spec, found in measured([*group], measure_default if arguments.default else measure):
+            key = (spec.library, spec.name)
+            if arguments.default:
+                rows[key]["default_finite"] = found.get("error") or found["default_finite"]
+                print(f"{spec.name}: {rows[key]['default_finite']}", flush=True)
+            else:
+                rows[key] = {"library": spec.library, "name": spec.name, **found}
+                print(line(rows[key]), flush=True)
+            save({**head, "rows": [*rows.values()]}, arguments.output)
+    write_summary({**head, "rows": [*rows.values()]}, arguments.output)
 
 
 def save(result: dict[str, Any], path: Path) -> None:

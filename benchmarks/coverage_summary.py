@@ -25,6 +25,8 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: NOT BUILT {row['error']}"
     parts = [f"{row['name']}: {row['calls'] + row['formulas']} calls, {sum(row.get('replaced', {}).values())} replaced"]
+    if row.get("default_finite", True) is not True:
+        parts.append(f"AT THE DEFAULT {row['default_finite']}")
     if "relative_error" in row:
         parts.append(f"relative error {row['relative_error']:.1e}")
     for key in ("rewrite_error", "train_error", "unexplained", "gates_changed", "no_gradient", "gradient_not_finite"):
@@ -55,11 +57,11 @@ def summary(result: dict[str, Any]) -> str:
     for library in ("timm", "transformers"):
         rows = [row for row in result["rows"] if row["library"] == library]
         if rows:
-            parts.append(library_summary(library, rows))
+            parts.append(library_summary(library, rows, result.get("default", "")))
     return "\n\n".join(parts)
 
 
-def library_summary(library: str, rows: list[dict[str, Any]]) -> str:
+def library_summary(library: str, rows: list[dict[str, Any]], default: str) -> str:
     built = [row for row in rows if "error" not in row]
     active = [row for row in built if row["calls"] + row["formulas"]]
     covered = [row for row in active if "unexplained" not in row]
@@ -73,6 +75,7 @@ def library_summary(library: str, rows: list[dict[str, Any]]) -> str:
         f"  unexplained calls: {sum(total(built, 'unexplained').values())}",
     ]
     lines += [f"    {row['name']}: {', '.join(row['unexplained'])}" for row in built if "unexplained" in row]
+    lines += default_lines(built, default)
     for title, keys in NAMED.items():
         found = {row["name"]: sum(_count(row.get(key)) for key in keys) for row in built}
         names = [f"{name} ({count})" if count > 1 else name for name, count in found.items() if count]
@@ -93,6 +96,17 @@ def library_summary(library: str, rows: list[dict[str, Any]]) -> str:
     lines += [f"  lines that still run: {count:5} {reason}" for reason, count in remaining.most_common()]
     failed = [f"{row['name']} ({row['error'][:100]})" for row in rows if "error" in row]
     return "\n".join([*lines, f"  not built: {len(failed)}", *(f"    {name}" for name in failed)])
+
+
+def default_lines(built: list[dict[str, Any]], default: str) -> list[str]:
+    """How many of the models with replaced sites train with the default expansion, and what the others say."""
+    rows = [row for row in built if row.get("replaced")]
+    tried = [row for row in rows if "default_finite" in row]
+    bad = [row for row in tried if row["default_finite"] is not True]
+    lines = [f"  finite outputs and gradients at the default ({default}): {len(tried) - len(bad)} of {len(tried)}"]
+    if len(tried) < len(rows):
+        lines[0] += f"; not measured yet: {len(rows) - len(tried)}"
+    return lines + [f"    {row['name']}: {row['default_finite']}" for row in bad]
 
 
 def _count(found: Any) -> int:

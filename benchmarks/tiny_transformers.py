@@ -1,13 +1,14 @@
 """Tiny models of transformers, made from their config classes, and inputs for them.
 
 An argument of a config whose name says that it is a width, a depth, a vocabulary or a number of heads is made small, in
-nested configs too. The inputs follow from the signature of the forward.
+nested configs too. Tuples become lists, as in a config that was saved and loaded: some classes add lists to them. The
+inputs follow from the signature of the forward.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,11 +119,54 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": HEADS, "n_group": 2, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "fastspeech2_conformer": {"vocab_size": VOCABULARY},
+    "beit": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
+    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [2, 3, 4, 5]},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "clap": {
+        "audio_config": {"patch_embeds_hidden_size": 32, "hidden_size": 256, "num_attention_heads": [2, 4, 8, 16]},
+    },
+    "oneformer": {
+        "backbone_config": {
+            "model_type": "swin",
+            "embed_dim": 48,
+            "depths": [1, 1, 1, 1],
+            "window_size": 2,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "conv_dim": WIDTH,
+        "mask_dim": WIDTH,
+        "hidden_dim": WIDTH,
+    },
+    "sam": {"vision_config": {"num_pos_feats": WIDTH // 2}},
+    "sapiens2": {"head_config": {"upsample_out_channels": [32, 32], "conv_out_channels": [32]}},
+    "seggpt": {
+        "image_size": [128, 64],
+        "num_hidden_layers": 4,
+        "intermediate_hidden_state_indices": [0, 1, 2, 3],
+        "merge_index": 0,
+    },
+    "speecht5": {"vocab_size": VOCABULARY},
+    "tvp": {"num_frames": 2, "visual_prompt_size": 8},
+    "vitmatte": {
+        "backbone_config": {
+            "model_type": "vitdet",
+            "num_channels": 4,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "image_size": 64,
+            "out_features": ["stage2"],
+        },
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": WIDTH // HEADS},
     "hunyuan_v1_moe": {"head_dim": WIDTH // HEADS},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
+
+
+# Model types that take one example at a time: tvp gives its columns positions for one video.
+SINGLE = {"tvp"}
 
 
 def models(name: str) -> Iterator[Callable[[], nn.Module]]:
@@ -132,7 +176,7 @@ def models(name: str) -> Iterator[Callable[[], nn.Module]]:
 
     kind, class_name = name.split("/")
     cls = getattr(transformers, class_name)
-    config_class = CONFIG_MAPPING[kind]
+    config_class = cls.config_class or CONFIG_MAPPING[kind]  # some classes take a part of their type's config
     for widths in (True, False):
 
         def make(widths: bool = widths) -> nn.Module:
@@ -173,42 +217,85 @@ def tiny_config(config_class: type, overrides: dict[str, Any], widths: bool) -> 
         elif isinstance(default, bool):
             continue
         elif name in PER_STAGE and isinstance(default, list | tuple):
-            values[name] = type(default)(min(depth, 1) if isinstance(depth, int) else depth for depth in default)
+            values[name] = [min(depth, 1) if isinstance(depth, int) else depth for depth in default]
         elif name in SIZES and isinstance(default, int) and default > SIZES[name] and SIZES[name] not in keep:
             values[name] = SIZES[name]
         elif name in SIZES and name.endswith("_size") and isinstance(default, list | tuple) and "image" in name:
-            values[name] = type(default)(min(side, SIZES[name]) for side in default)
+            values[name] = [min(side, SIZES[name]) for side in default]
+        elif isinstance(default, tuple):
+            values[name] = _lists(default)
+    values |= overrides
     for name, sub in getattr(config_class, "sub_configs", {}).items():
-        if (
-            name not in overrides
-            and hasattr(sub, "model_type")
-            and hasattr(sub, "sub_configs")
-            and sub.__name__ != "AutoConfig"
-        ):
-            values[name] = tiny_config(sub, {}, widths).to_dict()
-    return config_class(**{**values, **overrides})
+        if hasattr(sub, "model_type") and hasattr(sub, "sub_configs") and sub.__name__ != "AutoConfig":
+            values[name] = tiny_config(sub, overrides.get(name, {}), widths).to_dict()
+    return config_class(**values)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Random:
+    """Random inputs from seed 0."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def tokens(self, *shape: int) -> Tensor:
+        return torch.randint(10, VOCABULARY // 2, shape, generator=self.generator)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+
+def _patches(config: Any, random: Random) -> Tensor:
+    """The 16 patches of an image, each with its row and its column in front."""
+    places = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).expand(2, 16, 2)
+    return torch.cat([places, random.noise(2, 16, config.vision_config.patch_embed_hidden_size)], dim=-1)
+
+
+# Arguments that a model needs beside the usual ones, by name.
+BESIDE: dict[str, Callable[[Any, Random], Tensor]] = {
+    "visual_feats": lambda config, random: random.noise(2, 6, config.visual_feat_dim),
+    "visual_pos": lambda config, random: random.noise(2, 6, config.visual_pos_dim).sigmoid(),
+    "task_inputs": lambda config, random: random.tokens(2, config.task_seq_len),
+    "states": lambda config, random: random.noise(2, LENGTH, config.state_dim),
+    "actions": lambda config, random: random.noise(2, LENGTH, config.act_dim),
+    "rewards": lambda config, random: random.noise(2, LENGTH, 1),
+    "returns_to_go": lambda config, random: random.noise(2, LENGTH, 1),
+    "timesteps": lambda config, random: torch.arange(LENGTH).expand(2, LENGTH),
+    "flattened_patches": _patches,
+    "past_values_padding": lambda config, random: torch.zeros(2, config.context_length, dtype=torch.long),
+    "freq": lambda config, random: torch.zeros(2, 1, dtype=torch.long),
+    # Two frames for each token.
+    "spectrogram_labels": lambda config, random: random.noise(2, 2 * LENGTH, config.num_mel_bins),
+    "duration_labels": lambda config, random: torch.full((2, LENGTH), 2),
+    "pitch_labels": lambda config, random: random.noise(2, LENGTH, 1),
+    "energy_labels": lambda config, random: random.noise(2, LENGTH, 1),
+}
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Keyword arguments that the model may take, the likeliest first."""
-    config = model.config
+    random = Random()
     names = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(0)
+    beside = {name: make(model.config, random) for name, make in BESIDE.items() if name in names}
+    for inputs in _usual_inputs(model, names, random):
+        inputs = {**inputs, **beside}
+        yield {name: value[:1] for name, value in inputs.items()} if model.config.model_type in SINGLE else inputs
 
-    def tokens(*shape: int) -> Tensor:
-        return torch.randint(10, VOCABULARY // 2, shape, generator=generator)
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+def _usual_inputs(model: nn.Module, names: Mapping[str, inspect.Parameter], random: Random) -> Iterator[Inputs]:
+    config, tokens, noise = model.config, random.tokens, random.noise
     text: Inputs = {}
     if "input_ids" in names:
         choices = (2,) if "MultipleChoice" in type(model).__name__ else ()
-        text["input_ids"] = tokens(2, *choices, LENGTH)
+        codebooks = getattr(config, "num_codebooks", 1)  # each text has a row for each codebook
+        text["input_ids"] = tokens(2 * codebooks, *choices, LENGTH)
         if isinstance(getattr(config, "eos_token_id", None), int):
             text["input_ids"][..., -1] = config.eos_token_id
         if "attention_mask" in names:
-            text["attention_mask"] = torch.ones_like(text["input_ids"])
+            text["attention_mask"] = torch.ones_like(text["input_ids"][::codebooks])
         if "bbox" in names:
             text["bbox"] = torch.tensor([1, 2, 5, 8]).expand(*text["input_ids"].shape, 4).clone()
     decoder: Inputs = {"decoder_input_ids": tokens(2, 8)} if "decoder_input_ids" in names else {}
@@ -218,6 +305,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
         for size in sizes:
             for shape in ((2, *frames, channels, *size), (2, getattr(config, "num_frames", 8), channels, *size)):
                 image = {"pixel_values": noise(*shape)}
+                image |= {name: noise(*shape) for name in ("prompt_pixel_values", "prompt_masks") if name in names}
                 if "pixel_mask" in names:
                     image["pixel_mask"] = torch.ones(2, *size, dtype=torch.long)
                 yield {**image, **decoder}
@@ -225,24 +313,20 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
                     yield {**text, **image, **decoder}
     for audio in ("input_values", "input_features"):
         if audio in names:
-            bins = next(
-                (
-                    getattr(config, n)
-                    for n in ("feature_projection_input_dim", "num_mel_bins", "feature_size")
-                    if hasattr(config, n)
-                ),
-                80,
-            )
+            bins = _bins(config)
             for shape in ((2, 4000), (2, 1, 4000), (2, 100, bins), (2, bins, 256), (2, bins, 100), (2, 1024, bins)):
                 for mask in ({}, {"attention_mask": torch.ones(2, shape[1], dtype=torch.long)}):
                     yield {audio: noise(*shape), **mask, **decoder}
-                    if "decoder_input_values" in names:
-                        yield {**text, audio: noise(*shape), "decoder_input_values": noise(2, 8, bins)}
+            if text:
+                yield {**text, audio: noise(2, 1, 256, bins)}
+            if "decoder_input_values" in names:  # encoder and decoder alone, without the layers before them
+                hidden = config.hidden_size
+                yield {audio: noise(2, 100, hidden), "decoder_input_values": noise(2, 8, hidden)}
     if "past_values" in names:
         length = getattr(config, "context_length", 32)
         channels = getattr(config, "num_input_channels", 1)
         yield {"past_values": noise(2, length, channels)}
-        yield {"past_values": noise(2, length), "freq": torch.zeros(2, 1, dtype=torch.long)}
+        yield {"past_values": noise(2, length)}
         past = length + max(getattr(config, "lags_sequence", [0]))
         future = getattr(config, "prediction_length", None) or 8
         yield {
@@ -258,6 +342,14 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     if text:
         yield {**text, **decoder}
         yield {"input_ids": text["input_ids"]}
+    yield decoder
+
+
+def _bins(config: Any) -> int:
+    """The number of features that audio has at each time."""
+    configs = [config, getattr(config, "audio_config", None)]
+    names = ("feature_projection_input_dim", "num_mel_bins", "feature_size")
+    return next((getattr(c, name) for c in configs for name in names if hasattr(c, name)), 80)
 
 
 def _images(config: Any) -> tuple[int, list[tuple[int, int]]]:
