@@ -371,6 +371,7 @@ def main() -> None:
         return
     import timm
     import transformers
+    import transformers.modeling_utils  # here, because each process below would import it again
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
