@@ -44,8 +44,8 @@ _SEAL_RING = 2**15
 _FIRST_BITS = 60
 # OpenFHE's FLEXIBLEAUTOEXT has one more modulus than levels, of this many bits, and special primes of 60 bits.
 _EXTRA_BITS, _SPECIAL_BITS = 20, 60
-# The degrees up to which OpenFHE's EvalPoly takes 1, 2, 3, ... levels.
-_OPENFHE_DEGREES = (1, 2, 5, 13, 27, 59)
+# The degrees up to which OpenFHE's EvalPoly takes 1, 2, 3, ... levels. Coefficients of He_k / k! end before degree 171.
+_OPENFHE_DEGREES = (1, 2, 5, 13, 27, 59, 119, 247)
 # The highest degree that is evaluated in powers of x: their rounding errors grow with the degree.
 _POWERS = 5
 _EVAL_POLY, _EVAL_SERIES, _POLYVAL = "EvalPoly", "EvalChebyshevSeries", "polyval"
