@@ -29,7 +29,7 @@ from ortho_fx.polynomial.encryption import (
     openfhe_parameters,
     tenseal_parameters,
 )
-from ortho_fx.polynomial.evaluation import Evaluation, evaluation, log2_up
+from ortho_fx.polynomial.evaluation import evaluation, log2_up
 from ortho_fx.polynomial.graph import (
     AFFINE_MODULES,
     OPERATIONS,
@@ -44,45 +44,11 @@ from ortho_fx.polynomial.graph import (
     trace,
 )
 from ortho_fx.polynomial.observation import Inputs, observe
+from ortho_fx.polynomial.sites import PolynomialSite
 from ortho_fx.tables import table
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-
-
-@dataclass(frozen=True)
-class PolynomialSite:
-    """One Hermite activation, as a polynomial of its input.
-
-    Attributes:
-        name: qualified name.
-        calls: the number of calls in one call of the model.
-        cost: the cost of one evaluation; its degree does not count leading coefficients that are zero.
-        low, high: the range of the observed inputs, which is the domain of the Chebyshev basis.
-        mean, std: mean and standard deviation (of the population) of these inputs.
-        samples: the number of these inputs.
-        monomial: c_0 .. c_n with y = sum_k c_k x^k, for each group of channels (one group if all channels share).
-        chebyshev: the same for y = sum_k c_k T_k((2 x - low - high) / (high - low)).
-    """
-
-    name: str
-    calls: int
-    cost: Evaluation
-    low: float
-    high: float
-    mean: float
-    std: float
-    samples: int
-    monomial: tuple[tuple[float, ...], ...]
-    chebyshev: tuple[tuple[float, ...], ...]
-
-    @property
-    def openfhe(self) -> tuple[tuple[float, ...], ...]:
-        """The Chebyshev coefficients as OpenFHE's `EvalChebyshevSeries(x, coefficients, low, high)` takes them.
-
-        It counts half of the first one: y = c_0 / 2 + sum_{k > 0} c_k T_k. Its `EvalPoly` takes `monomial` as it is.
-        """
-        return tuple((2 * one[0], *one[1:]) for one in self.chebyshev)
 
 
 @dataclass(frozen=True)
@@ -119,7 +85,7 @@ class PolynomialReport:
         """The CKKS parameters and coefficients with which OpenFHE evaluates the network, at 128-bit security.
 
         Args:
-            scale_bits: log2 of the scale, from 20 to 59. A larger one is more exact and takes a larger ring.
+            scale_bits: log2 of the scale, from 30 to 59. A larger one is more exact and takes a larger ring.
             margin: each range is widened at both ends by this share of its width, for inputs that were not seen.
             extra_levels: levels that the network does not take itself, such as those of masks.
 
@@ -127,11 +93,38 @@ class PolynomialReport:
             OrthoFxError: something is not polynomial, levels are not known, the outputs do not fit, an argument is out
                 of its range, or the largest ring, 2^17, has not enough levels.
         """
-        return openfhe_parameters(self, scale_bits, margin, extra_levels)
+        self._check_levels()
+        return openfhe_parameters(
+            self.sites,
+            self.openfhe_levels,
+            self.largest_output,
+            scale_bits=scale_bits,
+            margin=margin,
+            extra_levels=extra_levels,
+        )
 
     def to_tenseal(self, *, scale_bits: int = 40, margin: float = 0.1, extra_levels: int = 0) -> TenSEALParameters:
         """The same for TenSEAL. Its library is SEAL, whose largest polynomial modulus degree is 2^15."""
-        return tenseal_parameters(self, scale_bits, margin, extra_levels)
+        self._check_levels()
+        return tenseal_parameters(
+            self.sites,
+            self.levels,
+            self.largest_output,
+            scale_bits=scale_bits,
+            margin=margin,
+            extra_levels=extra_levels,
+        )
+
+    def _check_levels(self) -> None:
+        """Raises an error if the levels of the network are not known, or it has none."""
+        if self.left:
+            name, reason = self.left[0]
+            raise OrthoFxError(f"the network cannot be encrypted, for {name} is not polynomial: {reason}")
+        if not self.traced:
+            raise OrthoFxError(
+                "the levels of the network are not known, since torch.fx cannot trace it: write its forward without "
+                "branches that depend on values"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

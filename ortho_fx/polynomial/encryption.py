@@ -6,14 +6,13 @@ the result. The keys have special primes besides. The larger the modulus, the la
 security.
 
 The facts about both libraries are measured: the tests evaluate polynomials of every degree under encryption, and
-compare the levels, the ring dimension and the convention of coefficients with those of this file. Where a modulus is
-within a few bits of what a ring allows, OpenFHE itself may take half of the ring dimension proposed here.
+compare the levels, the ring dimension and the convention of coefficients with those of this file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +24,11 @@ from ortho_fx.batches import Batch
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.polynomial.observation import observe
+from ortho_fx.polynomial.sites import PolynomialSite
 from ortho_fx.tables import table
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-
-    from ortho_fx.polynomial.costs import PolynomialReport, PolynomialSite
 
 # The largest log2 of the modulus, with the special primes, for each ring dimension: 128-bit security against classical
 # computers, with ternary secrets. Up to 2^15 it is table 1 of Albrecht et al., "Homomorphic Encryption Standard", 2018,
@@ -42,8 +40,12 @@ SECURE_BITS = {
 _SEAL_RING = 2**15
 # The first modulus and SEAL's special prime, in bits: the largest that both libraries take.
 _FIRST_BITS = 60
+# With fewer bits OpenFHE runs out of primes for a large ring.
+_LEAST_SCALE = 30
 # OpenFHE's FLEXIBLEAUTOEXT has one more modulus than levels, of this many bits, and special primes of 60 bits.
 _EXTRA_BITS, _SPECIAL_BITS = 20, 60
+# The special primes have at least this many bits more than each digit of the modulus.
+_DIGIT_BITS = 5
 # The degrees up to which OpenFHE's EvalPoly takes 1, 2, 3, ... levels. Coefficients of He_k / k! end before degree 171.
 _OPENFHE_DEGREES = (1, 2, 5, 13, 27, 59, 119, 247)
 # The highest degree that is evaluated in powers of x: their rounding errors grow with the degree.
@@ -233,56 +235,63 @@ class TenSEALParameters(EncryptionParameters):
 
 
 def openfhe_parameters(
-    report: PolynomialReport, scale_bits: int, margin: float, extra_levels: int
+    sites: Iterable[PolynomialSite],
+    levels: int,
+    largest_output: float | None,
+    *,
+    scale_bits: int,
+    margin: float,
+    extra_levels: int,
 ) -> OpenFHEParameters:
-    """`PolynomialReport.to_openfhe`."""
-    levels = _levels(report, report.openfhe_levels, scale_bits, margin, extra_levels)
+    """`PolynomialReport.to_openfhe`, for a network of these sites that takes these levels in OpenFHE."""
+    _check_arguments(largest_output, scale_bits, margin, extra_levels)
+    levels += extra_levels
     bits, ring = _ring(levels, scale_bits, _openfhe_bits, max(SECURE_BITS), "OpenFHE")
-    sites = tuple(_openfhe_site(site, margin) for site in report.sites)
-    return OpenFHEParameters(levels, scale_bits, ring, bits, sites, _FIRST_BITS)
+    encrypted = tuple(_openfhe_site(site, margin) for site in sites)
+    return OpenFHEParameters(levels, scale_bits, ring, bits, encrypted, _FIRST_BITS)
 
 
 def tenseal_parameters(
-    report: PolynomialReport, scale_bits: int, margin: float, extra_levels: int
+    sites: Iterable[PolynomialSite],
+    levels: int,
+    largest_output: float | None,
+    *,
+    scale_bits: int,
+    margin: float,
+    extra_levels: int,
 ) -> TenSEALParameters:
-    """`PolynomialReport.to_tenseal`."""
-    levels = _levels(report, report.levels, scale_bits, margin, extra_levels)
+    """`PolynomialReport.to_tenseal`, for a network of these sites that takes these levels."""
+    _check_arguments(largest_output, scale_bits, margin, extra_levels)
+    levels += extra_levels
     bits, ring = _ring(levels, scale_bits, _seal_bits, _SEAL_RING, "SEAL")
-    sites = tuple(
-        EncryptedSite(site.name, *_widened(site, margin), _POLYVAL, site.cost.levels, site.monomial)
-        for site in report.sites
+    encrypted = tuple(
+        EncryptedSite(site.name, *_widened(site, margin), _POLYVAL, site.cost.levels, site.monomial) for site in sites
     )
     sizes = (_FIRST_BITS, *[scale_bits] * levels, _FIRST_BITS)
-    return TenSEALParameters(levels, scale_bits, ring, bits, sites, sizes)
+    return TenSEALParameters(levels, scale_bits, ring, bits, encrypted, sizes)
 
 
-def _levels(report: PolynomialReport, levels: int, scale_bits: int, margin: float, extra_levels: int) -> int:
-    """All levels, if the network can be evaluated with these arguments."""
-    if not is_integer(scale_bits) or not 20 <= scale_bits < _FIRST_BITS:
-        raise OrthoFxError(f"scale_bits must be an integer from 20 to {_FIRST_BITS - 1}; got {scale_bits!r}")
+def _check_arguments(largest_output: float | None, scale_bits: int, margin: float, extra_levels: int) -> None:
+    if not is_integer(scale_bits) or not _LEAST_SCALE <= scale_bits < _FIRST_BITS:
+        raise OrthoFxError(
+            f"scale_bits must be an integer from {_LEAST_SCALE} to {_FIRST_BITS - 1}; got {scale_bits!r}"
+        )
     if not is_number(margin) or margin < 0:
         raise OrthoFxError(f"margin must be a number, zero or more; got {margin!r}")
     if not is_integer(extra_levels) or extra_levels < 0:
         raise OrthoFxError(f"extra_levels must be an integer, zero or more; got {extra_levels!r}")
-    if report.left:
-        name, reason = report.left[0]
-        raise OrthoFxError(f"the network cannot be encrypted, for {name} is not polynomial: {reason}")
-    if not report.traced:
-        raise OrthoFxError(
-            "the levels of the network are not known, since torch.fx cannot trace it: write its forward without "
-            "branches that depend on values"
-        )
     # The last modulus holds twice the largest output that was seen, and a sign.
     held = 2.0 ** (_FIRST_BITS - scale_bits - 2)
-    if report.largest_output is not None and not report.largest_output <= held:
+    if largest_output is not None and not largest_output <= held:
         raise OrthoFxError(
-            f"the outputs reach {report.largest_output:.4g}, and at scale 2^{scale_bits} a first modulus of "
-            f"{_FIRST_BITS} bits is safe up to {held:g}: take a smaller scale_bits=, or scale the last layer"
+            f"the outputs reach {largest_output:.4g}, and at scale 2^{scale_bits} a first modulus of {_FIRST_BITS} "
+            f"bits is safe up to {held:g}: take a smaller scale_bits=, or scale the last layer"
         )
-    return levels + extra_levels
 
 
-def _ring(levels: int, scale_bits: int, bits_of: Any, largest: int, library: str) -> tuple[int, int]:
+def _ring(
+    levels: int, scale_bits: int, bits_of: Callable[[int, int], int], largest: int, library: str
+) -> tuple[int, int]:
     """The bits of the modulus and the smallest secure ring dimension."""
     bits = bits_of(levels, scale_bits)
     for ring, secure in SECURE_BITS.items():
@@ -301,16 +310,15 @@ def _seal_bits(levels: int, scale_bits: int) -> int:
 
 
 def _openfhe_bits(levels: int, scale_bits: int) -> int:
-    """The bits of all moduli and of the special primes; at least as many as OpenFHE counts.
+    """The bits that OpenFHE counts: those of all moduli and of the special primes.
 
-    Hybrid key switching cuts the moduli into one to three digits; the special primes are larger than each digit. A
-    prime near 2^n may have n + 1 bits.
+    Hybrid key switching cuts the moduli into one to three digits; the special primes are larger than each digit.
     """
     sizes = [_FIRST_BITS, *[scale_bits] * levels, _EXTRA_BITS]
     digits = 3 if levels > 3 else 2 if levels else 1
     size = math.ceil(len(sizes) / digits)
-    digit = max(sum(bits + 1 for bits in sizes[start : start + size]) for start in range(0, len(sizes), size))
-    return sum(sizes) + _SPECIAL_BITS * math.ceil((digit + 1) / _SPECIAL_BITS)
+    digit = max(sum(sizes[start : start + size]) for start in range(0, len(sizes), size)) + _DIGIT_BITS
+    return sum(sizes) + _SPECIAL_BITS * math.ceil(digit / _SPECIAL_BITS)
 
 
 def _widened(site: PolynomialSite, margin: float) -> tuple[float, float]:

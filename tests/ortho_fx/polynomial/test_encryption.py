@@ -35,8 +35,8 @@ def test_tenseal_has_one_prime_a_level_and_the_smallest_secure_ring():
     assert parameters.coeff_mod_bit_sizes == (60, *[40] * 7, 60)
     assert (parameters.modulus_bits, parameters.ring_dimension, parameters.slots) == (400, 2**14, 2**13)
     assert SECURE_BITS[2**13] < parameters.modulus_bits <= SECURE_BITS[2**14]
-    smaller = report.to_tenseal(scale_bits=20)
-    assert (smaller.modulus_bits, smaller.ring_dimension) == (260, 2**14)
+    smaller = report.to_tenseal(scale_bits=30)
+    assert (smaller.modulus_bits, smaller.ring_dimension) == (330, 2**14)
     assert report.to_tenseal(extra_levels=1).modulus_bits == 440
     assert report.to_tenseal(extra_levels=1).ring_dimension == 2**15
     assert [site.coefficients for site in parameters.sites] == [site.monomial for site in report.sites]
@@ -56,7 +56,17 @@ def test_openfhe_counts_the_levels_of_its_own_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("scale", "levels", "ring"), [(40, 4, 14), (40, 5, 15), (40, 13, 15), (40, 14, 16), (40, 29, 16), (40, 30, 17)]
+    ("scale", "levels", "ring"),
+    [
+        (40, 4, 14),
+        (55, 4, 14),
+        (56, 4, 15),
+        (40, 5, 15),
+        (40, 13, 15),
+        (40, 14, 16),
+        (40, 29, 16),
+        (40, 30, 17),
+    ],
 )
 def test_the_ring_dimension_is_that_which_openfhe_takes(scale, levels, ring):
     report = report_of(network(1))
@@ -123,8 +133,8 @@ def test_what_has_no_parameters_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale_bits": 60}, "scale_bits must be an integer from 20 to 59; got 60"),
-        ({"scale_bits": 40.0}, "scale_bits must be an integer from 20 to 59; got 40.0"),
+        ({"scale_bits": 60}, "scale_bits must be an integer from 30 to 59; got 60"),
+        ({"scale_bits": 40.0}, "scale_bits must be an integer from 30 to 59; got 40.0"),
         ({"margin": -0.1}, "margin must be a number, zero or more; got -0.1"),
         ({"margin": math.nan}, "margin must be a number, zero or more; got nan"),
         ({"extra_levels": -1}, "extra_levels must be an integer, zero or more; got -1"),
