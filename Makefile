@@ -2,7 +2,7 @@
 # make test: install into .venv, check style and types, build the documentation, run every test but those of
 #   integrations. WORKERS=4 takes more processes.
 # make test-integrations: add the libraries that ortho_fx works with (transformers, PEFT, timm, Lightning, Accelerate,
-#   torchao, torchtitan), and run the tests with them.
+#   torchao, torchtitan, OpenFHE, TenSEAL), and run the tests with them.
 # make quick: style, and the tests that take little time: those that are not marked slow, and a few that compile.
 # make docs: build the documentation into build/site.
 # make wheel: build dist/*.whl, and check it in an environment that holds it, PyTorch and numpy alone. TORCH="torch==2.13.0"
@@ -48,7 +48,7 @@ test-integrations: $(VENV)/.integrations
 	$(PYTEST) $(INTEGRATIONS) $(WITH_LIBRARIES)
 
 $(VENV)/.integrations: $(INSTALLED)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[integrations]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[integrations,encrypted]"
 	touch $@
 
 quick: lint

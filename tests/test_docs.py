@@ -82,8 +82,8 @@ def read(page, printed=None):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extend"], ids=lambda page: page.stem)
-def test_a_page_runs_from_top_to_bottom(page):
-    namespace, commands = read(page)
+def test_a_page_runs_from_top_to_bottom(page, capsys):
+    namespace, commands = read(page, lambda: capsys.readouterr().out)
     assert len(namespace) > 2 or commands
 
 

@@ -1,16 +1,19 @@
 """The examples. Those that need only the `train` extra run with small sizes; of the others, our own functions run."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, TropicalActivation
+from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, TropicalActivation, polynomial_report
 
 pytestmark = pytest.mark.slow
 
@@ -165,6 +168,121 @@ def test_timm_digits_are_normalised():
     assert (len(images), len(held)) == (len(classes), len(held_classes)) == (1347, 450)
     assert abs(images.mean()) < 0.05
     assert abs(images.std() - 1) < 0.05
+
+
+@pytest.fixture(scope="module")
+def encrypted():
+    return load("encrypted_inference")
+
+
+class Clear:
+    """OpenFHE's context in the clear: a ciphertext is an array, with the level that it would have."""
+
+    levels = 0
+
+    def KeyGen(self):
+        return types.SimpleNamespace(publicKey=None, secretKey=None)
+
+    def EvalMultKeyGen(self, key):
+        pass
+
+    def EvalRotateKeyGen(self, key, turns):
+        self.turns = turns
+
+    def MakeCKKSPackedPlaintext(self, values):
+        return np.array(values)
+
+    def Encrypt(self, key, values):
+        return Ciphertext(values, 0)
+
+    def Decrypt(self, ciphertext, key):
+        return types.SimpleNamespace(GetRealPackedValue=ciphertext.values.tolist)
+
+    def EvalRotate(self, x, turn):
+        assert turn in self.turns
+        return Ciphertext(np.roll(x.values, -turn), x.level)
+
+    def EvalMult(self, x, plaintext):
+        return Ciphertext(x.values * plaintext, x.level + 1)
+
+    def EvalAdd(self, x, y):
+        return Ciphertext(x.values + y, x.level)
+
+    def EvalAddMany(self, parts):
+        return Ciphertext(sum(part.values for part in parts), max(part.level for part in parts))
+
+    def EvalPoly(self, x, coefficients):
+        return Ciphertext(np.polynomial.Polynomial(coefficients)(x.values), x.level + 2)
+
+
+@dataclasses.dataclass
+class Ciphertext:
+    values: np.ndarray
+    level: int
+
+    def GetLevel(self):
+        return self.level
+
+
+def clear_parameters(model, images):
+    parameters = polynomial_report(model, [images]).to_openfhe()
+    small = types.SimpleNamespace(sites=parameters.sites, slots=64, context=Clear)
+    return parameters, small
+
+
+def test_diagonals_of_interleaved_images_are_matrix_products(encrypted):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 9), HermiteActivation(2), nn.Linear(9, 3)).double()
+    images = torch.randn(4, 13, dtype=torch.float64)
+    parameters, small = clear_parameters(model, images)
+    network = encrypted.OpenFHENetwork(model, small)
+    assert (network.width, network.room) == (16, 4)
+    found = network.decrypt(network(network.encrypt(images[:3])), (3, 3))
+    np.testing.assert_allclose(found, model(images[:3]).detach().numpy(), atol=1e-12)
+    assert network.levels == parameters.levels == 4
+    assert len(network.context.turns) <= 2 * math.isqrt(network.width)
+
+
+@pytest.fixture
+def in_the_clear(encrypted, monkeypatch):
+    class Network(encrypted.OpenFHENetwork):
+        wrong = 0.0
+
+        def __init__(self, model, parameters):
+            small = types.SimpleNamespace(sites=parameters.sites, slots=1024, context=Clear)
+            super().__init__(model, small)
+
+        def decrypt(self, ciphertext, shape):
+            return super().decrypt(ciphertext, shape) + self.wrong
+
+    monkeypatch.setitem(encrypted.NETWORKS, "openfhe", (Network, "to_openfhe"))
+    monkeypatch.setattr(encrypted.importlib.metadata, "version", lambda library: "0")
+    return Network
+
+
+def test_encrypted_digits_are_classified_and_written(encrypted, in_the_clear, tmp_path, capsys):
+    encrypted.main(["digits", "--library", "openfhe", "--images", "20", "--steps", "60", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "results" / "encrypted_inference.json").read_text())["digits"]
+    text = (tmp_path / "results" / "encrypted_inference_digits.txt").read_text()
+    assert printed.startswith(text)
+    row = result["encrypted"]["openfhe"]
+    assert row["same_classes"] == 20
+    assert row["accuracy"] == result["clear"]["polynomial (float)"]["accuracy"] > 0.5
+    assert (row["images_in_a_ciphertext"], row["largest_error"] < 1e-4) == (16, True)
+    assert (tmp_path / "pictures" / "encrypted_inference.png").read_bytes().startswith(b"\x89PNG")
+    in_the_clear.wrong = 5.0
+    with pytest.raises(OrthoFxError, match=r"openfhe's logits differ from those in the clear by 5\b"):
+        encrypted.main(["digits", "--library", "openfhe", "--images", "4", "--steps", "9", "--out", str(tmp_path)])
+
+
+def test_the_page_shows_what_the_example_printed(encrypted, tmp_path, capsys):
+    page = (EXAMPLES.parent / "docs" / "guides" / "encrypted.md").read_text()
+    for name in ("digits", "resnet20"):
+        assert f"```\n{(EXAMPLES / 'results' / f'encrypted_inference_{name}.txt').read_text()}```\n" in page
+    encrypted.main(["resnet20", "--out", str(tmp_path)])
+    text = (EXAMPLES / "results" / "encrypted_inference_resnet20.txt").read_text()
+    assert capsys.readouterr().out.startswith(text)
 
 
 @pytest.mark.parametrize(

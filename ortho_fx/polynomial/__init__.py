@@ -2,5 +2,13 @@
 
 from ortho_fx.polynomial.conversion import Polynomial, to_polynomial
 from ortho_fx.polynomial.costs import PolynomialReport, polynomial_report
+from ortho_fx.polynomial.encryption import OpenFHEParameters, TenSEALParameters
 
-__all__ = ["Polynomial", "PolynomialReport", "polynomial_report", "to_polynomial"]
+__all__ = [
+    "OpenFHEParameters",
+    "Polynomial",
+    "PolynomialReport",
+    "TenSEALParameters",
+    "polynomial_report",
+    "to_polynomial",
+]

@@ -7,25 +7,29 @@ coefficients in two bases. For the model it states the depth of the longest path
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from numpy.polynomial import Chebyshev, HermiteE
 from numpy.polynomial import Polynomial as Powers
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ortho_fx.arguments import checked_model
-from ortho_fx.batches import Batch, batches_of, call, why_empty
+from ortho_fx.batches import Batch
 from ortho_fx.errors import OrthoFxError
-from ortho_fx.numerics.histogram import Histogram
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.targets import choose_targets
-from ortho_fx.polynomial.evaluation import Evaluation, evaluation, log2_up
+from ortho_fx.polynomial.encryption import (
+    OpenFHEParameters,
+    TenSEALParameters,
+    openfhe_levels,
+    openfhe_parameters,
+    tenseal_parameters,
+)
+from ortho_fx.polynomial.evaluation import evaluation, log2_up
 from ortho_fx.polynomial.graph import (
     AFFINE_MODULES,
     OPERATIONS,
@@ -39,46 +43,12 @@ from ortho_fx.polynomial.graph import (
     hermite_coefficients,
     trace,
 )
+from ortho_fx.polynomial.observation import Inputs, observe
+from ortho_fx.polynomial.sites import PolynomialSite
 from ortho_fx.tables import table
-from ortho_fx.watch import watching
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-
-
-@dataclass(frozen=True)
-class PolynomialSite:
-    """One Hermite activation, as a polynomial of its input.
-
-    Attributes:
-        name: qualified name.
-        calls: the number of calls in one call of the model.
-        cost: the cost of one evaluation; its degree does not count leading coefficients that are zero.
-        low, high: the range of the observed inputs, which is the domain of the Chebyshev basis.
-        mean, std: mean and standard deviation (of the population) of these inputs.
-        samples: the number of these inputs.
-        monomial: c_0 .. c_n with y = sum_k c_k x^k, for each group of channels (one group if all channels share).
-        chebyshev: the same for y = sum_k c_k T_k((2 x - low - high) / (high - low)).
-    """
-
-    name: str
-    calls: int
-    cost: Evaluation
-    low: float
-    high: float
-    mean: float
-    std: float
-    samples: int
-    monomial: tuple[tuple[float, ...], ...]
-    chebyshev: tuple[tuple[float, ...], ...]
-
-    @property
-    def openfhe(self) -> tuple[tuple[float, ...], ...]:
-        """The Chebyshev coefficients as OpenFHE's `EvalChebyshevSeries(x, coefficients, low, high)` takes them.
-
-        It counts half of the first one: y = c_0 / 2 + sum_{k > 0} c_k T_k. Its `EvalPoly` takes `monomial` as it is.
-        """
-        return tuple((2 * one[0], *one[1:]) for one in self.chebyshev)
 
 
 @dataclass(frozen=True)
@@ -96,6 +66,8 @@ class PolynomialReport:
             CKKS rescales for each.
         traced: whether `torch.fx` traced the model. If not, depth and levels are the sums over all sites in calling
             order, and levels do not include layers.
+        openfhe_levels: the same as levels, with OpenFHE's evaluation of polynomials, which takes more at some degrees.
+        largest_output: the largest absolute value of the model's output; None if that is not a tensor of real numbers.
     """
 
     sites: tuple[PolynomialSite, ...]
@@ -106,6 +78,53 @@ class PolynomialReport:
     depth: int
     levels: int
     traced: bool
+    openfhe_levels: int
+    largest_output: float | None
+
+    def to_openfhe(self, *, scale_bits: int = 50, margin: float = 0.1, extra_levels: int = 0) -> OpenFHEParameters:
+        """The CKKS parameters and coefficients with which OpenFHE evaluates the network, at 128-bit security.
+
+        Args:
+            scale_bits: log2 of the scale, from 30 to 59. A larger one is more exact and takes a larger ring.
+            margin: each range is widened at both ends by this share of its width, for inputs that were not seen.
+            extra_levels: levels that the network does not take itself, such as those of masks.
+
+        Raises:
+            OrthoFxError: something is not polynomial, levels are not known, the outputs do not fit, an argument is out
+                of its range, or the largest ring, 2^17, has not enough levels.
+        """
+        self._check_levels()
+        return openfhe_parameters(
+            self.sites,
+            self.openfhe_levels,
+            self.largest_output,
+            scale_bits=scale_bits,
+            margin=margin,
+            extra_levels=extra_levels,
+        )
+
+    def to_tenseal(self, *, scale_bits: int = 40, margin: float = 0.1, extra_levels: int = 0) -> TenSEALParameters:
+        """The same for TenSEAL. Its library is SEAL, whose largest polynomial modulus degree is 2^15."""
+        self._check_levels()
+        return tenseal_parameters(
+            self.sites,
+            self.levels,
+            self.largest_output,
+            scale_bits=scale_bits,
+            margin=margin,
+            extra_levels=extra_levels,
+        )
+
+    def _check_levels(self) -> None:
+        """Raises an error if the levels of the network are not known, or it has none."""
+        if self.left:
+            name, reason = self.left[0]
+            raise OrthoFxError(f"the network cannot be encrypted, for {name} is not polynomial: {reason}")
+        if not self.traced:
+            raise OrthoFxError(
+                "the levels of the network are not known, since torch.fx cannot trace it: write its forward without "
+                "branches that depend on values"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -173,14 +192,14 @@ def polynomial_report(
     }
     if not expansions:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion to report on: call rewrite_ first")
-    seen = _observe(model, expansions, batches, limit)
+    seen = observe(model, expansions, batches, limit)
     sites, left = [], {}
-    for name, inputs in seen.items():
+    for name, inputs in seen.inputs.items():
         try:
             sites.append(_site(name, expansions[name], inputs))
         except NotPolynomial as reason:
             left[name] = str(reason)
-    left |= {name: "no batch reached it" for name in expansions if name not in seen}
+    left |= {name: "no batch reached it" for name in expansions if name not in seen.inputs}
     walk = _walk(model, {expansions[site.name]: site for site in sites})
     if walk is not None:
         left = {**walk.left, **left}
@@ -197,49 +216,14 @@ def polynomial_report(
         depth=walk.longest.depth if walk else sum(site.calls * site.cost.depth for site in sites),
         levels=walk.longest.levels if walk else sum(site.calls * site.cost.levels for site in sites),
         traced=walk is not None,
+        openfhe_levels=walk.longest.openfhe
+        if walk
+        else sum(site.calls * openfhe_levels(site.cost.degree) for site in sites),
+        largest_output=seen.largest_output,
     )
 
 
-class _Inputs:
-    """The inputs of one activation; `calls` is the largest number of calls in one batch."""
-
-    def __init__(self) -> None:
-        self.histogram, self.low, self.high = Histogram(), math.inf, -math.inf
-        self.calls, self.batch, self._calls = 0, -1, 0
-
-    def add(self, x: Tensor, batch: int) -> None:
-        self._calls = self._calls + 1 if batch == self.batch else 1
-        self.batch, self.calls = batch, max(self.calls, self._calls)
-        self.histogram.add(x)
-        if x.numel():
-            low, high = (bound.item() for bound in torch.aminmax(x.detach()))
-            # With the arguments in this order, min and max keep a NaN.
-            self.low, self.high = min(low, self.low), max(high, self.high)
-
-
-def _observe(
-    model: nn.Module, expansions: Mapping[str, nn.Module], batches: Iterable[Batch], limit: int | None
-) -> dict[str, _Inputs]:
-    """The inputs of every expansion that the model calls, in the order of their first calls."""
-    seen: dict[str, _Inputs] = {}
-    batch = -1
-
-    def see(name: str, x: Tensor, _: Tensor) -> None:
-        seen.setdefault(name, _Inputs()).add(x, batch)
-
-    with torch.no_grad(), watching(expansions, see):
-        for batch, values in enumerate(batches_of(model, batches, limit)):  # noqa: B007 `see` reads it
-            call(model, values)
-    if not seen:
-        why = why_empty(batches) if batch < 0 else "the model calls none of them"
-        raise OrthoFxError(f"no batch reached an expansion: {why}")
-    for name, inputs in seen.items():
-        if not inputs.histogram.finite:
-            raise OrthoFxError(f"the inputs of {name} are not finite")
-    return seen
-
-
-def _site(name: str, module: nn.Module, inputs: _Inputs) -> PolynomialSite:
+def _site(name: str, module: nn.Module, inputs: Inputs) -> PolynomialSite:
     coefficients = hermite_coefficients(module)
     if not inputs.low < inputs.high:
         raise NotPolynomial(f"its inputs are constant ({inputs.low:g}): they have no range")
@@ -261,14 +245,19 @@ def _site(name: str, module: nn.Module, inputs: _Inputs) -> PolynomialSite:
 
 @dataclass(frozen=True)
 class _Path:
-    """The largest degree, depth and levels over all paths to a value of the graph."""
+    """The largest degree, depth, levels and levels in OpenFHE over all paths to a value of the graph."""
 
     degree: int = 1
     depth: int = 0
     levels: int = 0
+    openfhe: int = 0
 
-    def after(self, degree: int, depth: int, levels: int) -> _Path:
-        return _Path(self.degree * degree, self.depth + depth, self.levels + levels)
+    def after(self, degree: int, depth: int, levels: int, openfhe: int | None = None) -> _Path:
+        openfhe = levels if openfhe is None else openfhe
+        return _Path(self.degree * degree, self.depth + depth, self.levels + levels, self.openfhe + openfhe)
+
+
+_FIELDS = tuple(field.name for field in fields(_Path))
 
 
 @dataclass(frozen=True)
@@ -298,20 +287,20 @@ def _walk(model: nn.Module, sites: Mapping[nn.Module, PolynomialSite]) -> _Walk 
             paths[node] = _Path()
         if not sources:
             continue
-        path = _Path(*(max(map(operator.attrgetter(field), sources)) for field in ("degree", "depth", "levels")))
+        path = _Path(*(max(map(operator.attrgetter(field), sources)) for field in _FIELDS))
         module = modules[str(node.target)] if node.op == "call_module" else None
         arguments = (*node.args, *node.kwargs.values())
         values = [source for source in arguments if isinstance(source, fx.Node) and source in paths]
         if module is not None and module in sites:
             cost = sites[module].cost
-            path = path.after(cost.degree, cost.depth, cost.levels)
+            path = path.after(cost.degree, cost.depth, cost.levels, openfhe_levels(cost.degree))
         elif node.target in SCALINGS and values != [node.args[0]]:
             left[described(node, modules)] = "it divides by what depends on the input, or its weights do"
         elif type(module) in AFFINE_MODULES or node.target in SCALINGS:
             path = path.after(1, 0, 1)
         elif node.target in PRODUCTS and len(values) == 2:
             products += 1
-            path = _Path(sum(paths[factor].degree for factor in values), path.depth + 1, path.levels + 1)
+            path = replace(path.after(1, 1, 1), degree=sum(paths[factor].degree for factor in values))
         elif node.target in PRODUCTS:
             path = path.after(1, 0, 1)
         elif node.target in POWERS:
