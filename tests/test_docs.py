@@ -300,3 +300,12 @@ def assert_is_in_integration(library, *name):
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     imported = {one.asname or one.name for node in tree.body if isinstance(node, ast.ImportFrom) for one in node.names}
     assert set(name) <= defined | imported, name
+
+
+def test_the_sample_of_the_training_guide_is_that_of_its_result_file():
+    kept = (ROOT / "benchmarks" / "results" / "sample.txt").read_text()
+    commands, text = kept.split("\n", 3)[1:3], kept.split("\n", 3)[3]
+    page = (ROOT / "docs" / "guides" / "train.md").read_text()
+    assert f"```\n{text}```\n" in page
+    for command in commands:
+        assert command.removeprefix("# ").partition(" --out")[0] in page
