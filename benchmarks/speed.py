@@ -40,10 +40,11 @@ HERMITE, TROPICAL, RATIONAL, FOURIER, TIED = (
     ExpansionConfig("fourier", tied=True),
 )
 FEW = (HERMITE, RATIONAL, FOURIER)
+FEW_WAVES = (ExpansionConfig("fourier", 1), ExpansionConfig("fourier", 2))
 A_CHANNEL = tuple(
     ExpansionConfig(basis, granularity=granularity)
     for basis in ("hermite", "tropical", "fourier")
-    for granularity in ("layer", "channel")
+    for granularity in ("layer", "channel", "group:8")
 )
 # Those that do not come from the paper.
 FURTHER = tuple(
@@ -63,7 +64,7 @@ def sections(device: str) -> dict[str, dict[str, Any]]:
     step = {**model, "expansions": (HERMITE, TROPICAL, RATIONAL, FOURIER), "peers": True}
     every = {
         "fresh": {**alone, "fresh": True, "expansions": (HERMITE, TROPICAL, RATIONAL, FOURIER)},
-        "float32": {**alone, "peers": True, "expansions": (*DEFAULT_EXPANSIONS, TIED)},
+        "float32": {**alone, "peers": True, "expansions": (*DEFAULT_EXPANSIONS, *FEW_WAVES, TIED)},
         "bfloat16": {**alone, "dtype": "bfloat16", "peers": gpu},
         "float16": {**alone, "dtype": "float16", "expansions": FEW},
         "eager": {**alone, "eager": True, "expansions": (HERMITE,)},
