@@ -8,6 +8,7 @@ and its pictures become files.
 
 import base64
 import html
+import itertools
 import json
 import os
 import posixpath
@@ -28,6 +29,7 @@ BESIDE = ("CHANGELOG.md", "*/README.md", "passes/*/README.md", "*/results/*", "e
 
 # What pymdownx.arithmatex makes of $...$ and $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\(\[](.*?)\\[\)\]]</\1>', re.DOTALL)
+TABLE = re.compile("<table>.*?</table>", re.DOTALL)
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+")
 
 
@@ -77,7 +79,17 @@ def link_on_site(link: str, uri: str) -> str:
 
 
 def on_page_content(content: str, **_: object) -> str:
-    return FORMULA.sub(_typeset, content)
+    return TABLE.sub(_labelled, FORMULA.sub(_typeset, content))
+
+
+def _labelled(found: re.Match[str]) -> str:
+    """A table of three columns, whose cells a phone shows one below the other, each with the head of its column."""
+    table = found[0]
+    heads = [html.escape(re.sub("<.*?>", "", head)) for head in re.findall(r"<th[^>]*>(.*?)</th>", table)]
+    if len(heads) != 3:
+        return table
+    labels = itertools.cycle(heads)
+    return re.sub("<td", lambda _: f'<td data-label="{next(labels)}"', table).replace("<table>", "<table data-cards>")
 
 
 def _typeset(found: re.Match[str]) -> str:

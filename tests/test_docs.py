@@ -70,6 +70,13 @@ def test_a_page_runs_and_prints_what_it_shows(page):
     assert len(namespace) > 2 or commands
 
 
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("*/README.md")], ids=str)
+def test_lists_stand_apart_from_the_text_before(page):
+    # Without an empty line the site shows their items as one paragraph.
+    text = BLOCK.sub("```", page.read_text())
+    assert re.findall(r"^(?!#|- |\d+\. | ).+\n(?=- |\d+\. )", text, re.MULTILINE) == []
+
+
 def test_outputs_may_differ_in_times_and_in_last_digits_alone():
     shown = "site  rmse 0.0123, 4 new parameters in 1.25 s, 3e-08\n---\n"
     assert OUTPUTS.difference(shown, "site    rmse 0.0124, 4 new parameters in 80.5 s, -1.2e-07\n-----\n") is None
