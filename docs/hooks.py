@@ -83,10 +83,10 @@ def on_page_content(content: str, **_: object) -> str:
 
 
 def _labelled(found: re.Match[str]) -> str:
-    """A table of three columns, whose cells a phone shows one below the other, each with the head of its column."""
+    """A table of two or three columns; a phone shows its cells one below the other, each after the head of its column."""
     table = found[0]
     heads = [html.escape(re.sub("<.*?>", "", head)) for head in re.findall(r"<th[^>]*>(.*?)</th>", table)]
-    if len(heads) != 3:
+    if len(heads) not in (2, 3):
         return table
     labels = itertools.cycle(heads)
     return re.sub("<td", lambda _: f'<td data-label="{next(labels)}"', table).replace("<table>", "<table data-cards>")
