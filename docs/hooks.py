@@ -83,7 +83,7 @@ def on_page_content(content: str, **_: object) -> str:
 
 
 def _labelled(found: re.Match[str]) -> str:
-    """A table of two or three columns; a phone shows its cells one below the other, each after the head of its column."""
+    """A table of two or three columns; a phone stacks its cells, each after the head of its column."""
     table = found[0]
     heads = [html.escape(re.sub("<.*?>", "", head)) for head in re.findall(r"<th[^>]*>(.*?)</th>", table)]
     if len(heads) not in (2, 3):
