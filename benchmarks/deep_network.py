@@ -85,18 +85,28 @@ def measure(seeds: int, layers: int, width: int) -> list[dict]:
 
 
 def plot(result: dict, path: Path) -> None:
-    titles = {"stable": "init='stable'", "paper": "init='paper', and He initialisation, nearly black"}
-    figure, axes = load_pyplot().subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    titles = {"stable": 'init="stable"', "paper": 'init="paper"; ReLU and GELU with He weights'}
+    figure, axes = load_pyplot().subplots(1, 2, figsize=(10, 5.4), sharey=True, layout="constrained")
     for axis, (init, title) in zip(axes, titles.items(), strict=True):
         rows = [row for row in result["rows"] if row["init"] in (init, "He" if init == "paper" else init)]
         for row, style in zip(rows, line_styles(row["activation"] for row in rows), strict=True):
             moments = [moment for moment in row["mean_moment_by_layer"] if moment is not None]
-            axis.plot(range(1, len(moments) + 1), moments, **style, label=row["activation"], lw=1.6)
-        axis.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer", title=title)
-        axis.title.set_fontsize(10)
+            label = {"relu": "ReLU", "gelu": "GELU"}.get(row["activation"], row["activation"].replace("_", " "))
+            if len(moments) < result["layers"]:
+                label += f", inf after layer {len(moments)}"
+            axis.plot(range(1, len(moments) + 1), moments, **style, label=label, lw=1.8)
+        axis.axhline(1, color="0.5", lw=0.6, zorder=0)
+        axis.set(yscale="log", xlim=(0, result["layers"]), ylim=(1e-6, 1e6), title=title)
+        axis.set_xlabel(f"layer (1 to {result['layers']})")
+        axis.title.set_fontsize(11)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, ncols=2, frameon=False, loc="upper right")
-    axes[0].set_ylabel(f"second moment, mean of {result['seeds']} seeds")
+        axis.legend(fontsize=8.5, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    axes[0].set_ylabel("second moment E[h²] of the signal, log scale")
+    figure.suptitle(
+        f"Signals in plain networks of width {result['width']} at their start: a line is the mean of {result['seeds']} "
+        "seeds; 1 is right",
+        fontsize=11,
+    )
     save(figure, path)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
 
-PAGES = sorted((Path(__file__).parent / "bases").glob("*.md"))
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+DOCS = Path(__file__).parent
+PAGES = [*sorted(DOCS.glob("**/*.md")), DOCS / "pictures" / "which_basis.svg"]
+RESULTS = DOCS.parent / "benchmarks" / "results"
 NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
 TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORMS = {
@@ -169,8 +170,37 @@ def compared(_: str) -> list[list[str]]:
     return rows
 
 
+def runs(comparison: str) -> list[list[str]]:
+    """A comparison at equal steps, with the time of a training step: "gpt2"."""
+    compared = result(f"compare_{comparison}")
+    last, reference = str(compared["settings"]["steps"]), compared["reference"]
+    losses: dict[str, dict[int, float]] = {}
+    for run in compared["runs"]:
+        losses.setdefault(run["activation"], {})[run["seed"]] = run["validations"][last]["validation_loss"]
+    rows = [["activation", "validation loss, nats", f"less {reference}'s", "seeds below", "time of a step"]]
+    for activation, own in losses.items():
+        gains = [value - losses[reference][seed] for seed, value in own.items()]
+        mean, deviation = statistics.fmean(own.values()), statistics.stdev(own.values())
+        below = f"{sum(gain < 0 for gain in gains)} of {len(gains)}"
+        others = [_ABSENT, _ABSENT] if activation == reference else [f"{statistics.fmean(gains):+.3f}", below]
+        cost = compared["costs"][activation]["ratio"]
+        rows.append([f"`{activation}`", f"{mean:.3f} ± {deviation:.3f}", *others, f"{cost:.2f}"])
+    return rows
+
+
+def times(_: str) -> list[list[str]]:
+    """Some expansions compiled, relative to GELU."""
+    rows = [["expansion", "forward and backward", "with one a channel", "compilation"]]
+    compilation = result("speed_cpu")["compile"]["ratios"]
+    for basis in OURS:
+        label = f"{basis.name} {basis.default_degree}"
+        compiled = f"{compilation[label]:.2f}" if label in compilation else _ABSENT
+        rows.append([f"`{label}`", time(label), _if_measured(time_a_channel, label), compiled])
+    return rows
+
+
 TABLES: dict[str, Callable[[str], list[list[str]]]] = {
-    function.__name__: function for function in (parameters, facts, starts, fits, cost, compared)
+    function.__name__: function for function in (parameters, facts, starts, fits, cost, compared, runs, times)
 }
 
 
@@ -201,7 +231,7 @@ def _speed(name: str) -> Any:
 def _if_measured(number: Callable[[str], str], name: str) -> str:
     try:
         return number(name)
-    except (StopIteration, statistics.StatisticsError):
+    except (LookupError, StopIteration, statistics.StatisticsError):
         return _ABSENT
 
 

@@ -75,7 +75,7 @@ def compile_support(*, check: bool = False) -> CompileSupport:
     Returns:
         The bases without fused kernels on each kind of device, with the reasons. Problems raise no error.
 
-    Example:
+    Examples:
         >>> print(ortho_fx.compile_support())  # doctest: +SKIP
         ortho_fx 0.1.0, PyTorch 2.15.0+cu132, Python 3.11.7
         ...

@@ -95,7 +95,7 @@ def export_onnx(
             are not finite or off by more than the tolerance, a disk that cannot be written, or a library that is
             missing.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> report = rewrite_(model, ExpansionConfig("fourier", 5))
         >>> export_onnx(model, torch.randn(2, 8), "model.onnx", dynamic_batch=True).inputs  # doctest: +SKIP

@@ -179,6 +179,9 @@ def _plot_sites(run: Run, out: Path) -> list[Path]:
             _plot_site(axis, before.sites[name], after.sites[name], thin=True)
             axis.set_title(plain(_short(name)), fontsize=7)
             _dress(axis, "", "", size=6)
+        # One label for all, since the axes of a large grid have no room for their own.
+        figure.supxlabel("input x of the activation", fontsize=8)
+        figure.supylabel("f(x)", fontsize=8)
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         beside = min(len(legend[0]), max(2, round(1.5 * columns)))  # as many as fit above the grid

@@ -344,7 +344,7 @@ class HermiteActivation(ExpansionActivation):
 
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
-    Example:
+    Examples:
         >>> activation = HermiteActivation(degree=3)
         >>> activation(torch.randn(2, 8)).shape
         torch.Size([2, 8])

@@ -74,7 +74,7 @@ def fit(
     Source: weighted least squares; the frequencies and knots take Gauss-Newton steps (Golub and Pereyra, 1973;
     Kaufman, 1975), and knots start with the density of de Boor, A Practical Guide to Splines.
 
-    Example:
+    Examples:
         >>> result = fit(F.gelu, ExpansionConfig("hermite", 8))
         >>> result.rmse < 0.006
         True

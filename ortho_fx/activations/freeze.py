@@ -63,7 +63,7 @@ def freeze_(model: nn.Module) -> FreezeReport:
         OrthoFxError: a model without expansions, a model that is itself an expansion, an expansion that is still
             annealed, or parameters without values or with values that are not finite. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> report = rewrite_(model, ExpansionConfig(basis="hermite", degree=3))
         >>> print(freeze_(model))

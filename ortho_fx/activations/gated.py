@@ -39,7 +39,7 @@ class GatedExpansion(nn.Module):
 
     Source: Shazeer, "GLU variants improve transformer", arXiv 2002.05202.
 
-    Example:
+    Examples:
         >>> gate = GatedExpansion("hermite3")
         >>> gate(torch.randn(4, 16)).shape
         torch.Size([4, 8])

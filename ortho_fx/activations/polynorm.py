@@ -38,7 +38,7 @@ class PolyNormActivation(nn.Module):
 
     Source: Zhuo et al., "Polynomial composition activations", arXiv 2411.03884.
 
-    Example:
+    Examples:
         >>> PolyNormActivation()(torch.randn(4, 16)).shape
         torch.Size([4, 16])
     """

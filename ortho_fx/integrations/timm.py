@@ -27,7 +27,7 @@ def enable() -> None:
     Raises:
         OrthoFxError: timm is not installed, or it keeps its activations in another way.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from ortho_fx.integrations.timm import enable
         >>> enable()

@@ -183,7 +183,7 @@ def to_polynomial(
         OrthoFxError: a model that torch.fx cannot trace, an unknown or wrong input shape, an operation whose result is
             no polynomial (the message names it), or more coefficients than the limit.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 1), HermiteActivation(degree=2), nn.Linear(1, 1))
         >>> to_polynomial(model)
         Polynomial(inputs=2, outputs=1, degree=2, terms=6)

@@ -58,7 +58,7 @@ def rewrite_like_(
             has replaced by something else, a basis that is not known here, or a model that cannot be rewritten. The
             model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> report = rewrite_(model, "fourier3")
         >>> again = nn.Sequential(nn.Linear(8, 8), nn.GELU())

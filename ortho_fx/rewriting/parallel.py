@@ -36,7 +36,7 @@ class ExpansionParallel(ParallelStyle):
     Raises:
         OrthoFxError: a layout of another kind, or a module that is no expansion with parameters.
 
-    Example:
+    Examples:
         >>> style = ExpansionParallel(input_layouts=Shard(1))
         >>> style
         ExpansionParallel(input_layouts=Shard(dim=1))

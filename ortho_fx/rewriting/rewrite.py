@@ -173,7 +173,7 @@ def rewrite_(
 
     Source: the expansions are those of Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> print(rewrite_(model, ExpansionConfig(basis="hermite", degree=3)))
         name  kind    function  expansion  parameters

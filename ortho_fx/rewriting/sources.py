@@ -83,7 +83,7 @@ def expansion_config(model: nn.Module) -> dict[str, Any]:
         of channels where they matter, and the form of a frozen expansion) and, if expansions stand in several places,
         "shared" (each other name with the first).
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> report = rewrite_(model, "fourier3")
         >>> expansion_config(model)["sites"]["1"]["basis"]

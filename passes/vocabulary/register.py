@@ -45,7 +45,7 @@ def register_activation(
         OrthoFxError: a name, a module or a function that is known already, a function that is not elementwise or not
             finite, that is linear, or that computes what a known activation does. Nothing is registered then.
 
-    Example:
+    Examples:
         >>> def snake(x, frequency=1.0):
         ...     return x + torch.sin(frequency * x).square() / frequency
         >>> register_activation("snake", snake, settings=("frequency",))  # doctest: +SKIP

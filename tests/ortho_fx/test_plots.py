@@ -40,6 +40,24 @@ def seen(colour, sight):
     return OKLAB @ np.cbrt(CONES @ np.clip(sight @ linear(colour), 0, 1))
 
 
+def cie_lab(colour, sight):
+    """CIE 1976 L*a*b* under D65, from the XYZ of linear sRGB."""
+    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    relative = xyz @ np.clip(sight @ linear(colour), 0, 1) / [0.9505, 1.0, 1.089]
+    f = np.where(relative > (6 / 29) ** 3, np.cbrt(relative), relative * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize(
+    ("sight", "smallest"), [("normal", 19.0), ("protanopia", 9.1), ("deuteranopia", 12.9), ("tritanopia", 16.1)]
+)
+def test_the_smallest_cie_distance_of_two_colours(sight, smallest):
+    # In Delta E of 1976; a difference of about 2.3 is just seen.
+    pairs = itertools.combinations([*COLOURS.values(), STOCK], 2)
+    distances = [np.linalg.norm(cie_lab(one, SIGHT[sight]) - cie_lab(other, SIGHT[sight])) for one, other in pairs]
+    assert min(distances) == pytest.approx(smallest, abs=0.05)
+
+
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_are_apart_for_every_reader(sight):
     # The closest two of Okabe and Ito's colours, green and purple, are 0.076 apart.

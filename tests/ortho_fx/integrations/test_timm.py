@@ -1,8 +1,6 @@
 """timm's own functions on models with expansions. timm is no requirement, so these tests skip without it."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +27,6 @@ timm = pytest.importorskip("timm")
 from timm.layers import create_act, create_act_layer, get_act_fn, get_act_layer  # noqa: E402
 from timm.optim import create_optimizer_v2, param_groups_layer_decay  # noqa: E402
 
-PAGE = Path(__file__).parents[3] / "docs" / "guides" / "integrations" / "timm.md"
 IMAGES = torch.zeros(2, 3, 32, 32)
 
 
@@ -188,14 +185,3 @@ def test_names_of_timm_are_honoured_when_the_model_is_wrapped():
     groups = param_groups(nn.ModuleDict({"task": torch.compile(model)}), lr=0.1, weight_decay=0.1)
     matrices = next(group["params"] for group in groups if group["weight_decay"])
     assert not {id(model.pos_embed), id(model.cls_token)} & {id(one) for one in matrices}
-
-
-@pytest.mark.slow
-def test_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)):
-        file = tmp_path / f"block{number}.py"
-        file.write_text(block)
-        exec(compile(block, str(file), "exec"), namespace)
-    assert namespace
