@@ -23,12 +23,13 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\(\[](.*?)\\[\)\]]</\1>
 
 
 # Links of pages in a folder of docs/ to files beside docs/, which are copied into the site.
-RESULTS = "../../benchmarks/results/"
+RESULTS = ("benchmarks/results", "examples/results", "examples/pictures")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in sorted((Path(config.docs_dir).parent / "benchmarks" / "results").iterdir()):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for folder in RESULTS:
+        for path in sorted((Path(config.docs_dir).parent / folder).iterdir()):
+            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     for path in sorted((Path(config.docs_dir) / "notebooks").glob("*.ipynb")):
         page, pictures = notebook_page(json.loads(path.read_text(encoding="utf-8")), path.stem)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
@@ -55,7 +56,8 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    markdown = markdown.replace(f"]({RESULTS}", "](../results/")
+    for folder in RESULTS:
+        markdown = markdown.replace(f"](../../{folder}/", "](../results/")
     markdown = re.sub(r"\]\((\.\./notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
     return re.sub(r"\{\{ help (.*?) \}\}", lambda match: f"```text\n{_help(match[1])}```", markdown)
 
