@@ -20,7 +20,7 @@ from ortho_fx.models.compare.costs import equal_time_steps
 from ortho_fx.models.compare.statistics import t_interval
 
 DOCS, ROOT = Path(__file__).parent, Path(__file__).parent.parent
-PAGES = [*sorted((DOCS / "bases").glob("*.md")), DOCS / "guides" / "pinn.md"]
+PAGES = [*sorted((DOCS / "bases").glob("*.md")), DOCS / "guides" / "fine_tune.md", DOCS / "guides" / "pinn.md"]
 NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
 TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORMS = {

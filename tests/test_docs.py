@@ -103,7 +103,7 @@ def script(path):
 
 def test_numbers_of_pages_are_those_of_the_result_files():
     numbers = script(ROOT / "docs" / "page_numbers.py")
-    assert {page for page in [*BASES, *GUIDES] if "<!-- " in page.read_text()} == set(numbers.PAGES)
+    assert {page for page in [*BASES, *GUIDES] if "<!-- " in page.read_text()} <= set(numbers.PAGES)
     for page in numbers.PAGES:
         assert numbers.renewed(page.read_text()) == page.read_text(), "run: python docs/page_numbers.py"
 
