@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
+from ortho_fx.models.compare.costs import equal_time_steps
+from ortho_fx.models.compare.statistics import t_interval
 
 DOCS = Path(__file__).parent
 PAGES = [*sorted(DOCS.glob("**/*.md")), DOCS / "pictures" / "which_basis.svg"]
-RESULTS = DOCS.parent / "benchmarks" / "results"
+ROOT = DOCS.parent
 NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
 TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORMS = {
@@ -33,7 +35,8 @@ _ABSENT = "–"
 
 
 def result(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    folder = ROOT / ("examples" if name == "pinn" else "benchmarks") / "results"
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def time(name: str) -> str:
@@ -199,8 +202,85 @@ def times(_: str) -> list[list[str]]:
     return rows
 
 
+def pinn(_: str) -> list[list[str]]:
+    """The errors of each activation for each equation: the median of the seeds, and the lowest and highest."""
+    kept = result("pinn")
+    titles = {"poisson": "Poisson", "helmholtz": "Helmholtz", "burgers": "Burgers"}
+    found = {name: kept[name]["activations"] for name in titles if name in kept}
+    rows = [["", *(titles[name] for name in found)]]
+    for label in found["poisson"]:
+        rows.append([label, *(_errors(own, label) for own in found.values())])
+    return rows
+
+
+def _errors(measured: Any, label: str) -> str:
+    if label not in measured:
+        return _ABSENT
+    errors = sorted(measured[label]["errors"])
+    text = f"{statistics.median(errors):.1e} ({errors[0]:.1e} to {errors[-1]:.1e})"
+    best = min(row["median"] for row in measured.values())
+    return f"**{text}**" if measured[label]["median"] == best else text
+
+
+def least(_: str) -> list[list[str]]:
+    """The least errors of networks that are polynomials, by their degree."""
+    kept = {name: own for name, own in result("pinn").items() if "least_polynomial_errors" in own}
+    rows = [["degree", *(name.capitalize() for name in kept)]]
+    for degree in next(iter(kept.values()))["least_polynomial_errors"]:
+        rows.append([degree, *(f"{own['least_polynomial_errors'][degree]:.1e}" for own in kept.values())])
+    return rows
+
+
+def forms(_: str) -> list[list[str]]:
+    """The time of a loss with its gradients in each form, and the releases that compile it as a whole."""
+    measured = {key.split()[1]: own["forms"] for key, own in result("pinn").items() if key.startswith("forms ")}
+    newest = max(measured, key=lambda release: [int(part) for part in release.split(".")])
+    rows = [["form", *(f"{label}, ms" for label in measured[newest]), "compiles as a whole on PyTorch"]]
+    for form in next(iter(measured[newest].values())):
+        times = [f"{own[form]['eager_ms']:.1f}" if form in own else _ABSENT for own in measured[newest].values()]
+        taken = [
+            name for name, own in measured.items() if all(row.get(form, {}).get("compiles") for row in own.values())
+        ]
+        rows.append([form, *times, ", ".join(taken) or "none"])
+    return rows
+
+
+def transfer(_: str) -> list[list[str]]:
+    """Fine-tuning with fits, beside GELU."""
+    kept = result("transfer")
+    rows = [["", "loss before", "after", "accuracy", "minus GELU, equal steps", "step time", "minus GELU, equal time"]]
+    for label, ratio in kept["step_time_ratios"].items():
+        own = [run for run in kept["runs"] if (run["activation"], run["steps"]) == (label, kept["steps"])]
+        before = statistics.fmean(run["losses"]["0"] for run in own)
+        after = statistics.fmean(_last(run, "losses") for run in own)
+        accuracy = statistics.fmean(_last(run, "accuracies") for run in own)
+        beside = ["–", "–"] if label == "gelu" else [_minus_gelu(kept, label, equal) for equal in (False, True)]
+        rows.append(
+            [label, f"{before:.4f}", f"{after:.4f}", f"{100 * accuracy:.1f} %", beside[0], f"{ratio:.2f}", beside[1]]
+        )
+    return rows
+
+
+def _last(run: Any, of: str) -> float:
+    return run[of][str(run["steps"])]
+
+
+def _minus_gelu(kept: Any, label: str, equal_time: bool) -> str:
+    """The mean of the paired differences of the last losses, with the 95 % interval of Student's t."""
+    steps = equal_time_steps(kept["steps"], kept["step_time_ratios"][label]) if equal_time else kept["steps"]
+    last = {
+        (run["activation"], run["seed"]): _last(run, "losses")
+        for run in kept["runs"]
+        if run["steps"] == (kept["steps"] if run["activation"] == "gelu" else steps)
+    }
+    found = [last[label, seed] - last["gelu", seed] for seed in range(kept["seeds"])]
+    low, high = t_interval(found) or (float("nan"), float("nan"))
+    return f"{statistics.fmean(found):+.4f} ({low:+.4f} to {high:+.4f})"
+
+
 TABLES: dict[str, Callable[[str], list[list[str]]]] = {
-    function.__name__: function for function in (parameters, facts, starts, fits, cost, compared, runs, times)
+    function.__name__: function
+    for function in (parameters, facts, starts, fits, cost, compared, runs, times, pinn, least, forms, transfer)
 }
 
 

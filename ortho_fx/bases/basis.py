@@ -24,7 +24,7 @@ from torch import Tensor
 from ortho_fx.bases import numeric
 from ortho_fx.bases.deep import deep
 from ortho_fx.bases.folded import Folded
-from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, after, masked, multiply_add
+from ortho_fx.bases.formula import Parameter, Term, Together, TorchorthoState, Value, after, masked, multiply_add
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.least_squares import Problem
 from ortho_fx.numerics.moments import Array, Bounds, Moments, Values
@@ -124,6 +124,14 @@ class Basis(ABC):
     ) -> Sequence[Tensor]:
         """As `collect`, for a basis that also needs the result of `prepare`, `prepared`."""
         return self.collect(sums, *parameters)
+
+    def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
+        """The formula with all terms in one tensor; None if the basis has no such form.
+
+        It takes fewer operations than `evaluate` and `derivatives`, and more memory. Derivatives of higher order
+        differentiate it. Parameters are those of `prepare`, of a shape (size, ...) that broadcasts against x.
+        """
+        return None
 
     # The start.
 

@@ -11,17 +11,19 @@ The frozen form is the same polynomial in powers of x by Horner's rule, if that 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.polynomial import Chebyshev as Series
 from numpy.polynomial import Polynomial
+from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
 from ortho_fx.bases.folded import Folded
-from ortho_fx.bases.formula import Parameter, Term, Value, multiply_add
-from ortho_fx.bases.hermite import HERMITE, horner_error, probed
+from ortho_fx.bases.formula import Parameter, Term, Together, Value, multiply_add
+from ortho_fx.bases.hermite import HERMITE, MOST_POWERS, horner_error, polynomial_together, probed
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.bases.stable import stable
 from ortho_fx.numerics.least_squares import ROUNDING, Problem, damped
@@ -46,6 +48,13 @@ class _Polynomials:
         while len(values) <= k:
             values.append(self._twice * values[-1] - values[-2])
         return values[k]
+
+
+@functools.cache
+def _monomials(degree: int) -> Array:
+    """The coefficients of t^j in T_k, in row j and column k."""
+    columns = [np.polynomial.chebyshev.cheb2poly([0.0] * k + [1.0]) for k in range(degree + 1)]
+    return np.stack([np.pad(column, (0, degree + 1 - len(column))) for column in columns], axis=1)
 
 
 class Chebyshev(Basis):
@@ -75,6 +84,13 @@ class Chebyshev(Basis):
             return grad * (slope * scale[0])
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * first[k] for k in range(1, len(a)))]
+
+    def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
+        a, centre, scale = parameters
+        if len(a) - 1 > MOST_POWERS:
+            return None
+        value, slope, terms = polynomial_together((x - centre[0]) * scale[0], _monomials(len(a) - 1), a)
+        return Together(value, lambda: slope() * scale[0], terms)
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         return clamped(lambda x: sampled(self, values, x), bounds or (-12.0, 12.0), len(values["coefficients"]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ Value = Any
 Term = Callable[[], Value]
 # The turns of one radian.
 TURNS = 0.5 / math.pi
+
+
+class Together(NamedTuple):
+    """A formula in which one tensor holds all terms: each part is a function that computes it.
+
+    Attributes:
+        value: y(x).
+        slope: y'(x).
+        terms: what `Basis.derivatives` gives for a gradient of 1, along a first dimension.
+    """
+
+    value: Callable[[], Tensor]
+    slope: Callable[[], Tensor]
+    terms: Callable[[], Tensor]
 
 
 def after(x: Value, place: Value) -> Value:

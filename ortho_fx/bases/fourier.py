@@ -22,7 +22,17 @@ from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
 from ortho_fx.bases.folded import Folded, circle, constant_polynomial, harmonics, packed
-from ortho_fx.bases.formula import TURNS, Parameter, Term, TorchorthoState, Value, counts_turns, multiply_add, renamed
+from ortho_fx.bases.formula import (
+    TURNS,
+    Parameter,
+    Term,
+    Together,
+    TorchorthoState,
+    Value,
+    counts_turns,
+    multiply_add,
+    renamed,
+)
 from ortho_fx.bases.fourier_fit import fit_waves
 from ortho_fx.bases.hermite import factorial_weights
 from ortho_fx.bases.numeric import sampled
@@ -131,6 +141,20 @@ class Fourier(Basis):
             *(lambda k=k: grad * sine(k) for k in range(waves.count)),
             *(lambda k=k: grad * sine(k) * x for k in range(waves.count)),
         ]
+
+    def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
+        constant, coefficients, frequencies, phases = parameters
+        if len(phases) < len(coefficients):  # tied frequencies, prepared
+            return None
+        weights = coefficients * _inverse_factorials(coefficients)
+        angles = frequencies * x - phases
+        # These caches end with the call.
+        sines = functools.cache(angles.sin)
+        return Together(
+            lambda: constant[0] + (weights * angles.cos()).sum(0),
+            lambda: (weights * -frequencies * sines()).sum(0),
+            lambda: torch.cat([torch.ones_like(angles[:1]), angles.cos(), sines(), sines() * x]),
+        )
 
     def collect(self, sums: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
         _, coefficients, frequencies, phases = parameters

@@ -10,6 +10,7 @@ factorials in its coefficients. Leading coefficients that are zero are dropped.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
 from ortho_fx.bases.folded import STEP, Folded
-from ortho_fx.bases.formula import Parameter, Term, TorchorthoState, Value, multiply_add, renamed
+from ortho_fx.bases.formula import Parameter, Term, Together, TorchorthoState, Value, multiply_add, renamed
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.bases.stable import stable
 from ortho_fx.errors import OrthoFxError
@@ -30,6 +31,8 @@ from ortho_fx.numerics.moments import Array, Bounds, Moments, Values, clamped
 
 # Horner's rule replaces the recurrence if its rounding error is at most this multiple of the recurrence's error.
 _HORNER_ERROR = 4.0
+# Up to this degree `together` adds up powers; they cancel more at higher degrees.
+MOST_POWERS = 8
 
 
 # The coefficients of the monomials of a sum of a_k He_k / k!, from the a_k, by their number. At these degrees Horner's
@@ -61,6 +64,28 @@ def _next(k: int, x: Value, last: Value, before: Value) -> Value:
     # The same formula in fewer passes over memory.
     summand = before * (-1.0 / k) if isinstance(before, Tensor) else x.new_full((), -before / k)
     return torch.addcmul(summand, x, last, value=1.0 / k)
+
+
+def powers(x: Tensor, degree: int) -> Tensor:
+    """1, x, ..., x^degree along a first dimension, in a number of operations that grows as log(degree)."""
+    rows, factor = torch.stack([torch.ones_like(x), x]), x
+    while len(rows) <= degree:
+        factor = factor * factor
+        rows = torch.cat([rows, rows * factor])
+    return rows[: degree + 1]
+
+
+def polynomial_together(x: Tensor, monomials: Array, coefficients: Tensor) -> Together:
+    """A sum of polynomials. Column k of `monomials` has the coefficients of the powers in polynomial k."""
+    degree, table = len(coefficients) - 1, torch.as_tensor(monomials, dtype=x.dtype, device=x.device)
+    rows = powers(x, degree)
+    weights = (table @ coefficients.flatten(1)).view_as(coefficients)
+    orders = torch.arange(1.0, degree + 1, dtype=x.dtype, device=x.device).reshape(-1, *(1 for _ in x.shape))
+    return Together(
+        lambda: (weights * rows).sum(0),
+        lambda: (weights[1:] * orders * rows[:-1]).sum(0),
+        lambda: (table.T @ rows.flatten(1)).view_as(rows),
+    )
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
@@ -117,6 +142,13 @@ class Hermite(Basis):
             return grad * slope
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * polynomials[k] for k in range(1, len(coefficients)))]
+
+    def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
+        (coefficients,) = parameters
+        degree = len(coefficients) - 1
+        if degree > MOST_POWERS:
+            return None
+        return polynomial_together(x, _monomials(degree), coefficients)
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         a = np.asarray(values["coefficients"], dtype=np.float64)
@@ -243,6 +275,7 @@ def probed(interval: Bounds | None) -> Array:
     return np.linspace(*interval, 401)
 
 
+@functools.cache
 def _monomials(degree: int) -> Array:
     """The coefficients of x^j in He_k / k!, in row j and column k: (-1)^m / (m! j! 2^m) with m = (k - j) / 2."""
     table = np.zeros((degree + 1, degree + 1))

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ortho_fx.bases.basis import Basis
-from ortho_fx.bases.formula import Parameter, Term, Value, multiply_add
+from ortho_fx.bases.formula import Parameter, Term, Together, Value, multiply_add
 from ortho_fx.bases.hermite import HERMITE, fit_series
 from ortho_fx.bases.numeric import sampled
 from ortho_fx.bases.stable import stable
@@ -63,6 +64,17 @@ class StockSeries(Basis):
             return multiply_add(grad * (weight[0] * scale[0]), slope, series())
 
         return grad_x, terms
+
+    def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
+        coefficients, weight, scale, shift = parameters
+        series, at = HERMITE.together(x, coefficients), scale[0] * x + shift[0]
+        if series is None:
+            return None
+        return Together(
+            lambda: series.value() + weight[0] * self.stock(at),
+            lambda: series.slope() + (weight[0] * scale[0]) * self.stock_slope(at),
+            series.terms,
+        )
 
     def moments(self, values: Values, bounds: Bounds | None = None) -> Moments:
         scale, shift = (float(values[name][0]) for name in ("scale", "shift"))

@@ -22,7 +22,7 @@ from ortho_fx.bases import BASES, Basis
 from ortho_fx.operands import check_operands
 from ortho_fx.operators import support
 from ortho_fx.operators.eager import backward_kernel, forward_kernel
-from ortho_fx.operators.formulas import backward_formula, forward_formula
+from ortho_fx.operators.formulas import backward_formula, differentiated_gradients, forward_formula
 
 NAMESPACE = "ortho_fx"
 CHANNEL_DIM = 1
@@ -84,7 +84,10 @@ def register(basis: Basis) -> None:
             fake_tensors.meta_table[_overload(name)] = shapes
         rule = _batching_rule(_overload(name), len(basis.parameters))
         torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_LIBRARY)
-    formulas = (by_position(formula, count) for _, count, _, formula, _ in kinds)
+    formulas = (
+        by_position(_unprepared(forward_formula(basis, differentiated=True)), tensor_count),
+        by_position(_unprepared(backward_formula(basis)), tensor_count + 1),
+    )
     if private := torch_private.available(torch_private.AUTOGRAD):
         _LIBRARY.impl(basis.name, _autograd_kernel(private, basis, *formulas), "Autograd", with_keyset=True)
     else:
@@ -146,14 +149,21 @@ def _backward_shapes(basis: Basis) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _gradients(
-    basis: Basis, backward: Callable[..., tuple[Tensor, ...]], grad: Tensor, *arguments: Any
+    basis: Basis, backward: Callable[..., tuple[Tensor, ...]], needed: Sequence[bool], grad: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x and of every parameter; None for a parameter that is not learnable."""
+    """The gradients of x and of every parameter; None for a parameter that is not learnable or not needed."""
+    count, found = 1 + len(basis.parameters), None
     # Grad mode is on exactly if the caller asked for a graph of the backward (create_graph=True).
-    formula = backward if torch.is_grad_enabled() else _overload(f"{basis.name}_backward")
-    grad_x, *rest = formula(grad, *arguments)
+    if torch.is_grad_enabled():
+        only_x = not any(needed[1:])
+        found = differentiated_gradients(basis, grad, *arguments[:count], channel_dim=arguments[count], only_x=only_x)
+        if found is None:
+            found = backward(grad, *arguments)
+    else:
+        found = _overload(f"{basis.name}_backward")(grad, *arguments)
+    grad_x, *rest = found
     learned = iter(rest)
-    return grad_x, *(next(learned) if parameter.learnable else None for parameter in basis.parameters)
+    return grad_x, *(next(learned, None) if parameter.learnable else None for parameter in basis.parameters)
 
 
 def _autograd_kernel(
@@ -174,7 +184,8 @@ def _autograd_kernel(
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # only once: under checkpointing each access recomputes them
             prepared = (list(saved[tensor_count:]),) if len(saved) > tensor_count else ()
-            gradients = _gradients(basis, backward, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
+            needed = ctx.needs_input_grad[2 : 2 + tensor_count]
+            gradients = _gradients(basis, backward, needed, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
             return None, None, *gradients, None
 
     def kernel(keys: Any, *arguments: Any) -> Tensor:
@@ -216,7 +227,7 @@ def _register_public_autograd(
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (
-            *_gradients(basis, backward, grad, *ctx.saved_tensors, ctx.channel_dim),
+            *_gradients(basis, backward, ctx.needs_input_grad, grad, *ctx.saved_tensors, ctx.channel_dim),
             None,
             *(None for _ in ctx.further),
         )

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.library import opcheck
 
-from ortho_fx import ExpansionConfig
+from ortho_fx import ExpansionConfig, torch_private
 from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES
 from ortho_fx.operators import expand, operator
@@ -89,6 +89,52 @@ def test_operators_with_groups_pass_pytorchs_own_checks_and_gradgradcheck(name):
     grouped = [p.detach().unsqueeze(1).repeat(1, 2).requires_grad_(p.requires_grad) for p in parameters]
     assert gradgradcheck(lambda *a: operator(basis_of(name))(*a, 1), (x, *grouped), check_fwd_over_rev=True)
     assert set(opcheck(operator(basis_of(name)), (x, *grouped, 1)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["hermite", "chebyshev", "fourier", "gelu_series", "silu_series"])
+def test_terms_in_one_tensor_are_those_of_the_formula(name, degree):
+    x, parameters = arguments(name, degree, shape=(3, 2, 7))
+    parameters = [p.detach()[:, None] + 0.1 * torch.arange(2.0, dtype=p.dtype) for p in parameters]
+    together = BASES[name].together(x.detach(), *(p[:, None, :, None] for p in parameters))
+    columns = [p.unsqueeze(-1) for p in parameters]
+    slope, terms = BASES[name].derivatives(torch.ones_like(x), x.detach(), *columns)
+    torch.testing.assert_close(together.value(), BASES[name].evaluate(x.detach(), *columns))
+    torch.testing.assert_close(together.slope(), slope())
+    torch.testing.assert_close(together.terms(), torch.stack([term() for term in terms]))
+
+
+class Counted(torch_private.load(torch_private.TESTS).TorchDispatchMode):
+    """Counts the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(name, degree):
+    """How many operations the second derivative takes by autograd, and by nested forward mode."""
+    x, parameters = arguments(name, degree)
+    with Counted() as by_autograd:
+        (first,) = torch.autograd.grad(expand(BASES[name], x, *parameters).sum(), x, create_graph=True)
+        torch.autograd.grad(first.sum(), x, create_graph=True)
+
+    def along(function):
+        return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
+
+    with Counted() as by_jvp:
+        along(along(lambda t: expand(BASES[name], t, *parameters)))(x)
+    return by_autograd.count, by_jvp.count
+
+
+@pytest.mark.parametrize("name", ["hermite", "chebyshev", "fourier", "gelu_series"])
+def test_operations_of_a_second_derivative_hardly_grow_with_the_degree(name):
+    for small, large in zip(operations(name, 2), operations(name, 8), strict=True):
+        assert large < 1.7 * small
 
 
 def test_third_derivative_of_a_cubic_is_its_leading_coefficient():
