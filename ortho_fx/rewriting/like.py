@@ -14,8 +14,9 @@ from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.activations.freeze import FrozenExpansion
 from ortho_fx.arguments import checked_model
 from ortho_fx.batches import Batch
-from ortho_fx.config import ExpansionConfig, SiteConfig
+from ortho_fx.config import PRESET, ExpansionConfig, SiteConfig
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.numerics.preset import presets
 from ortho_fx.passes import pipeline
 from ortho_fx.passes.context import SHARINGS
 from ortho_fx.passes.occurrence import Occurrence
@@ -192,6 +193,12 @@ def _rewrite(
             f"{len(uncalibrated)} expansions with init 'calibrated' start 'stable', for the state dict to fill: "
             "without one, pass example_inputs or call calibrate_",
         )
+    gone = {init for site in missing.values() if _is_elsewhere(init := site.expansion.init)}
+    if gone and wanted.tensors is None:
+        notes += (
+            f"expansions with init {', '.join(sorted(gone))} start 'stable', for the state dict to fill: there is no "
+            "such file here",
+        )
     return RewriteReport(record.sites, record.earlier, model), notes
 
 
@@ -199,8 +206,15 @@ def _start(site: SiteConfig, wanted: Source, example_inputs: Batch | None) -> st
     """The init of a new expansion whose values may come from elsewhere."""
     if wanted.tensors is not None or site.form is not None:
         return "stable"
-    calibrated = site.expansion.init == "calibrated"
-    return "stable" if calibrated and example_inputs is None else site.expansion.init
+    init = site.expansion.init
+    calibrated = init == "calibrated" and example_inputs is None
+    return "stable" if calibrated or _is_elsewhere(init) else init
+
+
+def _is_elsewhere(init: str) -> bool:
+    """Whether an init is a preset of a file that is not on this machine."""
+    name = init.removeprefix(PRESET)
+    return name != init and name not in presets() and not Path(name).exists()
 
 
 def _with_groups(config: ExpansionConfig, values: Mapping[str, Tensor]) -> ExpansionConfig:

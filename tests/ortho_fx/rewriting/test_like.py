@@ -1,10 +1,12 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import ortho_fx
 from ortho_fx import (
     ExpansionConfig,
     OrthoFxError,
@@ -179,6 +181,23 @@ def test_calibrated_expansions_without_values_say_so():
     other = fresh()
     assert rewrite_like_(other, expansion_config(model), example_inputs=X).notes == ()
     torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_preset_that_is_not_here_is_not_needed(tmp_path):
+    model, again, file = fresh(), fresh(), tmp_path / "mine.json"
+    file.write_bytes((Path(ortho_fx.__file__).parent / "presets" / "gpt2-small.json").read_bytes())
+    rewrite_(model, ExpansionConfig("fourier", 1, init=f"preset:{file}"))
+    described = expansion_config(model)
+    assert rewrite_like_(fresh(), described).notes == ()
+    file.unlink()
+    (note,) = rewrite_like_(again, described).notes
+    assert note == (
+        f"expansions with init preset:{file} start 'stable', for the state dict to fill: there is no such file here"
+    )
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(X), model(X), rtol=0, atol=0)
+    rewrite_like_(other := fresh(), model)
+    torch.testing.assert_close(other[1].coefficients, model[1].coefficients, rtol=0, atol=0)
 
 
 def test_a_file_of_expansions_alone(tmp_path):
