@@ -203,7 +203,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         curves = [run["losses"] for run in result["runs"] if (run["activation"], run["steps"]) == wanted]
         steps = [int(step) for step in curves[0]][1:]
         values = torch.tensor([[curve[str(step)] for step in steps] for curve in curves])
-        axis.semilogy(steps, values.mean(0), lw=1.5, label=name, **style)
+        axis.plot(steps, values.mean(0), lw=1.5, label=name, **style)
         axis.fill_between(steps, values.amin(0), values.amax(0), color=style["color"], alpha=0.12, lw=0)
     axis.set_xlabel("step of fine-tuning")
     axis.set_ylabel("validation loss, nats")
