@@ -21,6 +21,7 @@ def run(notebook):
     from matplotlib import pyplot
 
     namespace = {"__name__": "__main__"}
+    pyplot.close("all")
     cells, count = [], 0
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
