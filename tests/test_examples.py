@@ -297,9 +297,7 @@ def test_the_page_shows_what_the_example_printed(encrypted, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "command"), [("pinn", "poisson --steps 1 --seeds 1"), ("paper_figures", "fits")]
-)
+@pytest.mark.parametrize(("name", "command"), [("pinn", "poisson --steps 1 --seeds 1"), ("paper_figures", "fits")])
 def test_examples_write_to_a_folder_of_their_own(name, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load(name).main(command.split())
