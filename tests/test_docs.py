@@ -96,6 +96,12 @@ def test_numbers_of_pages_are_those_of_the_result_files():
         assert numbers.renewed(text) == text, "run: python docs/page_numbers.py"
 
 
+def test_the_picture_of_times_has_those_of_the_result_file():
+    drawn = re.findall(r">(\d\.\d\d)</text>", (ROOT / "docs" / "pictures" / "speed.svg").read_text())
+    times = script(ROOT / "docs" / "pictures" / "speed.py").times()
+    assert drawn == [f"{time:.2f}" for time in times.values()], "run: python docs/pictures/speed.py"
+
+
 @pytest.mark.parametrize("page", BASES, ids=lambda page: page.stem)
 def test_every_formula_becomes_mathml(page):
     arithmatex = {"pymdownx.arithmatex": {"generic": True}}
