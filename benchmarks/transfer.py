@@ -1,7 +1,7 @@
 """A ConvNeXt trained on clothes learns digits: with its GELU, or with fits of GELU that learn too.
 
     python benchmarks/transfer.py pretrain [--data /usr/share/datasets/fashion-mnist]
-    python benchmarks/transfer.py run [--steps 100] [--seeds 5] [--processes 1]
+    python benchmarks/transfer.py run [--steps 400] [--seeds 5] [--processes 1]
 
 `pretrain` trains a ConvNeXt with 55,000 parameters on Fashion-MNIST, and writes transfer_pretrained.safetensors beside
 this file. `run` fine-tunes it, with a new head, on scikit-learn's digits, enlarged from 8 to 16 pixels a side. A seed
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     first.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
     first.add_argument("--steps", type=int, default=1500)
     second = commands.add_parser("run")
-    second.add_argument("--steps", type=int, default=100)
+    second.add_argument("--steps", type=int, default=400)
     second.add_argument("--seeds", type=int, default=5)
     second.add_argument("--processes", type=int, default=1, help="networks that train at a time")
     parsed = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ortho_fx import torch_private
 from ortho_fx.bases import Basis
 from ortho_fx.bases.formula import Together
 from ortho_fx.operators import parts
@@ -39,7 +40,8 @@ def forward_formula(basis: Basis, differentiated: bool = False) -> Callable[...,
 
 def _together(basis: Basis, x: Tensor, parameters: Sequence[Tensor]) -> Together | None:
     """The terms in one tensor, for x of any shape and one expansion, or of shape [before, groups, behind]."""
-    if torch.compiler.is_compiling():
+    # Before PyTorch 2.13 it is false where AOTAutograd traces, and code that Inductor 2.11 makes of this crashes.
+    if torch.compiler.is_compiling() or torch_private.release() < (2, 13):
         return None
     after = (1, -1, 1) if parameters[0].dim() > 1 else tuple(1 for _ in x.shape)
     return basis.together(x, *(p.reshape(len(p), *after) for p in parameters))
