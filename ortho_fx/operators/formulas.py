@@ -1,7 +1,8 @@
 """The operators in differentiable tensor operations: for derivatives of higher order, forward mode, and exports.
 
 In eager mode each operation costs a few microseconds, and each derivative multiplies them. So formulas that autograd is
-to differentiate there use `Basis.together`, where a basis has it. Exports and compiled code keep the terms apart.
+to differentiate there use `Basis.together`, where a basis has it, from PyTorch 2.13 on. Exports and compiled code keep
+the terms apart.
 """
 
 from __future__ import annotations
