@@ -166,6 +166,19 @@ class Comparison:
         runs = [run for run in self.runs if (run.activation, run.steps) == (activation, steps)]
         return {run.seed: run.last for run in runs if run.diverged is None}
 
+    def lowest(self) -> str | None:
+        """The activation with the lowest mean loss at equal time, or at equal steps if time was not measured.
+
+        Only activations that finished as many seeds as any other count; None if that leaves fewer than two.
+        """
+        ended = {name: self._in_time(self.outcome(name)) for name in self.activations}
+        most = max(map(len, ended.values()))
+        losses = {name: [one[LOSS] for one in own.values()] for name, own in ended.items() if own and len(own) == most}
+        return min(losses, key=lambda name: statistics.fmean(losses[name])) if len(losses) > 1 else None
+
+    def _in_time(self, outcome: Outcome) -> Measured:
+        return outcome.at_equal_time if self.costs else outcome.at_equal_steps
+
     def report(self, *, markdown: bool = False) -> str:
         """The tables as aligned text or as Markdown."""
         parts = [_wrapped(f"**{self._title()}**" if markdown else self._title())]
@@ -301,6 +314,19 @@ class Comparison:
             names = [equal for equal, *_ in self._equalities(outcomes[0], outcomes[0])]
             heading = f"Difference to {self.reference}, {what}, with the 95 % interval of Student's t:"
             found.append((heading, ["", *(f"at equal {name}" for name in names)], rows))
+        if (lowest := self.lowest()) is not None and len(self.activations) > 2:
+            own, equal = self._in_time(self.outcome(lowest)), "time" if self.costs else "steps"
+            found.append(
+                (
+                    f"The lowest at equal {equal} is {lowest}. Its validation loss there minus that of each other:",
+                    ["", "difference", "95 % (t)", "95 % (bootstrap)", "better"],
+                    [
+                        [outcome.activation, *_difference(difference(own, self._in_time(outcome), LOSS, False))]
+                        for outcome in outcomes
+                        if outcome.activation != lowest
+                    ],
+                )
+            )
         measures = ["validation loss", "difference", "95 % (t)", "95 % (bootstrap)", "better"]
         measures += ["accuracy %", "difference"] if images else []
         header = ["", "parameters", "of them in expansions", *measures, "finished", "diverged"]
@@ -347,14 +373,7 @@ class Comparison:
         ]
 
     def _measures(self, own: Outcome, values: Measured, reference: Measured, images: bool) -> list[str]:
-        beside = self._beside(own, values, reference, LOSS)
-        cells = [
-            _spread(values, LOSS),
-            "-" if beside is None else f"{beside.mean:+.4f}",
-            _interval(None if beside is None else beside.t),
-            _interval(None if beside is None else beside.bootstrap),
-            "-" if beside is None else f"{beside.better} of {beside.pairs}",
-        ]
+        cells = [_spread(values, LOSS), *_difference(self._beside(own, values, reference, LOSS))]
         if images:
             cells.append(_spread(values, ACCURACY, 100, 2))
             cells.append(_with_interval(self._beside(own, values, reference, ACCURACY), 100, 2))
@@ -402,6 +421,11 @@ class Comparison:
                 "At equal time an activation has a run of its own, whose schedule ends with the time of the reference's"
                 " run. If that is within 1 % of the same number of steps, it is the same run.",
             ]
+        if self.lowest() is not None and len(self.activations) > 2:
+            notes.append(
+                "The lowest is chosen by the same runs as its differences are taken from, so they are a little too "
+                "large where others are close."
+            )
         if self.trials:
             notes.append(
                 "Every activation has the same number of trials around its first rates, on the same batches; they are "
@@ -464,6 +488,14 @@ def _spread(values: Measured, measure: str, scale: float = 1, digits: int = 4) -
         return "-"
     mean, std = spread([scale * measured[measure] for measured in values.values()])
     return f"{mean:.{digits}f} ± {'-' if std is None else format(std, f'.{digits}f')}"
+
+
+def _difference(beside: Difference | None) -> list[str]:
+    """The cells of a difference of losses: mean, both intervals, and on how many seeds it is better."""
+    if beside is None:
+        return ["-"] * 4
+    better = f"{beside.better} of {beside.pairs}"
+    return [f"{beside.mean:+.4f}", _interval(beside.t), _interval(beside.bootstrap), better]
 
 
 def _interval(interval: Sequence[float] | None, scale: float = 1, digits: int = 4) -> str:
