@@ -17,11 +17,14 @@ from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models.compare.costs import equal_time_steps
-from ortho_fx.models.compare.statistics import t_interval
+from ortho_fx.models.compare.report import ACCURACY, LOSS, Comparison
+from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread, t_interval
+from ortho_fx.models.compare.tuning import best
 
 DOCS = Path(__file__).parent
-PAGES = [*sorted(DOCS.glob("**/*.md")), DOCS / "pictures" / "which_basis.svg"]
 ROOT = DOCS.parent
+READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [*READMES, *sorted(DOCS.glob("**/*.md")), DOCS / "pictures" / "which_basis.svg"]
 NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
 TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORMS = {
@@ -62,10 +65,8 @@ def depth(name: str) -> str:
 def loss(name: str) -> str:
     """The last validation loss of a comparison, as mean over its seeds: "gpt2 hermite:3"."""
     comparison, activation = name.split(maxsplit=1)
-    compared = result(f"compare_{comparison}")
-    last = str(compared["settings"]["steps"])
-    runs = [run for run in compared["runs"] if run["activation"] == activation]
-    return f"{statistics.fmean(run['validations'][last]['validation_loss'] for run in runs):.3f}"
+    ended = _comparison(comparison).outcome(activation).at_equal_steps
+    return f"{statistics.fmean(values[LOSS] for values in ended.values()):.3f}"
 
 
 def step(name: str) -> str:
@@ -175,20 +176,60 @@ def compared(_: str) -> list[list[str]]:
 
 def runs(comparison: str) -> list[list[str]]:
     """A comparison at equal steps, with the time of a training step: "gpt2"."""
-    compared = result(f"compare_{comparison}")
-    last, reference = str(compared["settings"]["steps"]), compared["reference"]
-    losses: dict[str, dict[int, float]] = {}
-    for run in compared["runs"]:
-        losses.setdefault(run["activation"], {})[run["seed"]] = run["validations"][last]["validation_loss"]
-    rows = [["activation", "validation loss, nats", f"less {reference}'s", "seeds below", "time of a step"]]
-    for activation, own in losses.items():
-        gains = [value - losses[reference][seed] for seed, value in own.items()]
-        mean, deviation = statistics.fmean(own.values()), statistics.stdev(own.values())
-        below = f"{sum(gain < 0 for gain in gains)} of {len(gains)}"
-        others = [_ABSENT, _ABSENT] if activation == reference else [f"{statistics.fmean(gains):+.3f}", below]
-        cost = compared["costs"][activation]["ratio"]
-        rows.append([f"`{activation}`", f"{mean:.3f} ± {deviation:.3f}", *others, f"{cost:.2f}"])
+    compared = _comparison(comparison)
+    reference = compared.outcome(compared.reference).at_equal_steps
+    rows = [["activation", "validation loss, nats", f"less {compared.reference}'s", "seeds below", "time of a step"]]
+    for activation in compared.activations:
+        own = compared.outcome(activation).at_equal_steps
+        beside = difference(own, reference, LOSS, larger_is_better=False)
+        others = [_ABSENT, _ABSENT]
+        if activation != compared.reference and beside is not None:
+            others = [f"{beside.mean:+.3f}", f"{beside.better} of {beside.pairs}"]
+        rows.append([f"`{activation}`", _spread(own), *others, f"{compared.time_ratio(activation):.2f}"])
     return rows
+
+
+def ranking(comparison: str) -> list[list[str]]:
+    """A comparison at equal time, the lowest loss first, with paired differences to the reference and to the lowest."""
+    compared = _comparison(comparison)
+    outcomes = {name: compared.outcome(name) for name in compared.activations}
+    ended = {name: own for name, own in outcomes.items() if own.at_equal_time}
+    order = sorted(ended, key=lambda name: statistics.fmean(_losses(ended[name].at_equal_time)))
+    lowest = order[0]
+    header = ["activation", "validation loss, nats", f"less {compared.reference}'s", f"less {lowest}'s"]
+    images = any(ACCURACY in values for values in ended[lowest].at_equal_time.values())
+    rows = [[*header, *(["accuracy, %"] if images else []), "time of a step", "rates"]]
+    for name in order:
+        own, rates = ended[name].at_equal_time, best(compared.trials_of(name))
+        beside = [
+            _ABSENT if name == other else _minus(difference(own, outcomes[other].at_equal_time, LOSS, False))
+            for other in (compared.reference, lowest)
+        ]
+        accuracy = [f"{100 * statistics.fmean(v[ACCURACY] for v in own.values()):.1f}"] if images else []
+        chosen = _ABSENT if rates is None else f"{rates.lr:g}"
+        if rates is not None and rates.expansion_lr is not None:
+            chosen += f", {rates.expansion_lr:.2g}"
+        rows.append([f"`{name}`", _spread(own), *beside, *accuracy, f"{compared.time_ratio(name):.2f}", chosen])
+    return rows
+
+
+def _comparison(name: str) -> Comparison:
+    return Comparison.from_dict(result(f"compare_{name}"))
+
+
+def _losses(values: Measured) -> list[float]:
+    return [measured[LOSS] for measured in values.values()]
+
+
+def _spread(values: Measured) -> str:
+    mean, deviation = spread(_losses(values))
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
+
+
+def _minus(beside: Difference | None) -> str:
+    if beside is None:
+        return _ABSENT
+    return f"{beside.mean:+.3f}" + ("" if beside.t is None else " ({:+.3f} to {:+.3f})".format(*beside.t))
 
 
 def times(_: str) -> list[list[str]]:
@@ -280,7 +321,21 @@ def _minus_gelu(kept: Any, label: str, equal_time: bool) -> str:
 
 TABLES: dict[str, Callable[[str], list[list[str]]]] = {
     function.__name__: function
-    for function in (parameters, facts, starts, fits, cost, compared, runs, times, pinn, least, forms, transfer)
+    for function in (
+        parameters,
+        facts,
+        starts,
+        fits,
+        cost,
+        compared,
+        runs,
+        ranking,
+        times,
+        pinn,
+        least,
+        forms,
+        transfer,
+    )
 }
 
 
@@ -329,7 +384,7 @@ def main() -> None:
         text = page.read_text()
         if (new := renewed(text)) != text:
             page.write_text(new)
-            print(page.name)
+            print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":
