@@ -26,7 +26,7 @@ ROOT = DOCS.parent
 READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 PAGES = [*READMES, *sorted(DOCS.glob("**/*.md")), DOCS / "pictures" / "which_basis.svg"]
 NUMBER = re.compile(r"([-\d.e∞]+)(<!-- (\w+) ([^>]+?) -->)")
-TABLE = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORMS = {
     "polynomial": "a polynomial in powers of x, by Horner's rule",
     "waves": "a constant and the waves that are above rounding",
@@ -210,6 +210,26 @@ def ranking(comparison: str) -> list[list[str]]:
         if rates is not None and rates.expansion_lr is not None:
             chosen += f", {rates.expansion_lr:.2g}"
         rows.append([f"`{name}`", _spread(own), *beside, *accuracy, f"{compared.time_ratio(name):.2f}", chosen])
+    return rows
+
+
+def harvested(recipe: str) -> list[list[str]]:
+    """What of the gain of a learned function is left where other runs start from it."""
+    compared = Comparison.from_dict(result("harvested")[recipe]["comparison"])
+    reference = compared.outcome(compared.reference).at_equal_steps
+    rows = [["", "validation loss, nats", "less GELU's, equal steps", "time of a step", "less GELU's, equal time"]]
+    for name in compared.activations:
+        own = compared.outcome(name)
+        beside = [
+            _minus(difference(values, reference, LOSS, False)) for values in (own.at_equal_steps, own.at_equal_time)
+        ]
+        if name == compared.reference:
+            label, beside = "GELU", [_ABSENT] * 2
+        elif "preset:" in name:
+            label = f"the harvested function, {'frozen' if ':frozen' in name else 'which learns on'}"
+        else:
+            label = "Fourier 5, learned from its stable start"
+        rows.append([label, _spread(own.at_equal_steps), beside[0], f"{own.time_ratio:.2f}", beside[1]])
     return rows
 
 
