@@ -93,7 +93,7 @@ class TrainConfig:
     gated: bool = _setting(False, "give the model SwiGLU MLPs of as many parameters; expansions replace their SiLU")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
-    basis: str = _setting("hermite", lambda: f"{', '.join(BASES)}, or none for the untouched model")
+    basis: str = _setting(ExpansionConfig.basis, lambda: f"{', '.join(BASES)}, or none for the untouched model")
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
         None,

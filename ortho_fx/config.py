@@ -28,8 +28,9 @@ class ExpansionConfig:
     """The settings of an expansion: its basis and degree, its initialisation, and which channels share it.
 
     Args:
-        basis: "hermite", "fourier", "tropical", "tropical_rational", "chebyshev", "safe_rational", "piecewise_power",
-            "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from `register_basis`.
+        basis: "fourier" (the default), "hermite", "tropical", "tropical_rational", "chebyshev", "safe_rational",
+            "piecewise_power", "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from
+            `register_basis`.
         degree: the number of terms; the class of each basis states its range. None is the default of the basis.
         init: "stable" (forward and backward gains are 1 for inputs N(0, 1), and the variance of a signal converges to 1
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
@@ -55,7 +56,7 @@ class ExpansionConfig:
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
-    basis: str = "hermite"
+    basis: str = "fourier"
     degree: int | None = None
     init: str = "stable"
     granularity: str = "layer"

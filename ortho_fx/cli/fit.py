@@ -28,7 +28,7 @@ def add(commands: Commands[Parser]) -> None:
         allow_abbrev=False,
     )
     command.add_argument("function", help=f"what is fitted: {', '.join(fitted())}")
-    command.add_argument("--basis", default="hermite", help=f"{', '.join(BASES)} (default hermite)")
+    command.add_argument("--basis", default=ExpansionConfig.basis, help=f"{', '.join(BASES)} (default %(default)s)")
     command.add_argument("--degree", type=Whole(1), help="degree of the expansion (default: that of the basis)")
     command.add_argument("--clamp", type=Number(), help="cut inputs off so many standard deviations from the mean")
     command.add_argument("--tied", action="store_true", help=tied_help())

@@ -54,7 +54,7 @@ class ExpansionConverter(ModelConfigConverter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ModelConfigConverter.Config):
-        expansion: Expansions = "hermite"
+        expansion: Expansions = ExpansionConfig.basis
         targets: list[str] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -66,7 +66,7 @@ class ExpansionConverter(ModelConfigConverter):
 
 @override(target=BaseModel.Config, description="learnable expansions in the place of activations")
 def expansions(
-    model_config: Module.Config, *, expansion: Expansions = "hermite", targets: list[str] | None = None
+    model_config: Module.Config, *, expansion: Expansions = ExpansionConfig.basis, targets: list[str] | None = None
 ) -> Module.Config:
     """Lets the config of a model build it with expansions; the override that `override.imports` names.
 

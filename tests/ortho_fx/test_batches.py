@@ -232,7 +232,7 @@ def test_every_function_takes_a_loader():
         return nn.Sequential(nn.Linear(4, 8), nn.GELU())
 
     model, other = make(), make()
-    rewrite_(model), rewrite_(other)
+    rewrite_(model, "hermite"), rewrite_(other, "hermite")
     measured = calibrate_(model, loader(), limit=2)
     assert measured == calibrate_(other, [X[:4], X[4:8]])
     assert measured.sites[0].samples == 8 * 8

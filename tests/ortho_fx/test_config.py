@@ -25,11 +25,11 @@ def test_round_trip_and_hash():
     ("arguments", "message"),
     [
         ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
-        ({"degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
+        ({"basis": "hermite", "degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
         ({"basis": "fourier", "degree": 0}, "degree of fourier must be an integer from 1 to 64; got 0"),
-        ({"degree": 2.5}, "degree of hermite must be an integer from 1 to 32; got 2.5"),
-        ({"degree": True}, "degree of hermite must be an integer from 1 to 32; got True"),
-        ({"tied": True}, "tied is for the frequencies of fourier; hermite has none"),
+        ({"degree": 2.5}, "degree of fourier must be an integer from 1 to 64; got 2.5"),
+        ({"degree": True}, "degree of fourier must be an integer from 1 to 64; got True"),
+        ({"basis": "hermite", "tied": True}, "tied is for the frequencies of fourier; hermite has none"),
         ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
         ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
         ({"init": "zeros"}, f"init must be one of {', '.join(INITS)}, depth:L or preset:FILE; got 'zeros'"),
@@ -71,7 +71,7 @@ def test_short_forms():
 def test_a_map_is_a_config_or_maps_patterns_to_configs():
     fourier = ExpansionConfig("fourier", 4)
     assert configs_of({"basis": "fourier", "degree": 4}) == fourier
-    assert configs_of({"degree": 4}) == ExpansionConfig("hermite", 4)
+    assert configs_of({"degree": 4}) == fourier
     assert configs_of({"act": "fourier4", "degree": fourier}) == {"act": fourier, "degree": fourier}
     assert configs_of({"act": {"basis": "fourier", "degree": 4}, "*": None}) == {"act": fourier, "*": None}
 

@@ -487,7 +487,7 @@ def test_the_hook_leaves_out_a_pass(way, monkeypatch, tmp_path):
     x = torch.randn(2, 4)
     torch.testing.assert_close(torch.compile(model, backend="ortho_fx", options=options)(x), model(x))
     assert isinstance(model[1], nn.ReLU)
-    assert "# input_2_expansion: relu, hermite 3" in (tmp_path / "2_choose.txt").read_text()
+    assert "# input_2_expansion: relu, fourier 5" in (tmp_path / "2_choose.txt").read_text()
 
 
 def test_the_hook_names_an_unknown_pass():

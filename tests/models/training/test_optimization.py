@@ -29,7 +29,7 @@ def test_weights_and_expansions_are_clipped_apart():
     built = build(config)
     optimization = Optimization(built.model, config, ALONE)
     weights, expansions = optimization.clipped
-    assert len(expansions) == 4
+    assert len(expansions) == 16
     assert len(weights) + len(expansions) == len(list(built.model.parameters()))
     taken = optimization.step(0, [built.data.batch(0, 0, 2)])
     for own in (weights, expansions):

@@ -76,7 +76,7 @@ def test_what_cannot_be_inverted_is_refused_and_nothing_changes():
     for parametrization, message in told.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU())
-        rewrite_(model)
+        rewrite_(model, "hermite")
         parametrize.register_parametrization(model[3], "coefficients", parametrization(), unsafe=True)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(OrthoFxError, match=message):

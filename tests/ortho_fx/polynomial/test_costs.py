@@ -199,9 +199,8 @@ def test_the_table_and_the_plain_values():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 6), nn.GELU())
     data = batches(64, 4)
-    rewrite_(
-        model, {"1": ExpansionConfig(degree=2), "3": ExpansionConfig(granularity="channel")}, example_inputs=data[0]
-    )
+    configs = {"1": ExpansionConfig("hermite", 2), "3": ExpansionConfig("hermite", granularity="channel")}
+    rewrite_(model, configs, example_inputs=data[0])
     assert find_sites(model) == []
     report = polynomial_report(model, data)
     lines = str(report).splitlines()

@@ -59,9 +59,9 @@ def test_two_inputs_or_none_are_refused():
     model = nn.Sequential(nn.GELU())
     rewrite_(model)
     for given, told in (({}, "none"), ({"a": torch.ones(1), "b": torch.ones(1)}, "a=, b=")):
-        with pytest.raises(OrthoFxError, match=f"^HermiteActivation takes one tensor; got {told}$"):
+        with pytest.raises(OrthoFxError, match=f"^FourierActivation takes one tensor; got {told}$"):
             model[0](**given)
-    with pytest.raises(OrthoFxError, match=r"^HermiteActivation takes one tensor; got one tensor, a=$"):
+    with pytest.raises(OrthoFxError, match=r"^FourierActivation takes one tensor; got one tensor, a=$"):
         model[0](torch.ones(1), a=torch.ones(1))
 
 

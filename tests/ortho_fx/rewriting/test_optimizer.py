@@ -20,7 +20,7 @@ def test_weights_decay_and_nothing_else():
     members = {name: {id(p) for p in group["params"]} for name, group in groups.items()}
     assert members["decay"] == {id(model[0].weight), id(model[4].weight)}
     assert members["no_decay"] == {id(model[1].weight), id(model[1].bias), id(model[4].bias)}
-    assert members["expansions"] == {id(model[2].coefficients)}
+    assert members["expansions"] == {id(p) for p in model[2].parameters()}
     torch.optim.AdamW(groups.values())
 
 

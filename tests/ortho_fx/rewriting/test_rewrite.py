@@ -32,7 +32,7 @@ def model():
 
 
 def test_the_report_is_a_table():
-    config = {"0.*": ExpansionConfig("fourier", 4), "1": None, "re:.*act": ExpansionConfig(degree=2)}
+    config = {"0.*": ExpansionConfig("fourier", 4), "1": None, "re:.*act": ExpansionConfig("hermite", 2)}
     assert_expected_inline(
         str(rewrite_(model(), config)),
         """\
@@ -74,8 +74,8 @@ def test_a_second_rewrite_changes_nothing_and_says_so():
 
 def test_sites_that_were_left_can_be_replaced_later():
     network = model()
-    rewrite_(network, {"*.act": ExpansionConfig()})
-    report = rewrite_(network, ExpansionConfig("fourier"))
+    rewrite_(network, {"*.act": ExpansionConfig("hermite")})
+    report = rewrite_(network)
     assert [site.name for site in report.replaced] == ["1", "0.silu_expansion_0", "3.silu_expansion_0"]
     assert isinstance(network[0].act, HermiteActivation)
     assert isinstance(network[0].silu_expansion_0, FourierActivation)
@@ -89,7 +89,7 @@ def test_a_shared_activation_stays_shared():
     (site,) = rewrite_(network).sites
     assert (site.name, site.aliases) == ("b", ("a.1", "a.3")) or (site.name, site.aliases) == ("a.1", ("a.3", "b"))
     assert network["a"][1] is network["a"][3] is network["b"]
-    assert isinstance(network["b"], HermiteActivation)
+    assert isinstance(network["b"], FourierActivation)
 
 
 def test_an_instance_outside_of_the_model_is_not_touched():

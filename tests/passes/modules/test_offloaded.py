@@ -47,7 +47,7 @@ def test_models_that_wait_for_their_weights_keep_waiting():
 
 def test_what_is_offloaded_later_is_not_calibrated():
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU())
-    rewrite_(model)
+    rewrite_(model, "hermite")
     coefficients = model[1].coefficients
     model[1].to("meta")
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, freeze_, revert_, rewrite_, rewrite_like_
 
-PER_CHANNEL = ExpansionConfig(granularity="channel")
+PER_CHANNEL = ExpansionConfig("hermite", granularity="channel")
 
 
 class Network(nn.Module):
@@ -110,7 +110,7 @@ def test_a_setattr_that_refuses_is_not_asked():
 
 def test_an_expansion_that_replaced_nothing_adds_no_method():
     model = nn.Sequential(nn.Linear(4, 4), HermiteActivation(3))
-    rewrite_(model)
+    rewrite_(model, "hermite")
     assert not hasattr(model, "no_weight_decay")
 
 

@@ -98,7 +98,7 @@ def test_nodes_of_a_graph_and_the_hook():
     graph = fx.GraphModule(model, Tracer().trace(model))
     assert [site.name for site in rewrite_(graph).replaced] == ["1"]
     torch.compile(model, backend="ortho_fx")(torch.randn(2, 4))
-    assert type(model[1]).__name__ == "HermiteActivation"
+    assert type(model[1]).__name__ == "FourierActivation"
 
 
 def test_a_file_that_names_an_unknown_activation_says_so():
