@@ -169,7 +169,7 @@ def test_timm_model_is_calibrated_in_training_mode():
     """A new batch normalisation has no statistics yet: in eval mode it would not normalise its inputs."""
     example = load("timm_training")
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)).eval()
-    example.make_learnable(model, 50 * torch.randn(64, 8), ExpansionConfig())
+    example.make_learnable(model, 50 * torch.randn(64, 8), ExpansionConfig("hermite"))
     assert "2.coefficients" in model.no_weight_decay()
     torch.testing.assert_close(model[2].coefficients, HermiteActivation(3).coefficients, rtol=0.05, atol=0.05)
 

@@ -23,7 +23,16 @@ SMALL = gpt2.GPT2Config(vocabulary=256, context=8, layers=1, heads=1, width=8)
 def config():
     """The config of a run of four steps in the current folder."""
     return TrainConfig(
-        data="text.txt", steps=4, batch_size=2, lr=1e-2, warmup=1, compile=False, eval_every=4, save_every=2, out="run"
+        basis="hermite",
+        data="text.txt",
+        steps=4,
+        batch_size=2,
+        lr=1e-2,
+        warmup=1,
+        compile=False,
+        eval_every=4,
+        save_every=2,
+        out="run",
     )
 
 
