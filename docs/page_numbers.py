@@ -17,7 +17,7 @@ from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models.compare.costs import equal_time_steps
-from ortho_fx.models.compare.report import ACCURACY, LOSS, Comparison
+from ortho_fx.models.compare.report import LOSS, Comparison
 from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread, t_interval
 from ortho_fx.models.compare.tuning import best
 
@@ -69,6 +69,15 @@ def loss(name: str) -> str:
     return f"{statistics.fmean(values[LOSS] for values in ended.values()):.3f}"
 
 
+def trial(name: str) -> str:
+    """The loss of an activation's best trial: "gpt2_trials hermite:3"."""
+    comparison, activation = name.split(maxsplit=1)
+    chosen = best(_comparison(comparison).trials_of(activation))
+    assert chosen is not None
+    assert chosen.loss is not None
+    return f"{chosen.loss:.3f}"
+
+
 def step(name: str) -> str:
     """The time of a training step relative to GELU: "gpt2 hermite 3"."""
     model, expansion = name.split(maxsplit=1)
@@ -104,7 +113,7 @@ def annealed(name: str) -> str:
 
 NUMBERS: dict[str, Callable[[str], str]] = {
     function.__name__: function
-    for function in (time, time_a_channel, depth, loss, step, compile_time, rmse, basin, below_gelu, annealed)
+    for function in (time, time_a_channel, depth, loss, trial, step, compile_time, rmse, basin, below_gelu, annealed)
 }
 
 
@@ -186,30 +195,6 @@ def runs(comparison: str) -> list[list[str]]:
         if activation != compared.reference and beside is not None:
             others = [f"{beside.mean:+.3f}", f"{beside.better} of {beside.pairs}"]
         rows.append([f"`{activation}`", _spread(own), *others, f"{compared.time_ratio(activation):.2f}"])
-    return rows
-
-
-def ranking(comparison: str) -> list[list[str]]:
-    """A comparison at equal time, the lowest loss first, with paired differences to the reference and to the lowest."""
-    compared = _comparison(comparison)
-    outcomes = {name: compared.outcome(name) for name in compared.activations}
-    ended = {name: own for name, own in outcomes.items() if own.at_equal_time}
-    order = sorted(ended, key=lambda name: statistics.fmean(_losses(ended[name].at_equal_time)))
-    lowest = order[0]
-    header = ["activation", "validation loss, nats", f"less {compared.reference}'s", f"less {lowest}'s"]
-    images = any(ACCURACY in values for values in ended[lowest].at_equal_time.values())
-    rows = [[*header, *(["accuracy, %"] if images else []), "time of a step", "rates"]]
-    for name in order:
-        own, rates = ended[name].at_equal_time, best(compared.trials_of(name))
-        beside = [
-            _ABSENT if name == other else _minus(difference(own, outcomes[other].at_equal_time, LOSS, False))
-            for other in (compared.reference, lowest)
-        ]
-        accuracy = [f"{100 * statistics.fmean(v[ACCURACY] for v in own.values()):.1f}"] if images else []
-        chosen = _ABSENT if rates is None else f"{rates.lr:g}"
-        if rates is not None and rates.expansion_lr is not None:
-            chosen += f", {rates.expansion_lr:.2g}"
-        rows.append([f"`{name}`", _spread(own), *beside, *accuracy, f"{compared.time_ratio(name):.2f}", chosen])
     return rows
 
 
@@ -349,7 +334,7 @@ TABLES: dict[str, Callable[[str], list[list[str]]]] = {
         cost,
         compared,
         runs,
-        ranking,
+        harvested,
         times,
         pinn,
         least,
