@@ -66,7 +66,7 @@ def test_expansions_a_channel_with_clamps_train(tmp_path, model):
     run = Run(config, ALONE)
     result = run.start(resume=False, overwrite=False)
     expansions = [m for m in run.model.modules() if isinstance(m, ExpansionActivation)]
-    assert [m.coefficients.shape for m in expansions] == [(4, 4 * w) for w in ((32, 32), (32, 64))[model == "convnext"]]
+    assert [m.coefficients.shape for m in expansions] == [(5, 4 * w) for w in ((32, 32), (32, 64))[model == "convnext"]]
     assert all(m.bounds is not None for m in expansions)
     assert result.losses[20] < result.losses[1]
 
@@ -244,8 +244,8 @@ def test_a_checkpoint_is_not_overwritten_unasked_nor_resumed_by_another_run(tmp_
     train(config)
     with pytest.raises(OrthoFxError, match=r"holds a checkpoint: pass --resume or --overwrite"):
         train(config)
-    with pytest.raises(OrthoFxError, match="basis is 'hermite' there and 'fourier' here"):
-        train(small(tmp_path, compile=False, steps=1, basis="fourier"), resume=True)
+    with pytest.raises(OrthoFxError, match="basis is 'fourier' there and 'hermite' here"):
+        train(small(tmp_path, compile=False, steps=1, basis="hermite"), resume=True)
     train(config, overwrite=True)
 
 
@@ -373,7 +373,7 @@ def test_two_processes_take_the_steps_of_one_and_one_resumes_what_two_saved(tmp_
     alone = train(replace(config, out=str(tmp_path / "alone")))
     done = on_two_processes(tmp_path, "--parallel", parallel, "--accumulate", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("gpt2 test with hermite 3") == 1  # only one process prints
+    assert done.stdout.count("gpt2 test with fourier 5") == 1  # only one process prints
     run = read_run(tmp_path / "run")
     assert [row["loss"] for row in run.rows] == pytest.approx(list(alone.losses.values()), rel=1e-4)
     assert run.validations[-1]["validation_loss"] == pytest.approx(alone.validations[12]["validation_loss"], rel=1e-4)

@@ -269,7 +269,7 @@ def written(path, tensors, **changes):
             r"blocks\.7\.mlp\.act is no activation of this GPT2; those are blocks\.0\.mlp\.act, blocks\.1\.mlp\.act$",
         ),
         (
-            {"expansions": {"blocks.1.mlp.act": {}}},
+            {"expansions": {"blocks.1.mlp.act": {"basis": "hermite"}}},
             r"the tensors do not fit this GPT2: 1 missing \(blocks\.1\.mlp\.act\.coefficients\)$",
         ),
         (

@@ -359,7 +359,7 @@ def test_a_frozen_model_computes_what_it_did(basis, granularity):
 
 def test_a_compiled_model_runs_what_was_frozen():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
-    rewrite_(model)
+    rewrite_(model, "hermite")
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(2, 4)
     expected = compiled(x)

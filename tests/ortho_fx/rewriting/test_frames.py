@@ -13,7 +13,7 @@ from ortho_fx.rewriting import frames
 
 pytestmark = pytest.mark.slow
 
-compile_step = functools.partial(torch.compile, backend="ortho_fx", options={"degree": 4})
+compile_step = functools.partial(torch.compile, backend="ortho_fx", options={"basis": "hermite", "degree": 4})
 
 
 def network():
@@ -85,7 +85,7 @@ def test_every_network_of_a_step_is_rewritten(make):
     nets = [network().double(), network().double()]
     references = copy.deepcopy(nets)
     for reference in references:
-        rewrite_(reference, ExpansionConfig(degree=4))
+        rewrite_(reference, ExpansionConfig("hermite", 4))
     x = torch.randn(3, 4, dtype=torch.float64)
     step = make(nets)
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_what_comes_after_a_graph_break_is_rewritten_too(cls, recwarn):
     torch.manual_seed(0)
     model = cls().double()
     reference = copy.deepcopy(model)
-    rewrite_(reference, ExpansionConfig(degree=4))
+    rewrite_(reference, ExpansionConfig("hermite", 4))
     x = torch.randn(3, 4, dtype=torch.float64)
     compiled = compile_step(model)
     for _ in range(3):
