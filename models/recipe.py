@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ortho_fx.bases import BASES
-from ortho_fx.config import INITS, ExpansionConfig, what_ties
+from ortho_fx.config import INITS, ExpansionConfig, basis_of, default_basis, what_ties
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.files import reason
 from ortho_fx.models import convnext, gpt2
@@ -93,7 +93,11 @@ class TrainConfig:
     gated: bool = _setting(False, "give the model SwiGLU MLPs of as many parameters; expansions replace their SiLU")
     drop_path: float = _setting(0.0, "stochastic depth of convnext, the rate of its last block")
 
-    basis: str = _setting(ExpansionConfig.basis, lambda: f"{', '.join(BASES)}, or none for the untouched model")
+    basis: str = _setting(
+        None,
+        lambda: f"{', '.join(BASES)}, or none for the untouched model (default: {default_basis()})",
+        str,
+    )
     degree: int | None = _setting(None, "degree of the expansions (default: that of the basis)", int)
     init: str | None = _setting(
         None,
@@ -157,6 +161,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
+        object.__setattr__(self, "basis", basis_of(self.basis, self.degree))
         custom = is_custom(self.model)
         if not custom:
             one_of("model", self.model, TASKS)

@@ -17,6 +17,9 @@ PRESET = "preset:"
 # A start for a plain network of L layers: "depth:L".
 DEPTH = "depth:"
 _DEEPEST = 10_000
+DEFAULT_BASIS = "fourier"
+# A degree without a basis is one of a polynomial.
+_BASIS_OF_A_DEGREE = "hermite"
 VERSION = 1
 _GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
@@ -28,9 +31,9 @@ class ExpansionConfig:
     """The settings of an expansion: its basis and degree, its initialisation, and which channels share it.
 
     Args:
-        basis: "fourier" (the default), "hermite", "tropical", "tropical_rational", "chebyshev", "safe_rational",
-            "piecewise_power", "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from
-            `register_basis`.
+        basis: "fourier", "hermite", "tropical", "tropical_rational", "chebyshev", "safe_rational", "piecewise_power",
+            "gelu_series", "silu_series", "relu_squared_series", or the name of a basis from `register_basis`. None is
+            "fourier", but "hermite" with a degree, so that `ExpansionConfig(degree=3)` is the polynomial of degree 3.
         degree: the number of terms; the class of each basis states its range. None is the default of the basis.
         init: "stable" (forward and backward gains are 1 for inputs N(0, 1), and the variance of a signal converges to 1
             over many layers), "paper" (the initialisation of arXiv 2502.01247), "calibrated" ("stable" for the measured
@@ -56,7 +59,7 @@ class ExpansionConfig:
     Source: Khalfaoui-Hassani and Kesselheim, arXiv 2502.01247.
     """
 
-    basis: str = "fourier"
+    basis: str = None  # type: ignore[assignment]  # always a name after __post_init__
     degree: int | None = None
     init: str = "stable"
     granularity: str = "layer"
@@ -65,6 +68,7 @@ class ExpansionConfig:
     gated: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "basis", basis_of(self.basis, self.degree))
         basis = basis_named(self.basis)
         if self.degree is None:
             object.__setattr__(self, "degree", basis.default_degree)
@@ -269,6 +273,18 @@ def configs_of(value: object) -> ExpansionConfig | Mapping[str, ExpansionConfig 
         except OrthoFxError as error:
             raise OrthoFxError(f"the config of {pattern!r}: {error}") from None
     return found
+
+
+def basis_of(basis: str | None, degree: object) -> str:
+    """The basis that is meant; see `ExpansionConfig`."""
+    if basis is not None:
+        return basis
+    return DEFAULT_BASIS if degree is None else _BASIS_OF_A_DEGREE
+
+
+def default_basis() -> str:
+    """The basis without a name, as text for helps."""
+    return f"{basis_of(None, None)}, but {basis_of(None, 1)} with a degree"
 
 
 def depth_of(init: str) -> int:

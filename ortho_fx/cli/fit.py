@@ -12,7 +12,7 @@ from ortho_fx.activations.fit import fit
 from ortho_fx.bases import BASES
 from ortho_fx.cli.mistakes import say
 from ortho_fx.cli.parser import Commands, Number, Parser, Whole, tied_help
-from ortho_fx.config import ExpansionConfig
+from ortho_fx.config import ExpansionConfig, default_basis
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.vocabulary.targets import BY_NAME, Target, choose_targets
 
@@ -28,7 +28,7 @@ def add(commands: Commands[Parser]) -> None:
         allow_abbrev=False,
     )
     command.add_argument("function", help=f"what is fitted: {', '.join(fitted())}")
-    command.add_argument("--basis", default=ExpansionConfig.basis, help=f"{', '.join(BASES)} (default %(default)s)")
+    command.add_argument("--basis", help=f"{', '.join(BASES)} (default: {default_basis()})")
     command.add_argument("--degree", type=Whole(1), help="degree of the expansion (default: that of the basis)")
     command.add_argument("--clamp", type=Number(), help="cut inputs off so many standard deviations from the mean")
     command.add_argument("--tied", action="store_true", help=tied_help())

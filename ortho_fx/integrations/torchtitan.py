@@ -44,7 +44,7 @@ class ExpansionConverter(ModelConfigConverter):
 
     Args:
         config.expansion: an `ExpansionConfig`, a name such as "hermite3", a map of fields, or a map from patterns of
-            site names to these, as `rewrite_` takes them.
+            site names to these, as `rewrite_` takes them. None is `ExpansionConfig()`.
         config.targets: activation functions by name, as `rewrite_` takes them.
 
     Raises:
@@ -54,7 +54,7 @@ class ExpansionConverter(ModelConfigConverter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ModelConfigConverter.Config):
-        expansion: Expansions = ExpansionConfig.basis
+        expansion: Expansions | None = None
         targets: list[str] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -66,7 +66,7 @@ class ExpansionConverter(ModelConfigConverter):
 
 @override(target=BaseModel.Config, description="learnable expansions in the place of activations")
 def expansions(
-    model_config: Module.Config, *, expansion: Expansions = ExpansionConfig.basis, targets: list[str] | None = None
+    model_config: Module.Config, *, expansion: Expansions | None = None, targets: list[str] | None = None
 ) -> Module.Config:
     """Lets the config of a model build it with expansions; the override that `override.imports` names.
 

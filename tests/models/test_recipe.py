@@ -95,6 +95,12 @@ def test_wrong_settings_are_named(changes, message):
     assert str(caught.value) == message
 
 
+def test_a_degree_without_a_basis_is_that_of_a_polynomial():
+    config, default = TrainConfig(degree=4), TrainConfig()
+    assert (config.basis, config.degree, default.basis, default.degree) == ("hermite", 4, "fourier", 5)
+    assert TrainConfig(basis="fourier", degree=4).activation == "fourier 4"
+
+
 def test_fine_tuning_starts_as_the_activation_that_is_replaced():
     assert TrainConfig().init == "stable"
     assert TrainConfig(start_from="gpt2").init == "fit"

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,13 @@ def test_degree_defaults_by_basis():
     assert degrees == {"hermite": 3, "fourier": 5, "tropical": 5, "tropical_rational": 6}
 
 
+def test_a_degree_without_a_basis_is_that_of_a_polynomial():
+    assert ExpansionConfig() == ExpansionConfig(None, None) == ExpansionConfig("fourier", 5)
+    assert ExpansionConfig(degree=4) == ExpansionConfig.of({"degree": 4}) == ExpansionConfig("hermite", 4)
+    # A config has its basis once it is made, so another degree is one of the same basis.
+    assert replace(ExpansionConfig(), degree=4) == ExpansionConfig("fourier", 4)
+
+
 def test_round_trip_and_hash():
     config = ExpansionConfig("fourier", 4, "paper")
     for each in (config, ExpansionConfig("fourier", 4, tied=True)):
@@ -27,8 +35,9 @@ def test_round_trip_and_hash():
         ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
         ({"basis": "hermite", "degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
         ({"basis": "fourier", "degree": 0}, "degree of fourier must be an integer from 1 to 64; got 0"),
-        ({"degree": 2.5}, "degree of fourier must be an integer from 1 to 64; got 2.5"),
-        ({"degree": True}, "degree of fourier must be an integer from 1 to 64; got True"),
+        ({"degree": 33}, "degree of hermite must be an integer from 1 to 32; got 33"),
+        ({"degree": 2.5}, "degree of hermite must be an integer from 1 to 32; got 2.5"),
+        ({"degree": True}, "degree of hermite must be an integer from 1 to 32; got True"),
         ({"basis": "hermite", "tied": True}, "tied is for the frequencies of fourier; hermite has none"),
         ({"basis": "tropical", "tied": True}, "tied is for the frequencies of fourier; tropical has none"),
         ({"basis": "fourier", "tied": 1}, "tied must be True or False; got 1"),
@@ -71,7 +80,7 @@ def test_short_forms():
 def test_a_map_is_a_config_or_maps_patterns_to_configs():
     fourier = ExpansionConfig("fourier", 4)
     assert configs_of({"basis": "fourier", "degree": 4}) == fourier
-    assert configs_of({"degree": 4}) == fourier
+    assert configs_of({"degree": 4}) == ExpansionConfig("hermite", 4)
     assert configs_of({"act": "fourier4", "degree": fourier}) == {"act": fourier, "degree": fourier}
     assert configs_of({"act": {"basis": "fourier", "degree": 4}, "*": None}) == {"act": fourier, "*": None}
 

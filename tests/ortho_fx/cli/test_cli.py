@@ -27,7 +27,7 @@ def run(capsys, *arguments):
             ["train", "gpt2", "--basis", "foo"],
             "basis must be one of hermite, fourier, tropical, tropical_rational, chebyshev, ",
         ),
-        (["train", "gpt2", "--degree", "65"], "degree of fourier must be an integer from 1 to 64; got 65"),
+        (["train", "gpt2", "--degree", "40"], "degree of hermite must be an integer from 1 to 32; got 40"),
         (["train", "gpt2", "--degree", "x"], "argument --degree: must be a whole number from 0 up; got 'x'"),
         (["train", "gpt2", "--basis", "hermite", "--tied"], "tied is for the frequencies of fourier; hermite has none"),
         (["train", "bert"], "cannot read recipe bert: No such file or directory; recipes are TOML files, and"),

@@ -203,7 +203,7 @@ def refused(model, **keywords):
             "unknown option 'bases'; options are basis, degree, init, granularity, clamp, tied, gated "
             "and those of torch._inductor.config, and disable",
         ),
-        ({"options": {"degree": 99}}, "degree of fourier must be an integer from 1 to 64; got 99"),
+        ({"options": {"degree": 99}}, "degree of hermite must be an integer from 1 to 32; got 99"),
         (
             {"options": {"basis": "sine"}},
             f"basis must be one of {', '.join(BASES)}; got 'sine'",
