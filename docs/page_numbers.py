@@ -70,7 +70,7 @@ def loss(name: str) -> str:
 
 
 def trial(name: str) -> str:
-    """The loss of an activation's best trial: "gpt2_trials hermite:3"."""
+    """The loss of an activation's best trial: "gpt2_tuned hermite:3"."""
     comparison, activation = name.split(maxsplit=1)
     chosen = best(_comparison(comparison).trials_of(activation))
     assert chosen is not None
@@ -198,6 +198,22 @@ def runs(comparison: str) -> list[list[str]]:
     return rows
 
 
+def ranking(comparison: str) -> list[list[str]]:
+    """A comparison at equal time, the lowest loss first: "gpt2_tuned"."""
+    compared = _comparison(comparison)
+    ended = {name: compared.outcome(name).at_equal_time for name in compared.activations}
+    ordered = sorted(compared.activations, key=lambda name: statistics.fmean(_losses(ended[name])))
+    of = [_name(name) for name in (compared.reference, ordered[0])]
+    rows = [["", "validation loss, nats", *(f"less that of {name}" for name in of), "time of a step"]]
+    for name in ordered:
+        beside = [
+            _ABSENT if name == other else _minus(difference(ended[name], ended[other], LOSS, False))
+            for other in (compared.reference, ordered[0])
+        ]
+        rows.append([_name(name), _spread(ended[name]), *beside, f"{compared.time_ratio(name):.2f}"])
+    return rows
+
+
 def harvested(recipe: str) -> list[list[str]]:
     """What of the gain of a learned function is left where other runs start from it."""
     compared = Comparison.from_dict(result("harvested")[recipe]["comparison"])
@@ -220,6 +236,13 @@ def harvested(recipe: str) -> list[list[str]]:
 
 def _comparison(name: str) -> Comparison:
     return Comparison.from_dict(result(f"compare_{name}"))
+
+
+def _name(activation: str) -> str:
+    """An activation as the pages write it."""
+    usual = {"gelu": "GELU", "relu_squared": "ReLU²", "swiglu": "SwiGLU", "fourier:1": "one sine (Fourier 1)"}
+    usual |= {"fourier:1:gated": "one sine as SwiGLU's gate", "leaky_relu_squared": "LeakyReLU²", "xielu": "xIELU"}
+    return usual.get(activation) or activation.replace(":", " ").replace("_", " ").capitalize()
 
 
 def _losses(values: Measured) -> list[float]:
@@ -333,6 +356,7 @@ TABLES: dict[str, Callable[[str], list[list[str]]]] = {
         fits,
         cost,
         compared,
+        ranking,
         runs,
         harvested,
         times,
