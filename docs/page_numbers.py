@@ -241,7 +241,7 @@ def _comparison(name: str) -> Comparison:
 def _name(activation: str) -> str:
     """An activation as the pages write it."""
     usual = {"gelu": "GELU", "relu_squared": "ReLU²", "swiglu": "SwiGLU", "fourier:1": "one sine (Fourier 1)"}
-    usual |= {"fourier:1:gated": "one sine as SwiGLU's gate", "leaky_relu_squared": "LeakyReLU²", "xielu": "xIELU"}
+    usual |= {"fourier:1:gated": "one sine as SwiGLU's gate"}
     return usual.get(activation) or activation.replace(":", " ").replace("_", " ").capitalize()
 
 

@@ -17,7 +17,7 @@ PRESET = "preset:"
 # A start for a plain network of L layers: "depth:L".
 DEPTH = "depth:"
 _DEEPEST = 10_000
-DEFAULT_BASIS = "fourier"
+_DEFAULT_BASIS = "fourier"
 # A degree without a basis is one of a polynomial.
 _BASIS_OF_A_DEGREE = "hermite"
 VERSION = 1
@@ -279,7 +279,7 @@ def basis_of(basis: str | None, degree: object) -> str:
     """The basis that is meant; see `ExpansionConfig`."""
     if basis is not None:
         return basis
-    return DEFAULT_BASIS if degree is None else _BASIS_OF_A_DEGREE
+    return _DEFAULT_BASIS if degree is None else _BASIS_OF_A_DEGREE
 
 
 def default_basis() -> str:
