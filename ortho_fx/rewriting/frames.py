@@ -42,8 +42,10 @@ def own_module(frame: Frame) -> nn.Module | None:
         modules = [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]
         return next((module for module in modules if _has_method(module, resumed[1], code)), None)
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    # Dynamo compiles PyTorch's own modules through one of its functions, which closes over the module.
+    # Dynamo compiles PyTorch's own modules through one of its functions, which closes over the module, or over the
+    # method of it that `model.compile()` and `torch.compile(model.forward)` name.
     called = frame.f_locals.get("fn") if code.co_filename == _dynamo.external_utils.__file__ else None
+    called = called.__self__ if inspect.ismethod(called) else called
     return next((module for module in (first, called) if isinstance(module, nn.Module)), None)
 
 

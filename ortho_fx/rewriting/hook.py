@@ -90,7 +90,9 @@ def compile_graph(
     own = dict(frames.own_calls(frame, activations))
     left = [_describe(match.node) for match in activations if match.node not in own]
     if left:
-        warnings.warn(f"ortho_fx left {', '.join(left)}: no module's own code calls it", stacklevel=2)
+        itself = (site.reason for root in roots for site in find_sites(root) if not site.name)
+        reason = next(itself, "no module's own code calls it")
+        warnings.warn(f"ortho_fx left {', '.join(left)}: {reason}", stacklevel=2)
     if own:
         return _run_once(frame, gm, activations, own)
     if replaces and not activations:

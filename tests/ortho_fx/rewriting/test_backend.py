@@ -106,6 +106,8 @@ def first_called_in_inference_mode(model):
         (lambda: Network(broken=True), compile_model),
         (Own, lambda model: compile_model(model, fullgraph=True)),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), compile_model),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), compile_in_place),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), lambda model: compile_model(model.forward)),
     ],
     ids=[
         "model",
@@ -119,6 +121,8 @@ def first_called_in_inference_mode(model):
         "graph breaks",
         "own calls",
         "sequential",
+        "sequential, model.compile",
+        "sequential, its forward",
     ],
 )
 def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
@@ -174,6 +178,12 @@ def test_calls_that_no_module_makes_are_left_with_a_warning():
     ):
         compile_model(lambda x: helper(model(x)))(torch.randn(2, 8))
     assert isinstance(model[1], HermiteActivation)
+
+
+def test_an_activation_that_nothing_holds_is_left_with_a_warning():
+    activation, x = nn.GELU(), torch.randn(2, 8)
+    with pytest.warns(UserWarning, match="ortho_fx left gelu.*: the model itself is the activation, and nothing holds"):
+        torch.testing.assert_close(compile_in_place(activation)(x), F.gelu(x))
 
 
 def test_a_model_without_activations_is_warned_of():
