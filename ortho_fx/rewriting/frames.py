@@ -8,6 +8,7 @@ PyTorch used here are private; they come from `torch_private.HOOK`.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import types
@@ -42,9 +43,11 @@ def own_module(frame: Frame) -> nn.Module | None:
         modules = [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]
         return next((module for module in modules if _has_method(module, resumed[1], code)), None)
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    # Dynamo compiles PyTorch's own modules through one of its functions, which closes over the module, or over the
-    # method of it that `model.compile()` and `torch.compile(model.forward)` name.
+    # Dynamo compiles PyTorch's own modules through one of its functions, which closes over the module, or over a
+    # method of it, as for `model.compile()` and `torch.compile(model.forward)`.
     called = frame.f_locals.get("fn") if code.co_filename == _dynamo.external_utils.__file__ else None
+    while isinstance(called, functools.partial):
+        called = called.func
     called = called.__self__ if inspect.ismethod(called) else called
     return next((module for module in (first, called) if isinstance(module, nn.Module)), None)
 

@@ -90,9 +90,7 @@ def compile_graph(
     own = dict(frames.own_calls(frame, activations))
     left = [_describe(match.node) for match in activations if match.node not in own]
     if left:
-        itself = (site.reason for root in roots for site in find_sites(root) if not site.name)
-        reason = next(itself, "no module's own code calls it")
-        warnings.warn(f"ortho_fx left {', '.join(left)}: {reason}", stacklevel=2)
+        warnings.warn(f"ortho_fx left {', '.join(left)}: {_why_left(frame)}", stacklevel=2)
     if own:
         return _run_once(frame, gm, activations, own)
     if replaces and not activations:
@@ -137,6 +135,13 @@ def _activations(record: pipeline.Record) -> Iterator[Match]:
     for occurrence in record.occurrences:
         if occurrence.match is not None and occurrence.match.function in names:
             yield occurrence.match
+
+
+def _why_left(frame: Frame) -> str:
+    """Why an activation of the frame has no owner: it is the compiled module itself, or no module calls it."""
+    own = frames.own_module(frame)
+    sites = [] if own is None else find_sites(own)
+    return next((site.reason for site in sites if not site.name), "no module's own code calls it")
 
 
 def _warn_of_nothing(roots: Sequence[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from importlib.metadata import entry_points
 
 import pytest
@@ -108,6 +109,7 @@ def first_called_in_inference_mode(model):
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), compile_model),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), compile_in_place),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), lambda model: compile_model(model.forward)),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), lambda model: compile_model(partial(model.forward))),
     ],
     ids=[
         "model",
@@ -123,6 +125,7 @@ def first_called_in_inference_mode(model):
         "sequential",
         "sequential, model.compile",
         "sequential, its forward",
+        "sequential, a partial",
     ],
 )
 def test_outputs_gradients_and_names_are_those_of_rewrite(build, compile_it):
