@@ -32,7 +32,8 @@ class NarrowGPT2:
     def batches(self, seed: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Random windows of the training text; those of the validation text without a seed."""
         if seed is None:
-            yield from (self.text.validation_batch(number, size) for number in range(self.text.validation_batches(size)))
+            batches = range(self.text.validation_batches(size))
+            yield from (self.text.validation_batch(number, size) for number in batches)
         else:
             yield from (self.text.batch(seed, step, size) for step in count())
 
