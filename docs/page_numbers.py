@@ -69,6 +69,16 @@ def loss(name: str) -> str:
     return f"{statistics.fmean(values[LOSS] for values in ended.values()):.3f}"
 
 
+def below(name: str) -> str:
+    """By how much an activation's loss ends below that of the reference, as mean over seeds: "gpt2 hermite:3"."""
+    comparison, activation = name.split(maxsplit=1)
+    compared = _comparison(comparison)
+    own, reference = (compared.outcome(one).at_equal_steps for one in (activation, compared.reference))
+    beside = difference(own, reference, LOSS, False)
+    assert beside is not None
+    return f"{-beside.mean:.3f}"
+
+
 def trial(name: str) -> str:
     """The loss of an activation's best trial: "gpt2_tuned hermite:3"."""
     comparison, activation = name.split(maxsplit=1)
@@ -113,7 +123,20 @@ def annealed(name: str) -> str:
 
 NUMBERS: dict[str, Callable[[str], str]] = {
     function.__name__: function
-    for function in (time, time_a_channel, depth, loss, trial, step, compile_time, rmse, basin, below_gelu, annealed)
+    for function in (
+        time,
+        time_a_channel,
+        depth,
+        loss,
+        below,
+        trial,
+        step,
+        compile_time,
+        rmse,
+        basin,
+        below_gelu,
+        annealed,
+    )
 }
 
 
@@ -211,6 +234,28 @@ def ranking(comparison: str) -> list[list[str]]:
             for other in (compared.reference, ordered[0])
         ]
         rows.append([_name(name), _spread(ended[name]), *beside, f"{compared.time_ratio(name):.2f}"])
+    return rows
+
+
+def settings(comparison: str) -> list[list[str]]:
+    """What settings change beside the reference, after a quarter of the steps and at the end: "narrow_gpt2"."""
+    compared = _comparison(comparison)
+    steps = compared.steps // 4, compared.steps
+
+    def measured(name: str, step: int) -> Measured:
+        runs = [run for run in compared.runs if (run.activation, run.steps, run.diverged) == (name, steps[1], None)]
+        return {run.seed: run.validations[step] for run in runs}
+
+    beside = {
+        name: [difference(measured(name, step), measured(compared.reference, step), LOSS, False) for step in steps]
+        for name in compared.activations
+        if name != compared.reference
+    }
+    ended = {name: both[-1].mean for name, both in beside.items() if both[-1] is not None}
+    less = f"less that of `{compared.reference}` after"
+    rows = [["activation and settings", "seeds", *(f"{less} {step:,} steps" for step in steps)]]
+    for name in sorted(ended, key=ended.__getitem__):
+        rows.append([f"`{name}`", str(len(measured(name, steps[1]))), *map(_minus, beside[name])])
     return rows
 
 
@@ -358,6 +403,7 @@ TABLES: dict[str, Callable[[str], list[list[str]]]] = {
         compared,
         ranking,
         runs,
+        settings,
         harvested,
         times,
         pinn,
