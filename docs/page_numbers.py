@@ -286,7 +286,8 @@ def _comparison(name: str) -> Comparison:
 def _name(activation: str) -> str:
     """An activation as the pages write it."""
     usual = {"gelu": "GELU", "relu_squared": "ReLU²", "swiglu": "SwiGLU", "fourier:1": "one sine (Fourier 1)"}
-    usual |= {"fourier:1:gated": "one sine as SwiGLU's gate"}
+    usual |= {"fourier:1:gated": "one sine as SwiGLU's gate", "leaky_relu_squared": "LeakyReLU²"}
+    usual |= {"polynorm:3": "PolyNorm", "xielu": "xIELU"}
     return usual.get(activation) or activation.replace(":", " ").replace("_", " ").capitalize()
 
 
