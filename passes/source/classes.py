@@ -172,7 +172,8 @@ def find_calls(source: Source) -> tuple[Call, ...]:
 
 def guard_of_child(source: Source, key: str, function: str) -> str:
     """Why what the module keeps under a name is no activation where it calls it; empty where it is one."""
-    guards = (guard_of(function, call.uses) for call in analyse(source).children if call.key == key)
+    calls = (call for call in analyse(source).children if call.key == key)
+    guards = (guard_of(function, call.uses, of_margin=call.of_margin) for call in calls)
     return next((guard for guard in guards if guard), "")
 
 

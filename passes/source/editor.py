@@ -13,7 +13,7 @@ from torch import nn
 
 from ortho_fx.passes.source.methods import Method, is_getattr
 from ortho_fx.passes.source.reader import CHOSEN_LATER, HANDED_ON, Call, ChildCall, Reader, first_argument
-from ortho_fx.passes.source.uses import uses_of
+from ortho_fx.passes.source.uses import of_margin, uses_of
 from ortho_fx.passes.vocabulary.activates import held_in
 from ortho_fx.passes.vocabulary.guards import guard_of
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED, is_plain
@@ -143,11 +143,15 @@ class CallEditor(ast.NodeTransformer):
     def _note_child(self, node: ast.Call, key: str) -> None:
         if not self.chosen:
             in_place = any(self.reader.may_be(keyword.value) for keyword in node.keywords if keyword.arg == "inplace")
-            uses, asked = self.reader.asking(lambda: tuple(uses_of(node, self.method)))
-            decisive = any(use.other is not None for use in uses)
+            (uses, margin), asked = self.reader.asking(
+                lambda: (tuple(uses_of(node, self.method)), of_margin(first_argument(node), self.method))
+            )
+            decisive = margin or any(use.other is not None for use in uses)
             discarded = isinstance(self.method.scopes.parents.get(node), ast.Expr)
             self.children.append(
-                ChildCall(key, uses, in_place, asked if decisive else frozenset(), discarded, self._is_reread(node))
+                ChildCall(
+                    key, uses, in_place, asked if decisive else frozenset(), discarded, self._is_reread(node), margin
+                )
             )
 
     def _is_reread(self, call: ast.Call) -> bool:
@@ -215,7 +219,11 @@ class CallEditor(ast.NodeTransformer):
 
     def _with_surroundings(self, node: ast.expr, found: Call) -> Call:
         """A call with what it is to be left for that is not in the call itself."""
-        guard, asked = self.reader.asking(lambda: guard_of(found.function, uses_of(node, self.method)))
+        guard, asked = self.reader.asking(
+            lambda: guard_of(
+                found.function, uses_of(node, self.method), of_margin=of_margin(found.argument, self.method)
+            )
+        )
         return replace(
             found,
             problem=found.problem or self.method.owner_problem(node),

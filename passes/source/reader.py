@@ -91,8 +91,8 @@ def _file_name(path: str) -> str:
 @dataclass(frozen=True)
 class ChildCall:
     """One call of something that the module keeps, `self.act(x)`: what takes its result, whether `inplace` may be
-    asked for, the attributes of self that are constants in it, whether nothing takes the result, and whether the input
-    is read again by a name of its own."""
+    asked for, the attributes of self that are constants in it, whether nothing takes the result, whether the input
+    is read again by a name of its own, and whether the input is a sum or a difference with a constant."""
 
     key: str
     uses: tuple[Use, ...]
@@ -100,6 +100,7 @@ class ChildCall:
     constants: frozenset[str]
     discarded: bool = False
     reread: bool = False
+    of_margin: bool = False
 
 
 class Reader:

@@ -9,6 +9,7 @@ from ortho_fx.passes.source.methods import Method
 from ortho_fx.passes.vocabulary.guards import Use, number
 from ortho_fx.passes.vocabulary.meaning import UNRESOLVED
 
+_LONGEST_WAY = 8
 _OPERATIONS: dict[type[ast.operator], str] = {
     ast.Add: "add",
     ast.Sub: "sub",
@@ -32,7 +33,8 @@ def uses_of(node: ast.expr, method: Method) -> Iterator[Use]:
     elif isinstance(parent, ast.Attribute):
         call = method.scopes.parents.get(parent)
         if isinstance(call, ast.Call) and call.func is parent:
-            yield _use(_name(parent.attr), 0, call.args[0] if call.args else None, call, method)
+            other, alone = call.args[0] if call.args else None, not call.args and not call.keywords
+            yield _use(_name(parent.attr), 0, other, call, method, alone=alone)
     elif isinstance(parent, ast.Call) and node in parent.args:
         yield from _of_call(node, parent, method)
     elif isinstance(parent, ast.Subscript) and parent.value is node:
@@ -54,16 +56,16 @@ def uses_of(node: ast.expr, method: Method) -> Iterator[Use]:
 
 def _of_call(node: ast.expr, call: ast.Call, method: Method) -> Iterator[Use]:
     """A function's argument counts from 0, that of a tensor's method from 1."""
-    index = call.args.index(node)
+    index, alone = call.args.index(node), len(call.args) == 1 and not call.keywords
     if isinstance(call.func, ast.Attribute) and not method.is_self(call.func.value):
         of_tensor = method.resolve(call.func) is UNRESOLVED
         others = [call.func.value, *call.args] if of_tensor else call.args
         operand = index + of_tensor
         other = others[1 - operand] if operand < 2 <= len(others) else None
-        yield _use(_name(call.func.attr), operand, other, call, method)
+        yield _use(_name(call.func.attr), operand, other, call, method, alone=alone and not of_tensor)
     elif isinstance(call.func, ast.Name):
         other = call.args[1 - index] if index < 2 <= len(call.args) else None
-        yield _use(_name(call.func.id), index, other, call, method)
+        yield _use(_name(call.func.id), index, other, call, method, alone=alone)
 
 
 def _of_name(target: ast.expr, statement: ast.stmt, method: Method) -> Iterator[Use]:
@@ -83,13 +85,28 @@ def _changed_in_place(target: ast.Name, statement: ast.stmt, method: Method) -> 
                 yield _use(_OPERATIONS[type(later.op)], 0, later.value, later, method)
 
 
-def _use(operation: str, operand: int, other: ast.expr | None, result: ast.AST, method: Method) -> Use:
+def of_margin(node: ast.expr | None, method: Method, depth: int = _LONGEST_WAY) -> bool:
+    """Whether an expression, or that of a name with one value, is a sum or a difference with a constant in it."""
+    if node is None or not depth:
+        return False
+    if isinstance(node, ast.Name):
+        binding = method.scopes.only_binding(node)
+        return binding is not None and of_margin(binding.value, method, depth - 1)
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add | ast.Sub):
+        return False
+    sides = node.left, node.right
+    return any(number(method.constant(side)) for side in sides) or any(of_margin(s, method, depth - 1) for s in sides)
+
+
+def _use(
+    operation: str, operand: int, other: ast.expr | None, result: ast.AST, method: Method, *, alone: bool = False
+) -> Use:
     constant = None if other is None else number(method.constant(other))
 
     def further() -> Iterator[Use]:
         return uses_of(result, method) if isinstance(result, ast.expr) else iter(())
 
-    return Use(operation, operand, constant, further)
+    return Use(operation, operand, constant, further, alone)
 
 
 def _name(spelled: str) -> str:

@@ -1,8 +1,9 @@
-"""Activations that are none: a ReLU or ELU that keeps a number positive, and functions with a constant around them.
+"""Activations that are none: a ReLU that keeps a number positive or makes a loss, and functions with a constant around.
 
 `relu(x).sqrt()`, `elu(x) + 1` and `relu(w) + eps` need a result that is never negative, and an expansion has any sign.
-`silu(x) / 0.596` was measured for one function and would be wrong for another. Both are found by what becomes of the
-result. A front end tells that in the terms of `Use`, whether it reads source or a graph.
+`relu(1 - score).mean()` is a hinge loss, and a loss that learns can make itself small. `silu(x) / 0.596` was measured
+for one function and would be wrong for another. All are found by what becomes of the result. A front end tells that in
+the terms of `Use`, whether it reads source or a graph.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _LOGARITHMS = frozenset({"log", "log2", "log10", "log1p"})
 _DIVISIONS = frozenset({"truediv", "div", "divide", "true_divide", "floordiv", "floor_divide"})
 _PRODUCTS = frozenset({"mul", "multiply"})
 _POWERS = frozenset({"pow", "float_power"})
+_REDUCTIONS = frozenset({"sum", "mean"})
 _RUNNING = frozenset({"cumsum", "cumprod", "logcumsumexp"})
 # What they give out has the sign of what they take in.
 _KEEP_SIGN = frozenset(
@@ -42,16 +44,25 @@ class Use:
         operand: which of its arguments it is.
         other: the number that the other operand of two is; None where it is no constant.
         further: what takes the operation's own result.
+        alone: whether it takes nothing else.
     """
 
     operation: str
     operand: int
     other: float | None
     further: Callable[[], Iterable[Use]]
+    alone: bool = False
 
 
-def guard_of(function: str, uses: Iterable[Use], *, of_parameter: bool = False) -> str:
-    """Why an activation function, by its name in the table, is taken for no activation there; empty where it is one."""
+def guard_of(function: str, uses: Iterable[Use], *, of_parameter: bool = False, of_margin: bool = False) -> str:
+    """Why an activation function, by its name in the table, is taken for no activation there; empty where it is one.
+
+    Args:
+        function: its name.
+        uses: what takes its result.
+        of_parameter: whether its input is made of parameters alone.
+        of_margin: whether its input is a sum or a difference with a constant in it.
+    """
     if function not in BY_NAME or BY_NAME[function].gate:
         return ""
     known = list(uses)
@@ -59,6 +70,8 @@ def guard_of(function: str, uses: Iterable[Use], *, of_parameter: bool = False) 
         need = "a parameter" if of_parameter else _needs_positive(known, _DEEPEST)
         if need:
             return f"it keeps {need} positive, {_STAYS}"
+        if of_margin and _is_one_number(known, _DEEPEST):
+            return f"it is a hinge loss, {_STAYS}"
     # A constant around the function, not one in the next formula that takes its result.
     if len(known) == 1 and _rescales(known[0]):
         return f"its result is rescaled by a constant, {_STAYS}"
@@ -78,6 +91,17 @@ def _needs_positive(uses: Sequence[Use], depth: int) -> str:
         if need:
             return need
     return ""
+
+
+def _is_one_number(uses: Sequence[Use], depth: int) -> bool:
+    """Whether a sum or a mean over everything is made of the values, or of their squares."""
+    for use in uses:
+        if use.operation in _REDUCTIONS and use.alone:
+            return True
+        passes = use.operation in _KEEP_SIGN or use.operation == "square" or use.operation in _POWERS or _rescales(use)
+        if passes and use.operand == 0 and depth and _is_one_number(list(use.further()), depth - 1):
+            return True
+    return False
 
 
 def _need(use: Use, *, alone: bool) -> str:

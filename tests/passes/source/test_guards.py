@@ -1,4 +1,4 @@
-"""A ReLU that keeps a number positive, and an activation that a constant rescales, stay unless they are named."""
+"""A ReLU that keeps a number positive or makes a loss, and a rescaled activation, stay unless they are named."""
 
 import pytest
 import torch
@@ -115,6 +115,54 @@ def test_what_keeps_a_number_positive_is_left_and_replaced_where_it_is_named(cls
     (site,) = find_sites(module)
     assert site.reason == f"it keeps {what} positive, and it stays unless it is named as a target"
     assert [one.reason for one in find_sites(module, targets=[site.function])] == [""]
+
+
+class Hinge(Base):
+    def forward(self, x):
+        return F.relu(1 - self.linear(x)).mean()
+
+
+class Triplet(Base):
+    """The margin is an attribute, and the terms have names."""
+
+    def forward(self, x):
+        near, far = self.linear(x).norm(dim=-1), x.norm(dim=-1)
+        behind = near - far + self.p
+        loss = torch.relu(behind).square()
+        return torch.sum(loss)
+
+
+class HingeOfChild(Child):
+    def forward(self, x):
+        return self.act(self.p - self.linear(x)).sum(-1).mean()
+
+
+class Pooled(Base):
+    """Each row has a mean of its own, so this is no loss."""
+
+    def forward(self, x):
+        return F.relu(1 - self.linear(x)).mean(-1)
+
+
+class NoMargin(Base):
+    def forward(self, x):
+        return F.relu(self.linear(x)).mean()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("cls", [Hinge, Triplet, HingeOfChild])
+def test_a_hinge_loss_is_left_and_replaced_where_it_is_named(cls, traced):
+    module = fx.symbolic_trace(cls()) if traced else cls()
+    (site,) = find_sites(module)
+    assert site.reason == "it is a hinge loss, and it stays unless it is named as a target"
+    assert [one.reason for one in find_sites(module, targets=[site.function])] == [""]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("cls", [Pooled, NoMargin])
+def test_what_is_no_hinge_loss_is_replaced(cls, traced):
+    module = fx.symbolic_trace(cls()) if traced else cls()
+    assert [site.reason for site in find_sites(module)] == [""]
 
 
 class Ratio(Base):
