@@ -33,8 +33,8 @@ def uses_of(node: ast.expr, method: Method) -> Iterator[Use]:
     elif isinstance(parent, ast.Attribute):
         call = method.scopes.parents.get(parent)
         if isinstance(call, ast.Call) and call.func is parent:
-            other, alone = call.args[0] if call.args else None, not call.args and not call.keywords
-            yield _use(_name(parent.attr), 0, other, call, method, alone=alone)
+            argument, alone = call.args[0] if call.args else None, not call.args and not call.keywords
+            yield _use(_name(parent.attr), 0, argument, call, method, alone=alone)
     elif isinstance(parent, ast.Call) and node in parent.args:
         yield from _of_call(node, parent, method)
     elif isinstance(parent, ast.Subscript) and parent.value is node:
