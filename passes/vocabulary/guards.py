@@ -1,9 +1,9 @@
 """Activations that are none: a ReLU that keeps a number positive or makes a loss, and functions with a constant around.
 
 `relu(x).sqrt()`, `elu(x) + 1` and `relu(w) + eps` need a result that is never negative, and an expansion has any sign.
-`relu(1 - score).mean()` is a hinge loss, and a loss that learns can make itself small. `silu(x) / 0.596` was measured
-for one function and would be wrong for another. All are found by what becomes of the result. A front end tells that in
-the terms of `Use`, whether it reads source or a graph.
+`relu(1 - score).mean()` is a hinge loss, and a loss that learns can make itself small. `relu6(y + 3)` is a gate.
+`silu(x) / 0.596` was measured for one function and would be wrong for another. All are found by what goes in and what
+becomes of the result. A front end tells that in the terms of `Use`, whether it reads source or a graph.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ def guard_of(function: str, uses: Iterable[Use], *, of_parameter: bool = False, 
     # A constant around the function, not one in the next formula that takes its result.
     if len(known) == 1 and _rescales(known[0]):
         return f"its result is rescaled by a constant, {_STAYS}"
+    # x * relu6(y + 3) / 6 multiplies x by a hard sigmoid of y.
+    if function == "relu6" and of_margin:
+        return f"it is a hard sigmoid, {_STAYS}"
     return ""
 
 

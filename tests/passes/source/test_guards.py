@@ -165,6 +165,18 @@ def test_what_is_no_hinge_loss_is_replaced(cls, traced):
     assert [site.reason for site in find_sites(module)] == [""]
 
 
+class HardSigmoid(Base):
+    def forward(self, x):
+        return x * F.relu6(self.linear(x) + 3.0) / 6.0
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_hard_sigmoid_that_multiplies_something_else_is_left(traced):
+    module = fx.symbolic_trace(HardSigmoid()) if traced else HardSigmoid()
+    (site,) = find_sites(module)
+    assert site.reason == "it is a hard sigmoid, and it stays unless it is named as a target"
+
+
 class Ratio(Base):
     def forward(self, x):
         return F.silu(self.linear(x)) / 0.596
