@@ -54,8 +54,11 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
         if timed:
             ended = {name: _finished(comparison, name, comparison.equal_time_steps(name)) for name in shown}
             for name in shown:
-                if ended[name]:
-                    _draw_curve(line[1], ended[name], measure, scale, styles[name], comparison.costs[name].seconds)
+                ratio = comparison.time_ratio(name)
+                if ended[name] and ratio is not None:
+                    # Measurements of other hours agree in their ratios alone.
+                    unit = ratio * comparison.costs[comparison.reference].seconds
+                    _draw_curve(line[1], ended[name], measure, scale, styles[name], unit)
             late += [run for own in ended.values() for run in own]
             line[1].set_xlabel("seconds of training steps")
         for axis in line[:-1]:
