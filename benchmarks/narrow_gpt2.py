@@ -1,9 +1,9 @@
-"""A problem for `ortho-fx compare`: a GPT-2 of 0.12 million parameters, on the text that GPT-2 small learns from.
+"""A problem for `ortho-fx compare`: a GPT-2 of 0.13 million parameters, on the text that GPT-2 small learns from.
 
     ortho-fx compare benchmarks/narrow_gpt2.py:NarrowGPT2 --steps 6000 --batch-size 8 --lr 0.004 --weight-decay 0.1 \\
         --activations gelu fourier:5 --out runs/narrow
 
-It is small enough to try many settings over thousands of steps: it sees 50 bytes for each parameter in 6,000 of them.
+It is small enough to try many settings over thousands of steps: it sees 47 bytes for each parameter in 6,000 of them.
 """
 
 from __future__ import annotations
