@@ -1,4 +1,4 @@
-"""Activations that are none: a ReLU that keeps a number positive or makes a loss, gates by hand, and rescaled functions.
+"""Activations that are none: a ReLU that keeps a number positive or makes a loss, gates by hand, rescaled functions.
 
 `relu(x).sqrt()`, `elu(x) + 1` and `relu(w) + eps` need a result that is never negative, and an expansion has any sign.
 `relu(1 - score).mean()` is a hinge loss, and a loss that learns can make itself small. `relu6(y + 3)` is a gate.
