@@ -6,8 +6,9 @@ is measured, so the same call makes the same plan after a kill, and leaves out w
 1. Checks: every activation is built once, and compared with the reference's weights.
 2. Costs: a training step of each activation, in turns. They decide how many steps take the reference's time.
 3. Trials, with `tune`: learning rates, the same number for each, on a seed that is not reported.
-4. Runs: for each seed and activation, one of equal steps and one of equal time. Seeds are the outer loop, so that an
-   interrupted comparison is balanced. A run is known by its activation, its seed and its number of steps.
+4. Runs: for each seed and activation, one of equal steps and one of equal time, or one of the two. Seeds are the outer
+   loop, so that an interrupted comparison is balanced. A run is known by its activation, its seed and its number of
+   steps.
 
     OUT/SLUG-seedN/     one run of equal steps, as `train` writes it; OUT/SLUG-seedN-stepsM/ one of equal time
     OUT/compare.json    what is known so far, unrounded; rewritten after each run
@@ -64,6 +65,8 @@ class Budget:
         seeds: how many of each activation are reported.
         timing: whether to measure time and memory of a training step.
         equal_time: whether to train the runs of equal time; it needs the timing.
+        equal_steps: whether to train the runs of equal steps. Without them, the reference alone has the common number
+            of steps, and the others have runs of equal time.
         tune: trials of each activation's learning rates; 0 for none.
         tune_steps: of each trial (None: those of a run).
         jobs: runs that are trained at a time, each on one thread if there are several.
@@ -75,6 +78,7 @@ class Budget:
     seeds: int
     timing: bool = True
     equal_time: bool = True
+    equal_steps: bool = True
     tune: int = 0
     tune_steps: int | None = None
     jobs: int = 1
@@ -91,6 +95,8 @@ class Budget:
             )
         if self.tune_steps is not None and not self.tune:
             raise OrthoFxError("tune_steps is of trials, and tune asks for none")
+        if not (self.equal_steps or (self.timing and self.equal_time)):
+            raise OrthoFxError("without runs of equal steps, runs of equal time are needed, and these need the timing")
 
 
 def compare(
@@ -316,7 +322,8 @@ class _Work:
         for seed in range(self.config.seed, self.config.seed + self.budget.seeds):
             for label in self.activations:
                 chosen = best(comparison.trials_of(label))
-                endings = [comparison.steps]
+                # Every difference is to the reference's run of the common number of steps.
+                endings = [comparison.steps] if self.budget.equal_steps or label == self.reference else []
                 if self.budget.timing and self.budget.equal_time:
                     endings.append(self._equal_time_steps(label))
                 for steps in dict.fromkeys(endings):

@@ -53,6 +53,12 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument(
         "--no-equal-time", dest="equal_time", action="store_false", help="leave out the runs of equal time"
     )
+    command.add_argument(
+        "--no-equal-steps",
+        dest="equal_steps",
+        action="store_false",
+        help="leave out the runs of equal steps, but for the reference's",
+    )
     command.add_argument("--overwrite", action="store_true", help="start anew where the folder has a comparison")
     command.set_defaults(run=run, trains=True)
 
@@ -67,6 +73,7 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.seeds,
         timing=parsed.timing,
         equal_time=parsed.equal_time,
+        equal_steps=parsed.equal_steps,
         tune=parsed.tune,
         tune_steps=parsed.tune_steps,
         jobs=parsed.jobs,

@@ -59,3 +59,23 @@ def test_the_second_column_has_runs_of_equal_time_over_seconds(tmp_path, monkeyp
     assert hermite.get_ydata().tolist() == [2.0, 1.0]
     assert seconds.get_xlabel() == "seconds of training steps"
     assert gelu.get_color() != hermite.get_color()
+
+
+def test_a_kind_that_the_reference_alone_has_is_left_out(tmp_path, monkeypatch):
+    timed = comparison(False)
+    timed.activations = LABELS[:2]
+    timed.costs = {"gelu": StepCost(0.5, 1.0, 1, 1), "hermite:3": StepCost(0.25, 0.5, 1, 1)}
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    plot_comparison(timed, tmp_path / "picture.png")
+    longer = {400: {"validation_loss": 2.0}, 800: {"validation_loss": 1.0}}
+    timed.runs = [run for run in timed.runs if run.activation == "gelu"]
+    plot_comparison(timed, tmp_path / "picture.png")
+    timed.runs.append(ComparedRun("hermite:3", 0, "", 100, 0, longer, 0.1, None, 800))
+    plot_comparison(timed, tmp_path / "picture.png")
+    titles = [[axis.get_title() for axis in figure.axes] for figure in drawn]
+    curves = "mean and range over 2 seeds"
+    steps = [f"equal steps: {curves}", "at equal steps: each seed, and the mean"]
+    assert titles == [steps, steps, [f"equal time: {curves}", "at equal time: each seed, and the mean"]]
+    ends = drawn[2].axes[-1]
+    assert [line.get_xdata().tolist() for line in ends.lines[-2:]] == [[1.0], [1.0, 1.0]]

@@ -187,6 +187,22 @@ def test_a_run_of_equal_time_ends_its_schedule_there(tmp_path, trained, known_co
     assert [name for name, _ in trained] == [f"{name}-seed1" for name in ("gelu", "hermite-3", "fourier-2", "relu")]
 
 
+def test_without_runs_of_equal_steps_the_reference_alone_has_them(tmp_path, trained, known_costs):
+    comparison = compare(small(), ["hermite", "fourier:2", "relu"], Budget(1, equal_steps=False), tmp_path)
+    assert [name for name, _ in trained] == [
+        "gelu-seed0",
+        "hermite-3-seed0-steps2",
+        "fourier-2-seed0-steps8",
+        "relu-seed0",
+    ]
+    outcome = comparison.outcome("hermite:3")
+    assert outcome.at_equal_steps == outcome.at_equal_parameters == {}
+    assert list(outcome.at_equal_time) == [0]
+    trained.clear()
+    compare(small(), ["hermite", "fourier:2", "relu"], Budget(1), tmp_path)
+    assert [name for name, _ in trained] == ["hermite-3-seed0", "fourier-2-seed0"]
+
+
 def test_more_activations_and_seeds_train_what_is_missing(tmp_path, trained):
     compare(small(steps=1), ["hermite"], ONE, tmp_path)
     trained.clear()
@@ -303,6 +319,10 @@ def test_the_step_of_a_compiled_run_is_measured_compiled(monkeypatch):
         ({"tune": 1}, "tune must be 0 or at least 2, since the first trial has the rates of the run; got 1"),
         ({"tune_steps": 5}, "tune_steps is of trials, and tune asks for none"),
         ({"jobs": 0}, "jobs must be 1 or more; got 0"),
+        (
+            {"equal_steps": False, "timing": False},
+            "without runs of equal steps, runs of equal time are needed, and these need the timing",
+        ),
     ],
 )
 def test_a_budget_that_is_too_small_says_so(budget, message):
