@@ -19,7 +19,6 @@ from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models.compare.costs import equal_time_steps
 from ortho_fx.models.compare.report import LOSS, Comparison
 from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread, t_interval
-from ortho_fx.models.compare.tuning import best
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -79,13 +78,10 @@ def below(name: str) -> str:
     return f"{-beside.mean:.3f}"
 
 
-def trial(name: str) -> str:
-    """The loss of an activation's best trial: "gpt2_tuned hermite:3"."""
+def loss_in_time(name: str) -> str:
+    """The last validation loss at equal time, as mean over the seeds: "gpt2_tuned hermite:3"."""
     comparison, activation = name.split(maxsplit=1)
-    chosen = best(_comparison(comparison).trials_of(activation))
-    assert chosen is not None
-    assert chosen.loss is not None
-    return f"{chosen.loss:.3f}"
+    return f"{statistics.fmean(_losses(_comparison(comparison).outcome(activation).at_equal_time)):.3f}"
 
 
 def step(name: str) -> str:
@@ -129,7 +125,7 @@ NUMBERS: dict[str, Callable[[str], str]] = {
         depth,
         loss,
         below,
-        trial,
+        loss_in_time,
         step,
         compile_time,
         rmse,
@@ -225,7 +221,7 @@ def ranking(comparison: str) -> list[list[str]]:
     """A comparison at equal time, the lowest loss first: "gpt2_tuned"."""
     compared = _comparison(comparison)
     ended = {name: compared.outcome(name).at_equal_time for name in compared.activations}
-    ordered = sorted(compared.activations, key=lambda name: statistics.fmean(_losses(ended[name])))
+    ordered = sorted(filter(ended.get, ended), key=lambda name: statistics.fmean(_losses(ended[name])))
     of = [_name(name) for name in (compared.reference, ordered[0])]
     rows = [["", "validation loss, nats", *(f"less that of {name}" for name in of), "time of a step"]]
     for name in ordered:
@@ -287,7 +283,7 @@ def _name(activation: str) -> str:
     """An activation as the pages write it."""
     usual = {"gelu": "GELU", "relu_squared": "ReLU²", "swiglu": "SwiGLU", "fourier:1": "one sine (Fourier 1)"}
     usual |= {"fourier:1:gated": "one sine as SwiGLU's gate", "leaky_relu_squared": "LeakyReLU²"}
-    usual |= {"polynorm:3": "PolyNorm", "xielu": "xIELU"}
+    usual |= {"polynorm:3": "PolyNorm", "xielu": "xIELU", "fourier:5,granularity=group:8": "Fourier 5 in 8 groups"}
     return usual.get(activation) or activation.replace(":", " ").replace("_", " ").capitalize()
 
 

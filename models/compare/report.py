@@ -17,7 +17,7 @@ from ortho_fx.models.compare.statistics import Difference, Measured, difference,
 from ortho_fx.models.compare.tuning import Trial, at_the_edge, best
 
 VERSION = 2
-LOSS, ACCURACY = "validation_loss", "accuracy"
+LOSS, ACCURACY, TRAINING = "validation_loss", "accuracy", "training_loss"
 
 
 @dataclass
@@ -33,6 +33,7 @@ class ComparedRun:
         diverged: why it ended before its last step; None if it did not.
         steps: of the whole run, at whose end its learning rate is lowest.
         lr, expansion_lr: peak learning rates; None for an expansion_lr like lr, and in files of version 1.
+        training_loss: mean over the last twentieth of its steps, in nats; None if it diverged, and in older files.
     """
 
     activation: str
@@ -46,11 +47,13 @@ class ComparedRun:
     steps: int = 0
     lr: float | None = None
     expansion_lr: float | None = None
+    training_loss: float | None = None
 
     @property
     def last(self) -> dict[str, float]:
-        """The last validation of a run that ended."""
-        return self.validations[self.steps]
+        """The last validation of a run that ended, with its "training_loss" if that is known."""
+        training = {} if self.training_loss is None else {TRAINING: self.training_loss}
+        return {**self.validations[self.steps], **training}
 
 
 @dataclass
@@ -208,7 +211,7 @@ class Comparison:
             facts = self.facts.get(outcome.activation)
             rates = (None, None) if run is None else (run.lr, run.expansion_lr)
             for equal, steps, values, reference in self._equalities(outcome, outcomes[0]):
-                for measure in (LOSS, ACCURACY):
+                for measure in (LOSS, ACCURACY, TRAINING):
                     numbers = [measured[measure] for measured in values.values() if measure in measured]
                     if not numbers:
                         continue
@@ -328,6 +331,7 @@ class Comparison:
                 )
             )
         measures = ["validation loss", "difference", "95 % (t)", "95 % (bootstrap)", "better"]
+        measures += ["training loss"] if self._knows_training() else []
         measures += ["accuracy %", "difference"] if images else []
         header = ["", "parameters", "of them in expansions", *measures, "finished", "diverged"]
         rows = [self._at_equal_steps(outcome, outcomes[0], images) for outcome in outcomes]
@@ -343,6 +347,9 @@ class Comparison:
             )
             found.append((heading, header, [self._rates(activation) for activation in self.activations]))
         return found
+
+    def _knows_training(self) -> bool:
+        return any(run.training_loss is not None for run in self.runs)
 
     def _at_equal_steps(self, outcome: Outcome, reference: Outcome, images: bool) -> list[str]:
         run = next((run for run in self.runs if run.activation == outcome.activation), None)
@@ -374,6 +381,8 @@ class Comparison:
 
     def _measures(self, own: Outcome, values: Measured, reference: Measured, images: bool) -> list[str]:
         cells = [_spread(values, LOSS), *_difference(self._beside(own, values, reference, LOSS))]
+        if self._knows_training():
+            cells.append(_spread(values, TRAINING))
         if images:
             cells.append(_spread(values, ACCURACY, 100, 2))
             cells.append(_with_interval(self._beside(own, values, reference, ACCURACY), 100, 2))
@@ -407,6 +416,8 @@ class Comparison:
         unequal = [name for name in self.activations if abs(self.outcome(name).more_parameters or 0) > SAME]
         if unequal:
             notes.append(f"Other than {self.reference} in parameters by more than 1 %: {', '.join(unequal)}.")
+        if self._knows_training():
+            notes.append('"training loss" is the mean over the last twentieth of the steps, while the model trains.')
         if self.settings["warmup"] > self.steps:
             notes.append(
                 f"Runs of {self.steps:,} steps end within the warmup of {self.settings['warmup']:,}: no learning rate "
@@ -484,9 +495,10 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spread(values: Measured, measure: str, scale: float = 1, digits: int = 4) -> str:
-    if not values:
+    numbers = [scale * measured[measure] for measured in values.values() if measure in measured]
+    if not numbers:
         return "-"
-    mean, std = spread([scale * measured[measure] for measured in values.values()])
+    mean, std = spread(numbers)
     return f"{mean:.{digits}f} ± {'-' if std is None else format(std, f'.{digits}f')}"
 
 

@@ -395,6 +395,7 @@ def _result(job: Job, diverged: str | None) -> ComparedRun:
     validations = {step: values for step, values in measured.items() if math.isfinite(values[LOSS])}
     if diverged is None and steps not in validations:
         diverged = f"the validation loss is not finite at step {steps}"
+    late = [row["loss"] for row in run.rows if row["step"] > steps - max(1, steps // 20) and math.isfinite(row["loss"])]
     return ComparedRun(
         job.label,
         config.seed,
@@ -407,6 +408,7 @@ def _result(job: Job, diverged: str | None) -> ComparedRun:
         steps=steps,
         lr=config.lr,
         expansion_lr=config.expansion_lr,
+        training_loss=statistics.fmean(late) if late and diverged is None else None,
     )
 
 

@@ -40,8 +40,9 @@ class Difference:
 
 
 def difference(values: Measured, reference: Measured, measure: str, larger_is_better: bool) -> Difference | None:
-    """The difference of a measure from the reference's, paired by seed; None if they have no seed in common."""
-    found = [values[seed][measure] - reference[seed][measure] for seed in sorted(values) if seed in reference]
+    """The difference of a measure from the reference's, paired by seed; None if no seed has it in both."""
+    both = [seed for seed in sorted(values) if measure in values[seed] and measure in reference.get(seed, {})]
+    found = [values[seed][measure] - reference[seed][measure] for seed in both]
     if not found:
         return None
     sign = 1 if larger_is_better else -1

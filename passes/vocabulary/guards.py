@@ -97,12 +97,14 @@ def _needs_positive(uses: Sequence[Use], depth: int) -> str:
 
 
 def _is_one_number(uses: Sequence[Use], depth: int) -> bool:
-    """Whether a sum or a mean over everything is made of the values, or of their squares."""
+    """Whether a sum or a mean over everything is made of the values or their squares, weighted or not."""
     for use in uses:
-        if use.operation in _REDUCTIONS and use.alone:
+        name = use.operation
+        if name in _REDUCTIONS and use.alone:
             return True
-        passes = use.operation in _KEEP_SIGN or use.operation == "square" or use.operation in _POWERS or _rescales(use)
-        if passes and use.operand == 0 and depth and _is_one_number(list(use.further()), depth - 1):
+        passes = name in _KEEP_SIGN or name == "square" or name in _POWERS or name in _DIVISIONS
+        passes = name in _PRODUCTS or (passes and use.operand == 0)
+        if passes and depth and _is_one_number(list(use.further()), depth - 1):
             return True
     return False
 

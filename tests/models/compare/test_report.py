@@ -223,6 +223,31 @@ def test_ratios_are_to_the_reference_whichever_was_measured_first():
     assert other.outcome("slow").equal_time_steps == 400
 
 
+def test_the_training_loss_stands_beside_the_validation_loss():
+    known = comparison()
+    assert "training loss" not in str(known)
+    for number, one in enumerate(known.runs[:3]):
+        one.training_loss = 1.5 + number / 10
+    known.activations = ["gelu", "slow"]
+    heading, header, rows = next(table for table in known._tables() if table[0].startswith("At equal steps"))
+    cells = [row[header.index("training loss")] for row in rows]
+    assert cells == ["1.5000 ± -", "1.6000 ± -"]
+    _, header, rows = next(table for table in known._tables() if table[0].startswith("At equal time"))
+    cells = [row[header.index("training loss")] for row in rows]
+    assert cells == ["1.5000 ± -", "1.7000 ± -"]
+    assert '"training loss" is the mean over the last twentieth of the steps' in " ".join(str(known).split())
+    lines = list(csv.DictReader(known.csv().splitlines()))
+    (found,) = (
+        line
+        for line in lines
+        if (line["activation"], line["equal"], line["measure"]) == ("slow", "steps", "training_loss")
+    )
+    assert (found["seeds"], found["pairs"]) == ("1", "1")
+    assert float(found["difference"]) == pytest.approx(0.1)
+    again = Comparison.from_dict(json.loads(json.dumps(known.to_dict())))
+    assert again.runs == known.runs
+
+
 def test_steps_of_equal_time():
     assert equal_time_steps(1500, 1.25) == 1200
     assert equal_time_steps(1500, 0.5) == 3000

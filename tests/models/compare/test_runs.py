@@ -181,6 +181,9 @@ def test_a_run_of_equal_time_ends_its_schedule_there(tmp_path, trained, known_co
         rates = [row["lr"] / 4e-3 for row in read_rows(tmp_path / name / "metrics.jsonl")]
         assert len(rates) == steps
         assert rates[:warmup] == pytest.approx([(n + 1) / warmup for n in range(warmup)])
+        (run,) = (run for run in comparison.runs if run.directory == name)
+        # The last twentieth of a few steps is the last one.
+        assert run.training_loss == read_rows(tmp_path / name / "metrics.jsonl")[-1]["loss"]
     assert comparison.outcome("relu").at_equal_time == comparison.outcome("relu").at_equal_steps
     trained.clear()
     compare(small(warmup=2), ["hermite", "fourier:2", "relu"], Budget(2, equal_time=False), tmp_path)

@@ -137,6 +137,12 @@ class HingeOfChild(Child):
         return self.act(self.p - self.linear(x)).sum(-1).mean()
 
 
+class WeightedHinge(Base):
+    def forward(self, x):
+        losses = F.relu(1 - self.linear(x))
+        return (x.softmax(-1) * losses / x.shape[0]).sum()
+
+
 class Pooled(Base):
     """Each row has a mean of its own, so this is no loss."""
 
@@ -150,7 +156,7 @@ class NoMargin(Base):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("cls", [Hinge, Triplet, HingeOfChild])
+@pytest.mark.parametrize("cls", [Hinge, Triplet, HingeOfChild, WeightedHinge])
 def test_a_hinge_loss_is_left_and_replaced_where_it_is_named(cls, traced):
     module = fx.symbolic_trace(cls()) if traced else cls()
     (site,) = find_sites(module)
