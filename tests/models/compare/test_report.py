@@ -229,7 +229,7 @@ def test_the_training_loss_stands_beside_the_validation_loss():
     for number, one in enumerate(known.runs[:3]):
         one.training_loss = 1.5 + number / 10
     known.activations = ["gelu", "slow"]
-    heading, header, rows = next(table for table in known._tables() if table[0].startswith("At equal steps"))
+    _, header, rows = next(table for table in known._tables() if table[0].startswith("At equal steps"))
     cells = [row[header.index("training loss")] for row in rows]
     assert cells == ["1.5000 ± -", "1.6000 ± -"]
     _, header, rows = next(table for table in known._tables() if table[0].startswith("At equal time"))
