@@ -315,6 +315,12 @@ def test_the_step_of_a_compiled_run_is_measured_compiled(monkeypatch):
     assert alone == [False]
 
 
+def test_long_runs_are_measured_in_more_rounds(monkeypatch):
+    monkeypatch.setattr(costs, "ROUNDS", 20)
+    rounds = [costs.bench_config(small(steps=steps), 1).rounds for steps in (1, 400, 1500, 100_000)]
+    assert rounds == [20, 20, 75, 200]
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
