@@ -233,6 +233,21 @@ def ranking(comparison: str) -> list[list[str]]:
     return rows
 
 
+def trials(comparison: str) -> list[list[str]]:
+    """The losses of the trials of learning rates, the lowest first: "gpt2_long" with its "gpt2_long_trials"."""
+    found: dict[str, dict[float, float | None]] = {}
+    for name in (comparison, f"{comparison}_trials"):
+        for one in _comparison(name).trials:
+            found.setdefault(one.activation, {})[one.lr] = one.loss
+    rates = sorted({rate for losses in found.values() for rate in losses}, reverse=True)
+    best = {name: min(loss for loss in losses.values() if loss is not None) for name, losses in found.items()}
+    rows = [["validation loss, nats", *(f"lr {rate:g}" for rate in rates)]]
+    for name in sorted(best, key=best.__getitem__):
+        losses = [found[name].get(rate) for rate in rates]
+        rows.append([_name(name), *(_ABSENT if loss is None else f"{loss:.3f}" for loss in losses)])
+    return rows
+
+
 def settings(comparison: str) -> list[list[str]]:
     """What settings change beside the reference, after a quarter of the steps and at the end: "narrow_gpt2"."""
     compared = _comparison(comparison)
@@ -399,6 +414,7 @@ TABLES: dict[str, Callable[[str], list[list[str]]]] = {
         cost,
         compared,
         ranking,
+        trials,
         runs,
         settings,
         harvested,
