@@ -18,14 +18,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ortho_fx.errors import OrthoFxError
+from ortho_fx.memory import available_memory, shown
 from ortho_fx.models.data.batch import Batch
 from ortho_fx.user_files import called, load_factory
 
+# Modules with parameters that earlier calls of `model()` have returned.
+_GIVEN: WeakSet[nn.Module] = WeakSet()
+# A validation of more batches is taken for one that never ends.
+_MOST_BATCHES = 10_000
 HOOKS = ("model", "batches", "loss")
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<factory>[^:]+)", re.DOTALL)
 
@@ -65,11 +71,19 @@ class Custom:
         """A new model.
 
         Raises:
-            OrthoFxError: code that raises, or a result that is no module.
+            OrthoFxError: code that raises, a result that is no module, or one with modules of an earlier result.
         """
         model = called(f"the model of {self.name}", self.hooks.model)
         if not isinstance(model, nn.Module):
             raise OrthoFxError(f"model() of {self.name} must return a torch.nn.Module; got {type(model).__name__}")
+        inside = {name: module for name, module in model.named_modules() if [*module.parameters(recurse=False)]}
+        again = next((name for name, module in inside.items() if module in _GIVEN), None)
+        if again is not None:
+            raise OrthoFxError(
+                f"model() of {self.name} must return a new model; {again or 'all of it'} is from an earlier call, and "
+                "two runs would train the same weights"
+            )
+        _GIVEN.update(inside.values())
         return model
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -93,22 +107,44 @@ class CustomBatches:
         size: rows of a batch.
 
     Raises:
-        OrthoFxError: batches of another form or size, or no validation batch.
+        OrthoFxError: batches of another form or size, no validation batch or ones that do not end, or batches that
+            are others when they are asked for again.
     """
 
     kind: ClassVar[Literal["samples"]] = "samples"
 
     def __init__(self, custom: Custom, size: int) -> None:
         self.custom, self.name, self.size = custom, custom.name, size
-        held = called(f"the validation batches of {self.name}", lambda: list(custom.hooks.batches(None, size)))
-        if not held:
-            raise OrthoFxError(f"batches(None, {size}) of {self.name} must have a validation batch; it has none")
-        self._validation = [self._checked(batch, None) for batch in held]
+        self._validation = self._held()
         self._place: tuple[int, int] | None = None
         self._batches: Iterator[Any] = iter(())
+        first, self._place = self.batch(0, 0, size), None
+        if not all(map(_equal, first, self.batch(0, 0, size))):
+            raise OrthoFxError(
+                f"batches(0, {size}) of {self.name} began with another batch at its second call: the same seed must "
+                "give the same batches, or runs could not be compared"
+            )
         # What `data_digest` reads: the batches that two runs must share.
-        shown = [*self.batch(0, 0, size), *itertools.chain.from_iterable(self._validation)]
-        self.content = torch.cat([tensor.detach().reshape(-1).double() for tensor in shown]).numpy()
+        read = [*first, *itertools.chain.from_iterable(self._validation)]
+        self.content = torch.cat([tensor.detach().reshape(-1).double() for tensor in read]).numpy()
+
+    def _held(self) -> list[Batch]:
+        """The validation batches, which are read once and kept."""
+        what, read = f"batches(None, {self.size}) of {self.name}", f"the validation batches of {self.name}"
+        held: list[Batch] = []
+        room, taken, end = available_memory(), 0, object()
+        batches = called(read, lambda: iter(self.custom.hooks.batches(None, self.size)))
+        while (batch := called(read, lambda: next(batches, end))) is not end:
+            held.append(self._checked(batch, None))
+            taken += sum(tensor.nbytes for tensor in held[-1])
+            if len(held) > _MOST_BATCHES or (room is not None and taken > room / 2):
+                raise OrthoFxError(
+                    f"{what} had not ended after {len(held):,} batches, {shown(taken)}: without a seed it has the "
+                    "validation batches, which are kept in memory, and ends"
+                )
+        if not held:
+            raise OrthoFxError(f"{what} must have a validation batch; it has none")
+        return held
 
     def batch(self, seed: int, step: int, size: int, rows: slice = slice(None)) -> Batch:
         """Rows of a step's batch. Steps in order are cheap; another step has the batches before it made again."""
@@ -140,6 +176,10 @@ class CustomBatches:
         if size is not None and len(batch[0]) != size:
             raise OrthoFxError(f"batches(seed, {size}) of {self.name} must have {size} rows; got {len(batch[0])}")
         return batch[0], batch[1]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _parts(batch: Any) -> list[Any]:

@@ -228,7 +228,12 @@ class _Work:
             built = build(config)
             inputs, targets = built.data.batch(config.seed, 0, config.batch_size, slice(0, min(config.batch_size, 4)))
             if built.loss is not None:
-                built.loss(built.model, (inputs, targets))
+                loss = built.loss(built.model, (inputs, targets))
+                if not loss.requires_grad:
+                    raise OrthoFxError(
+                        f"loss(model, batch) of {config.model} has no gradient: it is not computed from parameters "
+                        "that learn"
+                    )
             with torch.no_grad():
                 built.model(inputs)
         except OrthoFxError as error:

@@ -66,6 +66,29 @@ class NoActivation(Problem):
     def model(self):
         return nn.Linear(2, 1)
 
+class Endless(Problem):
+    def batches(self, seed, size):
+        while True:
+            yield torch.zeros(size, 2), torch.zeros(size, 1)
+
+class Changing(Problem):
+    def batches(self, seed, size):
+        for _ in range(2 if seed is None else 1_000_000):
+            yield torch.rand(size, 2), torch.zeros(size, 1)
+
+class Kept(Problem):
+    def model(self):
+        from kept_model import MODEL
+        return MODEL
+
+class Detached(Problem):
+    def loss(self, model, batch):
+        return super().loss(model, batch).detach()
+
+class Stuck(Problem):
+    def model(self):
+        return super().model().requires_grad_(False)
+
 number = 3
 
 def broken():
@@ -76,6 +99,9 @@ def broken():
 @pytest.fixture
 def problem(tmp_path):
     (tmp_path / "problems.py").write_text(SOURCE)
+    (tmp_path / "kept_model.py").write_text(
+        "from torch import nn\n\nMODEL = nn.Sequential(nn.Linear(2, 1), nn.ReLU())\n"
+    )
     return lambda name: f"{tmp_path}/problems.py:{name}"
 
 
@@ -126,6 +152,11 @@ def test_batches_come_by_step_as_often_as_asked(problem):
         ("Losses", "must return a tensor of one number; got a tensor of shape (4, 1)"),
         ("OtherInputs", "mat1 and mat2 shapes cannot be multiplied (4x2 and 3x16)"),
         ("NoActivation", "gelu: "),
+        ("Endless", "Endless had not ended after 10,001 batches, 0.00096 GB: without a seed it has the validation"),
+        ("Changing", "Changing began with another batch at its second call: the same seed must give the same batches"),
+        ("Kept", "Kept must return a new model; 0 is from an earlier call, and two runs would"),
+        ("Detached", "Detached has no gradient: it is not computed from parameters that learn"),
+        ("Stuck", "Stuck has no gradient: it is not computed from parameters that learn"),
     ],
 )
 def test_a_factory_that_returns_something_else_is_one_line(tmp_path, problem, name, message):
