@@ -105,7 +105,7 @@ class TrainConfig:
         "(default: stable, or fit with start_from)",
         str,
     )
-    granularity: str = _setting("layer", "one expansion a layer, channel or group:N")
+    granularity: str = _setting("layer", "one expansion a layer, model, channel or group:N")
     clamp: float | None = _setting(None, "cut inputs off so many standard deviations from their mean", float)
     tied: bool = _setting(False, lambda: f"make the {what_ties()} multiples of one that learns")
     calibrate: bool = _setting(True, "start expansions for the inputs that the model really has, not for N(0, 1)")

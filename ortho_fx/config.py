@@ -21,7 +21,7 @@ _DEFAULT_BASIS = "fourier"
 # A degree without a basis is one of a polynomial.
 _BASIS_OF_A_DEGREE = "hermite"
 VERSION = 1
-_GRANULARITY = re.compile("layer|channel|group:[1-9][0-9]*")
+_GRANULARITY = re.compile("model|layer|channel|group:[1-9][0-9]*")
 # "hermite", "hermite3" and "hermite 3".
 _SHORT = re.compile("(.*?) ?([0-9]+)?", re.DOTALL)
 
@@ -42,8 +42,9 @@ class ExpansionConfig:
             ReLU, "piecewise_power" for ReLU^2), "depth:L" ("stable", and bent less, for a plain network of L layers,
             from 1 to 10,000; `ortho_fx.bases.deep` has the formula), or "preset:FILE" (a function that
             `ortho-fx harvest` has written, or the name of one that comes with the package).
-        granularity: "layer" (one expansion per site), "channel" (one per channel) or "group:N" (one for each of N
-            groups of neighbouring channels).
+        granularity: "layer" (one expansion per site), "channel" (one per channel), "group:N" (one for each of N groups
+            of neighbouring channels) or "model" (one for all sites with this config at which `rewrite_` replaces the
+            same activation; a module that is made without a rewrite is then as with "layer").
         clamp: inputs are clamped to mean +- clamp standard deviations; beyond these bounds the expansion is constant.
             None does not clamp. Mean and deviation are those of the initialisation: N(0, 1) until `calibrate_` measures
             others.
@@ -89,7 +90,9 @@ class ExpansionConfig:
             others = ", ".join(init for init in INITS if init != self.init)
             raise OrthoFxError(f"init of {self.basis} must be one of {others}; the paper has no start for it")
         if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
-            raise OrthoFxError(f'granularity must be "layer", "channel" or "group:N"; got {self.granularity!r}')
+            raise OrthoFxError(
+                f'granularity must be "model", "layer", "channel" or "group:N"; got {self.granularity!r}'
+            )
         if self.clamp is not None:
             if not is_number(self.clamp) or self.clamp <= 0:
                 raise OrthoFxError(f"clamp must be a finite number above zero, or None; got {self.clamp!r}")
@@ -109,13 +112,18 @@ class ExpansionConfig:
         assert self.degree is not None
         return sum(p.size(self.degree, self.tied) for p in basis_named(self.basis).parameters if p.learnable)
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether the channels of a site have different expansions."""
+        return self.granularity not in ("model", "layer")
+
     def groups(self, channels: int | None) -> int | None:
         """The number of expansions for a site with this number of channels; None if all channels share one.
 
         Raises:
             OrthoFxError: the number of channels is unknown, or no multiple of the number of groups.
         """
-        if self.granularity == "layer":
+        if not self.by_channel:
             return None
         if channels is None:
             raise OrthoFxError(f"granularity {self.granularity!r} needs the number of channels")
@@ -174,7 +182,7 @@ class ExpansionConfig:
         if self.gated:
             parts.append("gated")
         if self.granularity != "layer":
-            parts.append(f"a {self.granularity}" if self.granularity == "channel" else self.granularity)
+            parts.append(f"a {self.granularity}" if self.granularity in ("model", "channel") else self.granularity)
         if self.clamp is not None:
             parts.append(f"clamp {self.clamp:g}")
         return " ".join(parts)
@@ -186,7 +194,7 @@ class SiteConfig:
 
     Attributes:
         expansion: the config.
-        channels: number of channels of a granularity other than "layer".
+        channels: number of channels of a granularity "channel" or "group:N".
         channel_dim: their dimension; None if it follows from the input's shape.
         form: the form of a frozen expansion; None for one that learns.
         sizes: the shape of each constant of a frozen expansion.

@@ -60,6 +60,6 @@ def _problem(site: str, x: Tensor, name: str, operand: Tensor) -> str:
         return f"{site} computes with float16, bfloat16, float32 and float64; {name} is {operand.dtype}"
     return (
         f"{site}: {name} is distributed over processes and its input is not. Under fully_shard, call the module that "
-        'it wrapped, and where several of them share this expansion, rewrite with sharing="site"; under tensor '
-        "parallelism, put ortho_fx.rewriting.parallel.ExpansionParallel() into the plan"
+        'it wrapped, and where several of them share this expansion, rewrite with sharing="site" and granularity '
+        '"layer"; under tensor parallelism, put ortho_fx.rewriting.parallel.ExpansionParallel() into the plan'
     )

@@ -2,9 +2,9 @@
 
 The metadata of a file has "format": "pt", which other programs expect, and under "ortho_fx" a JSON object: version,
 model, size (the preset of that shape, if there is one), config (the fields of the model's config), expansions (config
-by site), channels (number and dimension of the channels, by site, if an expansion differs by channel or group),
-parameters (their number), and a description that the caller gave. Tensors have the names of `state_dict`; a tied one is
-stored once.
+by site), channels (number and dimension of the channels, by site, if an expansion differs by channel or group), shared
+(the other names of an expansion that stands at several sites, each with the first), parameters (their number), and a
+description that the caller gave. Tensors have the names of `state_dict`; a tied one is stored once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.passes.search import find_occurrences
 from ortho_fx.passes.vocabulary.expansions import Expansion
 from ortho_fx.passes.vocabulary.targets import choose_targets
+from ortho_fx.rewriting.sources import expansion_config
 from ortho_fx.tensor_files import (
     errors_naming,
     files_of,
@@ -66,13 +67,17 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as a file holds it: its kind and config, its expansions by site, and its tensors by name."""
+    """A model as a file holds it: its kind and config, its expansions by site, and its tensors by name.
+
+    `shared` has the other names of expansions that stand at several sites, each with the first.
+    """
 
     kind: str
     config: ModelConfig
     expansions: Mapping[str, SiteConfig]
     state: Mapping[str, Tensor]
     description: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The model with these tensors, in their own dtypes, on the CPU and in train mode.
@@ -88,7 +93,7 @@ class Weights:
                 model = kind.model(self.config)
         except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
             raise OrthoFxError(f"its config makes no {self.kind}: {reason(error)}") from None
-        _place_expansions(model, self.expansions)
+        _place_expansions(model, self.expansions, self.shared)
         fitting(model, kind, self.state)
         model.load_state_dict({**self.state, **_copies(kind, self.state)}, assign=True)
         if isinstance(model, GPT2):
@@ -200,7 +205,8 @@ def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wei
         if not isinstance(values["description"], dict):
             raise TypeError("description must be an object")
         checked = _checked(kind.config(**config), len(tensors))
-        return Weights(values["model"], checked, expansions, tensors, values["description"])
+        shared = {str(name): str(first) for name, first in values.get("shared", {}).items()}
+        return Weights(values["model"], checked, expansions, tensors, values["description"], shared)
     except OrthoFxError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
@@ -288,12 +294,14 @@ def _copies(kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {copy: state[original] for copy, original in kind.tied.items()}
 
 
-def _place_expansions(model: nn.Module, sites: Mapping[str, SiteConfig]) -> None:
+def _place_expansions(model: nn.Module, sites: Mapping[str, SiteConfig], shared: Mapping[str, str]) -> None:
     """Places expansions without values at these sites. Unlike `rewrite_`, it need not run the model."""
     found = {occurrence.site.name: occurrence for occurrence in find_occurrences(model, choose_targets(None))}
-    for name, site in sites.items():
+    for name in (*sites, *shared):
         if name not in found:
             raise OrthoFxError(f"{name} is no activation of this {type(model).__name__}; those are {shortened(found)}")
+    made: dict[str, Expansion] = {}
+    for name, site in sites.items():
         learnable = make_activation(
             replace(site.expansion, init="stable"),
             channels=site.channels,
@@ -302,12 +310,18 @@ def _place_expansions(model: nn.Module, sites: Mapping[str, SiteConfig]) -> None
             device="meta",
         )
         learnable.config = site.expansion
-        found[name].substitute(learnable if site.form is None else FrozenExpansion.like(learnable, site))
+        made[name] = learnable if site.form is None else FrozenExpansion.like(learnable, site)
+        found[name].substitute(made[name])
+    for name, first in shared.items():
+        if first not in made:
+            raise OrthoFxError(f"its metadata are damaged: {name} is said to share the expansion of {first}")
+        found[name].substitute(made[first])
 
 
 def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> str:
     expansions = {site: module for site, module in model.named_modules() if isinstance(module, Expansion)}
     config = asdict(model.config)  # type: ignore[call-overload]
+    shared = expansion_config(model).get("shared")
     values = {
         "version": VERSION,
         "model": name,
@@ -319,6 +333,7 @@ def _describe(name: str, model: nn.Module, description: Mapping[str, Any]) -> st
             for site, module in expansions.items()
             if module.channels is not None
         },
+        **({"shared": shared} if shared else {}),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "description": dict(description),
     }

@@ -200,7 +200,8 @@ def _fill(theirs: nn.Module, ours: nn.Module, names: Mapping[str, str]) -> None:
     if described["sites"]:
         owners = {name.rpartition(".")[0]: other.rpartition(".")[0] for name, other in names.items()}
         sites = {owners[name]: site for name, site in described["sites"].items()}
-        rewrite_like_(theirs, {**described, "sites": sites})
+        shared = {owners[name]: owners[first] for name, first in described.get("shared", {}).items()}
+        rewrite_like_(theirs, {**described, "sites": sites, "shared": shared})
     state = {}
     for name, tensor in ours.state_dict().items():
         if name in names:

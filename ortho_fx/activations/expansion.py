@@ -72,7 +72,7 @@ class ExpansionActivation(LearnableExpansion):
 
     Args:
         degree, init, granularity, clamp, tied, gated: as in `ExpansionConfig`.
-        channels: number of channels, for a granularity other than "layer".
+        channels: number of channels, for granularity "channel" or "group:N".
         channel_dim: the dimension of the channels. When omitted, it is dimension 1 or -1, whichever has `channels`
             elements. If both have, it is 1 for inputs of four or more dimensions, and -1 for others.
         reference: the function that init="fit" fits, and at which init="exact" starts: any elementwise function that

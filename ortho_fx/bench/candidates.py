@@ -128,7 +128,7 @@ def make_candidates(config: BenchConfig, others: Mapping[str, nn.Module] | None 
     else:
         yield candidate("no activation", "floor", nn.Identity())
     for expansion in config.expansions:
-        channels = None if expansion.granularity == "layer" else ROW
+        channels = ROW if expansion.by_channel else None
         yield candidate(str(expansion), "expansion", make_activation(expansion, channels=channels))
     for name, module in (others or {}).items():
         yield candidate(name, "peer", module)
@@ -227,7 +227,7 @@ def compilation_subject(expansion: ExpansionConfig | None, config: BenchConfig, 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            channels = None if expansion is None or expansion.granularity == "layer" else 4 * width
+            channels = 4 * width if expansion is not None and expansion.by_channel else None
             self.norm = nn.LayerNorm(width)
             self.expand = nn.Linear(width, 4 * width)
             self.act = nn.GELU() if expansion is None else make_activation(expansion, channels=channels)

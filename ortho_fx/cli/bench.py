@@ -32,7 +32,7 @@ def add(commands: Commands[Parser]) -> None:
     command.add_argument(
         "--degrees", nargs="+", type=Whole(1), metavar="DEGREE", help="degrees of each basis (default: a selection)"
     )
-    command.add_argument("--granularity", default="layer", help="layer (default), channel or group:N")
+    command.add_argument("--granularity", default="layer", help="layer (default), model, channel or group:N")
     command.add_argument("--tied", action="store_true", help=tied_help())
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")

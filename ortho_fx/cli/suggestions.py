@@ -32,7 +32,7 @@ def suggestions() -> dict[str, dict[str, Suggestion]]:
     folder: Suggestion = {"files": []}
     presets = {name: list(task.presets) for name, task in TASKS.items()}
     devices: Suggestion = {"values": ["cpu", "cuda"]}
-    granularity: Suggestion = {"values": ["layer", "channel", "group:"]}
+    granularity: Suggestion = {"values": ["layer", "model", "channel", "group:"]}
     stock = [OWN, *NAMES, *GATES]
     activations = [*stock, *(f"{name}:{ExpansionConfig(name).degree}" for name in BASES)]
     recipe: Suggestion = {"values": [*TASKS, *recipes()], "files": [".toml"]}

@@ -120,6 +120,12 @@ def _plain(chosen: Any) -> Any:
     return {pattern: _plain(one) for pattern, one in chosen.items()} if isinstance(chosen, Mapping) else None
 
 
+_ONE_A_MODEL = (
+    "granularity 'model' shares one expansion over all blocks, and torchtitan shards each block by itself: choose "
+    "granularity 'layer'"
+)
+
+
 def _check_is_known_before_the_data(config: ExpansionConfig | None) -> None:
     """Raises an `OrthoFxError` for a setting that has to see inputs of the model."""
     if config is None:
@@ -129,7 +135,9 @@ def _check_is_known_before_the_data(config: ExpansionConfig | None) -> None:
             "init 'calibrated' measures inputs, and torchtitan builds the model on the meta device: choose "
             "init 'stable', and call calibrate_(trainer.model_parts[0], batches) before the training"
         )
-    if config.granularity != "layer":
+    if config.granularity == "model":
+        raise OrthoFxError(_ONE_A_MODEL)
+    if config.by_channel:
         raise OrthoFxError(
             f"granularity {config.granularity!r} needs the channels of each site, which torchtitan's build does not "
             "know: choose granularity 'layer'"
@@ -144,13 +152,15 @@ def prepare_(model: nn.Module) -> nn.Module:
     different elements, so the gradient is declared a sum over that dimension.
 
     Raises:
-        OrthoFxError: expansions per channel or group, of which a process needs those of its channels; a model without
-            expansions.
+        OrthoFxError: expansions per channel or group, of which a process needs those of its channels; one expansion
+            for all blocks; a model without expansions.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, ExpansionActivation)]
     if not found:
         raise OrthoFxError(f"{type(model).__name__} holds no expansion: call rewrite_ first")
     for name, module in found:
+        if module.config.granularity == "model":
+            raise OrthoFxError(_ONE_A_MODEL)
         if module.channels is not None:
             raise OrthoFxError(
                 f"{name} has granularity {module.config.granularity!r}: torchtitan distributes the channels, and every "

@@ -90,7 +90,7 @@ class Annealing:
         limit: the most batches that are used; all of them when omitted.
         steps: the number of calls of `step` until s = 1; one or more.
         reach: inputs within this number of standard deviations from the measured mean add nothing to `penalty`.
-        granularity: "layer", "channel" or "group:N", as in `ExpansionConfig`.
+        granularity: "model", "layer", "channel" or "group:N", as in `ExpansionConfig`.
         targets: activation functions by name, as in `rewrite_`.
 
     Attributes:

@@ -123,6 +123,11 @@ def _read_options(
     try:
         config = ExpansionConfig(**mine)
         check_needs_no_example(config)
+        if config.granularity == "model":
+            raise OrthoFxError(
+                "granularity 'model' shares one expansion over a whole model, and what is compiled may be a part of "
+                "it: call rewrite_(model, config) before torch.compile"
+            )
         disabled = frozenset(pipeline.disabled_passes(disable))
         return config, disabled, _dynamo._TorchCompileInductorWrapper(mode, rest, None)
     except (OrthoFxError, RuntimeError) as error:

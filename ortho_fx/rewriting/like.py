@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.numerics.preset import presets
 from ortho_fx.passes import pipeline
 from ortho_fx.passes.context import SHARINGS
+from ortho_fx.passes.groups import group_of
 from ortho_fx.passes.occurrence import Occurrence
 from ortho_fx.passes.revert import revert_expansions
 from ortho_fx.passes.search import list_occurrences
@@ -236,16 +237,18 @@ def _sharing(model: nn.Module, missing: Mapping[str, SiteConfig], wanted: Source
         if absent:
             problems.append(f"the model has no activation at {', '.join(absent)}")
             continue
-        together: dict[int, list[str]] = {}
-        for name in missing:
-            together.setdefault(id(known[names[name]]), []).append(name)
+        group = {name: group_of(known[names[name]], site.expansion) for name, site in missing.items()}
+        together: dict[Hashable, list[str]] = {}
+        for name, key in group.items():
+            together.setdefault(key, []).append(name)
         parts = [group for group in together.values() if not wanted.may_share(group)]
         apart = [
             (name, first)
             for name, first in wanted.shared.items()
-            if name in missing and known[names[name]] is not known[names[first]]
+            if name in missing and group[name] != group.get(first)
         ]
-        left = [name for one in occurrences if id(one) in together for name in _names([one])]
+        found = {id(known[names[name]]) for name in missing}
+        left = [name for one in occurrences if id(one) in found for name in _names([one])]
         extra = sorted(set(left) - {names[name] for name in missing})
         if not (parts or apart or extra):
             reasons = {name: known[name].site.reason for name in map(names.__getitem__, missing)}
@@ -253,8 +256,8 @@ def _sharing(model: nn.Module, missing: Mapping[str, SiteConfig], wanted: Source
             if told:
                 raise OrthoFxError(f"sites of the source that cannot be replaced here: {'; '.join(told)}")
             return sharing
-        for group in parts:
-            problems.append(f"the model has one activation at {', '.join(group)}, and the source an expansion each")
+        for part in parts:
+            problems.append(f"the model has one activation at {', '.join(part)}, and the source an expansion each")
         for name, first in apart:
             problems.append(f"the model has two activations at {first} and {name}, and the source one expansion")
         if extra:

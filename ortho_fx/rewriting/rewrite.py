@@ -195,7 +195,7 @@ def rewrite_(
         disable=(*((disable,) if isinstance(disable, str) else disable), "lower"),
         process_group=process_group,
     )
-    new = [one.expansion for one in record.occurrences if one.expansion is not None]
+    new = list(dict.fromkeys(one.expansion for one in record.occurrences if one.expansion is not None))
     tell(model, new)
     watch_optimizers(model, new)
     missed = (*_optimizers_that_miss(model, new), *adapters_that_miss(model, new))

@@ -77,7 +77,7 @@ def check_needs_no_example(config: ExpansionConfig | None) -> None:
     """Raises an `OrthoFxError` if the config needs a run of the model."""
     if config is None:
         return
-    needs = {"granularity": config.granularity != "layer", "init": config.init == "calibrated"}
+    needs = {"granularity": config.by_channel, "init": config.init == "calibrated"}
     for setting, it_does in needs.items():
         if it_does:
             value = getattr(config, setting)
@@ -87,7 +87,7 @@ def check_needs_no_example(config: ExpansionConfig | None) -> None:
 
 
 def _looks_at_inputs(config: ExpansionConfig) -> bool:
-    return config.granularity != "layer" or config.init == "fit"
+    return config.by_channel or config.init == "fit"
 
 
 def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
@@ -103,7 +103,7 @@ def _obstacle(config: ExpansionConfig | None, one: Occurrence) -> str:
             settings.append("init 'calibrated'")
         if settings:
             return f"{' and '.join(settings)} cannot be had in a graph that holds its backward"
-    if config.granularity != "layer" and one.seen is not None:
+    if config.by_channel and one.seen is not None:
         if one.seen.problem:
             return one.seen.problem
         try:

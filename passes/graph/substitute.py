@@ -8,6 +8,7 @@ site has its own editing function, `Occurrence.substitute`.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from ortho_fx.errors import OrthoFxError
 from ortho_fx.operands import COMPUTED
 from ortho_fx.passes.context import Context
 from ortho_fx.passes.graph.pairs import is_operator_graph
+from ortho_fx.passes.groups import groups_of
 from ortho_fx.passes.modules.exchange import set_nested_paths
 from ortho_fx.passes.modules.offloaded import device_of, loads_all_weights
 from ortho_fx.passes.modules.undecayed import set_no_weight_decay
@@ -31,19 +33,25 @@ def substitute(model: nn.Module, context: Context) -> int:
     """Puts an expansion, with init "stable", in the place of each chosen site; returns how many.
 
     Raises:
-        OrthoFxError: the device of a site is no longer available, a module is offloaded as a whole, or the model is
-            already wrapped or sharded for several processes, or inside of such a wrapper.
+        OrthoFxError: the device of a site is no longer available, a module is offloaded as a whole, the model is
+            already wrapped or sharded for several processes, or inside of such a wrapper, or sites that are to share an
+            expansion are on several devices, of several dtypes or with hooks.
     """
     pending = [one for one in context.occurrences if one.config is not None and one.expansion is None]
     if pending:
         _refuse_wrapped(model, pending[0].site.name)
     starts = {one.config: replace(one.config, init="stable") for one in pending if one.config is not None}
     nearest: dict[str, _Placement] = {}
-    made = [_make(model, context, one, starts[one.config], nearest) for one in pending if one.config is not None]
-    for one, expansion in zip(pending, made, strict=True):
-        one.expansion = expansion
-        one.substitute(expansion)
-        one.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
+    groups = groups_of(pending)
+    made = [_make(model, context, group, starts, nearest) for group in groups]
+    for group, expansion in zip(groups, made, strict=True):
+        first, *others = group
+        first.describe(parameters=sum(parameter.numel() for parameter in expansion.parameters()))
+        for one in others:
+            one.describe(expansion=f"{one.config}, that of {first.site.name}")
+        for one in group:
+            one.expansion = expansion
+            one.substitute(expansion)
     if pending:
         set_nested_paths(model)
         set_no_weight_decay(model)
@@ -92,15 +100,25 @@ _Placement = tuple[torch.device | None, torch.dtype | None]
 
 
 def _make(
-    model: nn.Module, context: Context, one: Occurrence, config: ExpansionConfig, nearest: dict[str, _Placement]
+    model: nn.Module,
+    context: Context,
+    group: Sequence[Occurrence],
+    starts: Mapping[ExpansionConfig, ExpansionConfig],
+    nearest: dict[str, _Placement],
 ) -> LearnableExpansion:
-    owner = one.site.name.rpartition(".")[0]
-    if owner not in nearest:
-        nearest[owner] = _nearest(model, owner, one.site.name)
-    device, dtype = nearest[owner] if nearest[owner] != (None, None) else _of_result(one)
+    """The expansion of the sites that share it."""
+    one, *others = group
+    assert one.config is not None
+    device, dtype = placement = _placement(model, one, nearest)
+    for other in others:
+        if (there := _placement(model, other, nearest)) != placement:
+            raise OrthoFxError(
+                f"one expansion cannot stand at {one.site.name}, on {_told(placement)}, and at {other.site.name}, on "
+                f"{_told(there)}: choose granularity 'layer'"
+            )
     try:
         expansion = context.maker.make(
-            config,
+            starts[one.config],
             channels=None if one.seen is None else one.seen.channels,
             channel_dim=None if one.seen is None else one.seen.channel_dim,
             reference=one.reference,
@@ -111,6 +129,19 @@ def _make(
         raise OrthoFxError(f"{one.site.name} cannot be placed on {device}: {error}") from None
     expansion.site = one.site.name
     return expansion if one.owner.training else expansion.eval()
+
+
+def _placement(model: nn.Module, one: Occurrence, nearest: dict[str, _Placement]) -> _Placement:
+    """The device and the dtype of the parameters at a site."""
+    owner = one.site.name.rpartition(".")[0]
+    if owner not in nearest:
+        nearest[owner] = _nearest(model, owner, one.site.name)
+    return nearest[owner] if nearest[owner] != (None, None) else _of_result(one)
+
+
+def _told(placement: _Placement) -> str:
+    device, dtype = placement
+    return f"{device or 'cpu'} in {str(dtype or torch.get_default_dtype()).removeprefix('torch.')}"
 
 
 def _nearest(model: nn.Module, owner: str, site: str) -> _Placement:

@@ -32,6 +32,11 @@ _HOOKS = (
 )
 
 
+def hooked(module: nn.Module | None) -> bool:
+    """Whether something is called when the module runs."""
+    return any(vars(module).get(name) for name in _HOOKS)
+
+
 def move_hooks(old: nn.Module | None, new: nn.Module) -> None:
     """Has a module call the hooks of the one that it replaces.
 

@@ -53,6 +53,13 @@ class Expansion(nn.Module):
         """What errors call it."""
         return self.site or type(self).__name__
 
+    @property
+    def _apart(self) -> str:
+        """What gives each of its places an expansion of its own."""
+        if self.config.granularity == "model":
+            return "choose granularity 'layer'"
+        return 'call rewrite_(model, config, sharing="site")'
+
     def site_config(self) -> SiteConfig:
         """What it takes to make an expansion like this one."""
         raise NotImplementedError
@@ -100,7 +107,7 @@ class Expansion(nn.Module):
         if torch_private.is_called_by_fully_shard() and any(map(is_sharded, self._parameters.values())):
             raise OrthoFxError(
                 f"{self.called}: several of the modules that fully_shard wraps share it, and the first of them has "
-                'sharded it: call rewrite_(model, config, sharing="site"), for each to have its own'
+                f"sharded it: {self._apart}, for each to have its own"
             )
         return super().named_parameters(*args, **keywords)
 

@@ -202,6 +202,11 @@ def test_what_cannot_be_built_is_refused():
         "granularity 'channel' needs the channels of each site, which torchtitan's build does not know: choose "
         "granularity 'layer'"
     )
+    one_a_model = (
+        "granularity 'model' shares one expansion over all blocks, and torchtitan shards each block by itself: choose "
+        "granularity 'layer'"
+    )
+    assert error_of(converted, expansion={"granularity": "model"}) == one_a_model
     assert error_of(converted, expansion="hermitian").startswith("basis must be one of hermite, ")
     assert error_of(converted(targets=["relu"]).build).startswith("no activation of Llama3Model can be replaced: ")
     assert error_of(expansions, small_spec().model) == (
@@ -209,6 +214,9 @@ def test_what_cannot_be_built_is_refused():
     )
     model = built(small_spec(None))
     assert error_of(prepare_, model) == "Llama3Model holds no expansion: call rewrite_ first"
+    rewrite_(model, ExpansionConfig(granularity="model"))
+    assert error_of(prepare_, model) == one_a_model
+    revert_(model)
     rewrite_(model, ExpansionConfig(granularity="channel"), example_inputs=tokens()[0])
     assert error_of(prepare_, model) == (
         "layers.0.feed_forward.silu_expansion_0 has granularity 'channel': torchtitan distributes the channels, and "

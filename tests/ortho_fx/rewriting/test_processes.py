@@ -6,6 +6,7 @@ Run as a script, this file is one of two processes: `test_processes.py STORE RAN
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -29,6 +30,7 @@ from ortho_fx.errors import OperandError
 pytestmark = pytest.mark.slow
 
 LAYER = ExpansionConfig("hermite", 3)
+ONE = replace(LAYER, granularity="model")
 CHANNEL = ExpansionConfig("tropical_rational", 3, granularity="channel", clamp=1.5)
 GROUP = ExpansionConfig("fourier", 2, granularity="group:3")
 
@@ -231,6 +233,13 @@ def check_an_activation_of_several_units(rank):
         "0.act: several of the modules that fully_shard wraps share it, and the first of them has sharded it: call "
         'rewrite_(model, config, sharing="site"), for each to have its own'
     )
+    apart = nn.Sequential(MLP(), MLP()).double()
+    rewrite_(apart, ONE)
+    fully_shard(apart[0], mesh=mesh())
+    assert error_of(fully_shard, apart[1], mesh=mesh()) == (
+        "0.act: several of the modules that fully_shard wraps share it, and the first of them has sharded it: choose "
+        "granularity 'layer', for each to have its own"
+    )
     # Where one unit holds all places it works, as do separate expansions.
     for sharing, blocks in (("instance", False), ("site", True)):
         model, reference = build(sharing), build(sharing)
@@ -315,6 +324,12 @@ def check_tensor_parallelism(rank):
                 freeze_(reference)
                 frozen = parallelize_module(copy.deepcopy(reference), mesh(), styles)
                 assert_close(frozen(inputs(5, 4)), reference(inputs(5, 4)))
+
+    # One expansion for two blocks.
+    styles = {f"{block}.{key}": one for block in range(2) for key, one in plan(act=ExpansionParallel()).items()}
+    model = parallelize_module(rewritten(ONE, blocks=2), mesh(), styles)
+    assert model[0].act is model[1].act
+    assert_close(outcome(model, inputs(5, 4)), outcome(rewritten(ONE, blocks=2), inputs(5, 4)))
 
     # Replicated inputs: each process has the whole gradient.
     expected = outcome(rewritten(), inputs(5, 4))
