@@ -281,12 +281,15 @@ class Comparison:
         ]
         return ", ".join(part for part in parts if part)
 
-    def _equalities(self, own: Outcome, reference: Outcome) -> list[tuple[str, int, Measured, Measured]]:
-        """The three kinds of equality: name, steps, and the values of an activation and of the reference."""
-        found: list[tuple[str, int, Measured, Measured]] = [
+    def _equalities(self, own: Outcome, reference: Outcome) -> list[tuple[str, int | None, Measured, Measured]]:
+        """The kinds of equality: name, steps, and the values of an activation and of the reference.
+
+        All activations have the same; one whose step is not measured has no steps and no values at equal time.
+        """
+        found: list[tuple[str, int | None, Measured, Measured]] = [
             ("steps", self.steps, own.at_equal_steps, reference.at_equal_steps)
         ]
-        if own.equal_time_steps is not None:
+        if self.costs:
             found.append(("time", own.equal_time_steps, own.at_equal_time, reference.at_equal_steps))
         found.append(("parameters", self.steps, own.at_equal_parameters, reference.at_equal_steps))
         return found

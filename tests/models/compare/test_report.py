@@ -248,6 +248,19 @@ def test_the_training_loss_stands_beside_the_validation_loss():
     assert again.runs == known.runs
 
 
+def test_an_activation_without_a_measured_step_has_no_value_at_equal_time():
+    known = comparison()
+    del known.costs["same"]
+    for _, header, rows in known._tables():
+        assert {len(row) for row in rows} == {len(header)}
+    _, header, rows = known._tables()[0]
+    assert header == ["", "at equal steps", "at equal time", "at equal parameters"]
+    assert rows[2] == ["same", "+0.0500", "-", "+0.0500"]
+    found = [(row["activation"], row["equal"]) for row in csv.DictReader(io.StringIO(known.csv()))]
+    assert ("same", "time") not in found
+    assert ("same", "parameters") in found
+
+
 def test_steps_of_equal_time():
     assert equal_time_steps(1500, 1.25) == 1200
     assert equal_time_steps(1500, 0.5) == 3000
