@@ -8,10 +8,11 @@ page don't see that. `python docs/pictures/bases.py` writes the numbers of the b
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,31 @@ def ranking(comparison: str) -> list[list[str]]:
     return rows
 
 
+_LEVELS = (2.0, 1.8, 1.6, 1.4, 1.3, 1.2)
+
+
+def reached(comparison: str) -> list[list[str]]:
+    """The steps in which the runs of equal time came down to some levels of the validation loss: "gpt2_long"."""
+    compared = _comparison(comparison)
+    ending = {name: compared.equal_time_steps(name) for name in compared.activations}
+    rows = [["steps to a validation loss of", *(f"{level:.1f}" for level in _LEVELS)]]
+    for name in compared.activations:
+        found = [run.validations for run in compared.runs if (run.activation, run.steps) == (name, ending[name])]
+        if found:
+            steps = [statistics.fmean(_crossing(validations, level) for validations in found) for level in _LEVELS]
+            rows.append([_name(name), *(f"{round(step, -1):,.0f}" for step in steps)])
+    return rows
+
+
+def _crossing(validations: Mapping[int, Mapping[str, float]], level: float) -> float:
+    """The step at which a straight line between two validations has the level."""
+    points = [(step, measured[LOSS]) for step, measured in sorted(validations.items())]
+    (start, high), (end, low) = next(
+        (one, other) for one, other in itertools.pairwise(points) if other[1] <= level < one[1]
+    )
+    return start + (end - start) * (high - level) / (high - low)
+
+
 def trials(comparison: str) -> list[list[str]]:
     """The losses of the trials of learning rates, the lowest first: "gpt2_long" with its "gpt2_long_trials"."""
     found: dict[str, dict[float, float | None]] = {}
@@ -414,6 +440,7 @@ TABLES: dict[str, Callable[[str], list[list[str]]]] = {
         cost,
         compared,
         ranking,
+        reached,
         trials,
         runs,
         settings,

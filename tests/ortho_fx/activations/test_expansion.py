@@ -115,7 +115,7 @@ def test_a_channel_dimension_can_be_named():
     [
         ({"granularity": "channel"}, None, "granularity 'channel' needs the number of channels"),
         ({"granularity": "group:4", "channels": 6}, None, "6 channels do not divide into 4 groups"),
-        ({"granularity": "row"}, None, 'granularity must be "layer", "channel" or "group:N"; got \'row\''),
+        ({"granularity": "row"}, None, 'granularity must be "model", "layer", "channel" or "group:N"; got \'row\''),
         ({"clamp": -1.0}, None, "clamp must be a finite number above zero, or None; got -1.0"),
         ({"tied": True}, None, "tied is for the frequencies of fourier; hermite has none"),
         ({"init": "fit"}, None, "init 'fit' needs the function to fit: pass reference=, or let rewrite_ find it"),
