@@ -215,7 +215,7 @@ def test_hooks_two_dtypes_and_two_devices_are_refused_and_nothing_changes():
         rewrite_(model, ONE)
 
 
-def test_a_source_that_shares_is_refused_where_the_model_has_hooks_or_half_of_it_already():
+def test_a_source_that_shares_is_refused_where_the_model_has_half_of_it_already():
     model, half = blocks(nn.GELU(), nn.GELU()), blocks(nn.GELU(), nn.GELU())
     rewrite_(model, {"*.act": ONE})
     rewrite_(half, {"0.act": ONE})
