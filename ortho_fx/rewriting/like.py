@@ -189,6 +189,12 @@ def _rewrite(
             f"the tensors tell the bounds of {', '.join(clamped)}, but not the clamp in deviations of the inputs: its "
             "config has half their distance",
         )
+    equal = [] if wanted.tells_shared else _equal_apart(model, names, missing, wanted)
+    if equal:
+        notes += (
+            f"the tensors at {', '.join(equal)} are equal, and do not tell whether the source has one expansion there: "
+            "here each has its own. expansion_config(model) tells it",
+        )
     if uncalibrated and wanted.tensors is None:
         notes += (
             f"{len(uncalibrated)} expansions with init 'calibrated' start 'stable', for the state dict to fill: "
@@ -201,6 +207,20 @@ def _rewrite(
             "such file here",
         )
     return RewriteReport(record.sites, record.earlier, model), notes
+
+
+def _equal_apart(
+    model: nn.Module, names: Mapping[str, str], missing: Mapping[str, SiteConfig], wanted: Source
+) -> list[str]:
+    """The sites whose expansions are not one here, and whose tensors are equal in the source."""
+    made = {plain_name(name): module for name, module in _expansions(model).items()}
+    found: dict[Hashable, list[str]] = {}
+    for name, site in missing.items():
+        values = wanted.values_of(name)
+        if not any(value.is_meta or is_sharded(value) for value in values.values()):
+            numbers = [(key, *value.flatten().tolist()) for key, value in sorted(values.items())]
+            found.setdefault((site, *numbers), []).append(names[name])
+    return [name for group in found.values() if len({id(made[name]) for name in group}) > 1 for name in group]
 
 
 def _start(site: SiteConfig, wanted: Source, example_inputs: Batch | None) -> str:

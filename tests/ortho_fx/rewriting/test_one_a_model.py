@@ -152,6 +152,13 @@ def test_states_files_and_copies_keep_it_one(tmp_path):
         assert again[0].act is again[1].act
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(x), model(x))
+    plain = blocks(nn.GELU(), nn.GELU())
+    report = rewrite_like_(plain, dict(model.state_dict()))  # without what PyTorch keeps beside the tensors
+    assert plain[0].act is not plain[1].act
+    assert report.notes == (
+        "the tensors at 0.act, 1.act, 0.relu_expansion_0, 1.relu_expansion_0 are equal, and do not tell whether the "
+        "source has one expansion there: here each has its own. expansion_config(model) tells it",
+    )
     twin = copy.deepcopy(model)
     assert twin[0].act is twin[1].act
     freeze_(twin)
