@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import fx, nn
@@ -13,7 +14,7 @@ from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, 
 from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.source.calls import restore_call
 from ortho_fx.passes.source.classes import source_of
-from ortho_fx.passes.vocabulary.expansions import Substitute
+from ortho_fx.passes.vocabulary.expansions import Expansion, Substitute
 
 
 def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> tuple[str, ...]:
@@ -30,8 +31,13 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
             raise_calls(owner, lambda module: "_replaced" in vars(module) and chosen(module))
+    given: set[nn.Module] = set()
     for _, owner, key in places:
-        restore(owner, key)
+        expansion = owner._modules[key]
+        assert isinstance(expansion, Expansion)
+        # Sites that shared an expansion by its config had an activation each.
+        restore(owner, key, copied=expansion.config.granularity == "model" and expansion in given)
+        given.add(expansion)
     set_nested_paths(model)
     set_no_weight_decay(model)
     return tuple(name for name, _, _ in places)
@@ -42,13 +48,13 @@ def _is_in_place(owner: nn.Module, key: str, expansion: nn.Module) -> bool:
     return vars(expansion)["_replaced"][0].kind != "call" or key in source_of(owner).replaced
 
 
-def restore(owner: nn.Module, key: str) -> None:
-    """Puts the replaced activation back in one place that holds its expansion."""
+def restore(owner: nn.Module, key: str, *, copied: bool = False) -> None:
+    """Puts the replaced activation, or a copy of it, back in one place that holds its expansion."""
     (replaced,) = vars(owner._modules[key])["_replaced"]
     if replaced.kind == "module":
-        restore_module(owner, key, replaced.value)
+        restore_module(owner, key, copy.deepcopy(replaced.value) if copied else replaced.value)
     elif replaced.kind == "attribute":
-        restore_attribute(owner, key, replaced.value)
+        restore_attribute(owner, key, copy.deepcopy(replaced.value) if copied else replaced.value)
     elif replaced.kind == "call":
         restore_call(owner, key)
     else:

@@ -91,6 +91,8 @@ def test_only_the_same_activation_is_shared_and_comes_back_at_every_place(acts, 
     revert_(model)
     assert [type(block.act) for block in model] == [type(act) for act in acts]
     assert torch.equal(model(x), expected)
+    rewrite_(model, "fourier3")  # as if it had never been rewritten
+    assert model[0].act is not model[1].act
 
 
 def test_configs_of_patterns_share_apart():
