@@ -29,6 +29,7 @@ class GPT2Config:
 PRESETS: dict[str, GPT2Config] = {
     "tiny": GPT2Config(vocabulary=256, context=128, layers=4, heads=4, width=128),
     "small": GPT2Config(vocabulary=256, context=128, layers=4, heads=5, width=160),
+    "11m": GPT2Config(vocabulary=256, context=128, layers=6, heads=6, width=384),
     "124m": GPT2Config(),
     "350m": GPT2Config(layers=24, heads=16, width=1024),
     "774m": GPT2Config(layers=36, heads=20, width=1280),

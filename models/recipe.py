@@ -85,7 +85,7 @@ class TrainConfig:
     """
 
     model: str = _setting("gpt2", f"what is trained: {', '.join(TASKS)}")
-    size: str = _setting("tiny", "preset of the model: tiny, small or a published size")
+    size: str = _setting("tiny", "preset of the model: tiny, small, 11m of gpt2, or a published size")
     start_from: str | None = _setting(
         None, "weights to fine-tune: a run, a file or a folder of ours, of transformers' GPT-2 or timm's ConvNeXt", str
     )

@@ -22,6 +22,12 @@ def test_gpt2_has_the_published_number_of_parameters(preset, parameters):
     assert model.head.weight is model.tokens.weight
 
 
+@pytest.mark.parametrize(("preset", "parameters"), [("tiny", 842_496), ("small", 1_298_880), ("11m", 10_795_008)])
+def test_the_sizes_of_gpt2_for_text_of_bytes(preset, parameters):
+    with torch.device("meta"):
+        assert count(gpt2.GPT2(gpt2.PRESETS[preset])) == parameters
+
+
 @pytest.mark.parametrize(
     ("preset", "parameters"), [("t", 28_589_128), ("s", 50_223_688), ("b", 88_591_464), ("l", 197_767_336)]
 )

@@ -58,7 +58,7 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are():
     ("changes", "message"),
     [
         ({"model": "bert"}, "model must be one of gpt2, convnext; got 'bert'"),
-        ({"size": "huge"}, "size must be one of tiny, small, 124m, 350m, 774m, 1.5b; got 'huge'"),
+        ({"size": "huge"}, "size must be one of tiny, small, 11m, 124m, 350m, 774m, 1.5b; got 'huge'"),
         ({"basis": "bessel"}, f"basis must be one of {', '.join(BASES)}; got 'bessel'"),
         ({"basis": "none", "degree": 3}, "degree goes with a basis, and basis is 'none'; got 3"),
         ({"basis": "none", "freeze": True}, "freeze goes with a basis, and basis is 'none'"),

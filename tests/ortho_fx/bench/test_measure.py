@@ -198,7 +198,10 @@ def test_fresh_allocations_fault_and_reused_buffers_do_not():
         ({"mode": "fast"}, "mode must be one of default, reduce-overhead, max-autotune; got 'fast'"),
         ({"mode": "reduce-overhead"}, "mode 'reduce-overhead' is for compiled mlp, gpt2 and convnext on cuda"),
         ({"size": "124m"}, "size of activation must be one of tiny; got '124m'"),
-        ({"what": "gpt2", "size": "t"}, "size of gpt2 must be one of tiny, small, 124m, 350m, 774m, 1.5b; got 't'"),
+        (
+            {"what": "gpt2", "size": "t"},
+            "size of gpt2 must be one of tiny, small, 11m, 124m, 350m, 774m, 1.5b; got 't'",
+        ),
         ({"elements": 100}, "elements must be 3072 or more; got 100"),
         ({"rounds": 0}, "rounds must be 1 or more; got 0"),
         ({"threads": 0}, "threads must be 1 or more; got 0"),

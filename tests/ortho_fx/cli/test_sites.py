@@ -154,7 +154,7 @@ def test_what_is_wrong_with_a_file(tmp_path, file):
     forms = "gpt2[:SIZE], convnext[:SIZE], timm:NAME, hf:TYPE, hf:FOLDER or FILE.py:FACTORY"
     for text in ("bert", "timm:", "hf:", file, f"{file}:", ":make", ""):
         assert error_of(text) == f"MODEL must be {forms}; got {text!r}"
-    assert error_of("gpt2:125m") == "sizes of gpt2 are tiny, small, 124m, 350m, 774m, 1.5b; got 'gpt2:125m'"
+    assert error_of("gpt2:125m") == "sizes of gpt2 are tiny, small, 11m, 124m, 350m, 774m, 1.5b; got 'gpt2:125m'"
 
 
 def test_wrong_options_are_named_before_the_model_is_built(capsys, monkeypatch):
