@@ -18,7 +18,7 @@ from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models.compare.costs import equal_time_steps
-from ortho_fx.models.compare.report import LOSS, Comparison
+from ortho_fx.models.compare.report import ACCURACY, LOSS, Comparison
 from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread, t_interval
 
 DOCS = Path(__file__).parent
@@ -224,13 +224,18 @@ def ranking(comparison: str) -> list[list[str]]:
     ended = {name: compared.outcome(name).at_equal_time for name in compared.activations}
     ordered = sorted(filter(ended.get, ended), key=lambda name: statistics.fmean(_losses(ended[name])))
     of = [_name(name) for name in (compared.reference, ordered[0])]
-    rows = [["", "validation loss, nats", *(f"less that of {name}" for name in of), "time of a step"]]
+    images = any(ACCURACY in measured for measured in ended[ordered[0]].values())
+    header = ["", "validation loss, nats", *(f"less that of {name}" for name in of)]
+    rows = [[*header, *["accuracy, %"] * images, "time of a step"]]
     for name in ordered:
         beside = [
             _ABSENT if name == other else _minus(difference(ended[name], ended[other], LOSS, False))
             for other in (compared.reference, ordered[0])
         ]
-        rows.append([_name(name), _spread(ended[name]), *beside, f"{compared.time_ratio(name):.2f}"])
+        row = [_name(name), _spread(ended[name]), *beside]
+        if images:
+            row.append("{:.1f} ± {:.1f}".format(*spread([100 * run[ACCURACY] for run in ended[name].values()])))
+        rows.append([*row, f"{compared.time_ratio(name):.2f}"])
     return rows
 
 
