@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -225,14 +226,18 @@ def ranking(comparison: str) -> list[list[str]]:
     ordered = sorted(filter(ended.get, ended), key=lambda name: statistics.fmean(_losses(ended[name])))
     of = [_name(name) for name in (compared.reference, ordered[0])]
     images = any(ACCURACY in measured for measured in ended[ordered[0]].values())
-    header = ["", "validation loss, nats", *(f"less that of {name}" for name in of)]
+    # A loss of a problem of one's own has the unit of that problem, and may be small.
+    lowest = statistics.fmean(_losses(ended[ordered[0]]))
+    digits = max(3, 2 - math.floor(math.log10(lowest)))
+    title = "validation loss" if compared.settings["model"] == "custom" else "validation loss, nats"
+    header = ["", title, *(f"less that of {name}" for name in of)]
     rows = [[*header, *["accuracy, %"] * images, "time of a step"]]
     for name in ordered:
         beside = [
-            _ABSENT if name == other else _minus(difference(ended[name], ended[other], LOSS, False))
+            _ABSENT if name == other else _minus(difference(ended[name], ended[other], LOSS, False), digits)
             for other in (compared.reference, ordered[0])
         ]
-        row = [_name(name), _spread(ended[name]), *beside]
+        row = [_name(name), _spread(ended[name], digits), *beside]
         if images:
             row.append("{:.1f} ± {:.1f}".format(*spread([100 * run[ACCURACY] for run in ended[name].values()])))
         rows.append([*row, f"{compared.time_ratio(name):.2f}"])
@@ -341,15 +346,16 @@ def _losses(values: Measured) -> list[float]:
     return [measured[LOSS] for measured in values.values()]
 
 
-def _spread(values: Measured) -> str:
+def _spread(values: Measured, digits: int = 3) -> str:
     mean, deviation = spread(_losses(values))
-    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def _minus(beside: Difference | None) -> str:
+def _minus(beside: Difference | None, digits: int = 3) -> str:
     if beside is None:
         return _ABSENT
-    return f"{beside.mean:+.3f}" + ("" if beside.t is None else " ({:+.3f} to {:+.3f})".format(*beside.t))
+    interval = "" if beside.t is None else " ({:+.{d}f} to {:+.{d}f})".format(*beside.t, d=digits)
+    return f"{beside.mean:+.{digits}f}{interval}"
 
 
 def times(_: str) -> list[list[str]]:
