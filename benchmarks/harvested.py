@@ -33,6 +33,8 @@ RUNS = Path("runs") / "harvested"
 LEARNED, OTHERS = (0, 1), range(2, 5)
 # The largest distance of the pruned function from the mean of those learned, as a share of its deviation.
 PRUNING = 0.3
+# Of all runs of both recipes.
+LR = 4e-3
 # The recipe, and the one whose function it takes.
 RECIPES = {"gpt2-small": "gpt2-small", "convnext-small-fashion": "convnext-small-fashion", "gpt2": "gpt2-small"}
 
@@ -54,8 +56,8 @@ def learn(directory: Path, recipe: str, seed: int) -> None:
     """Trains with Fourier 5. A run that is complete is kept, and one that was interrupted goes on."""
     if not (directory / "model.safetensors").is_file():
         begun = any((directory / "checkpoints").glob("*")) if directory.is_dir() else False
-        basis = ["--basis", "fourier", "--degree", 5]
-        ortho_fx("train", recipe, *basis, "--seed", seed, "--out", directory, *(["--resume"] if begun else []))
+        own = ["--basis", "fourier", "--degree", 5, "--lr", LR]
+        ortho_fx("train", recipe, *own, "--seed", seed, "--out", directory, *(["--resume"] if begun else []))
     print(f"{directory}: {read_run(directory).validations[-1]['validation_loss']:.4f}", flush=True)
 
 
@@ -72,7 +74,7 @@ def compared(recipe: str, jobs: int) -> Comparison:
     preset = RECIPES[recipe]
     degree = read_preset(PRESETS / f"{preset}.json").expansion.degree
     ways = ["gelu", "fourier:5", *(f"fourier:{degree}{mark},init=preset:{preset}" for mark in ("", ":frozen"))]
-    values = {"model": recipe} if recipe in TASKS else load_recipe(recipe)
+    values = {"model": recipe} if recipe in TASKS else {**load_recipe(recipe), "lr": LR}
     config = TrainConfig.from_values({**values, "seed": OTHERS[0]})
     budget = Budget(len(OTHERS), jobs=jobs)
     return compare(config, ways, budget, RUNS / recipe / "compared", progress=lambda line: print(line, flush=True))
