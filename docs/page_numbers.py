@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def runs(comparison: str) -> list[list[str]]:
         others = [_ABSENT, _ABSENT]
         if activation != compared.reference and beside is not None:
             others = [f"{beside.mean:+.3f}", f"{beside.better} of {beside.pairs}"]
-        rows.append([f"`{activation}`", _spread(own), *others, f"{compared.time_ratio(activation):.2f}"])
+        rows.append([f"`{activation}`", _spread(_losses(own)), *others, f"{compared.time_ratio(activation):.2f}"])
     return rows
 
 
@@ -237,9 +237,9 @@ def ranking(comparison: str) -> list[list[str]]:
             _ABSENT if name == other else _minus(difference(ended[name], ended[other], LOSS, False), digits)
             for other in (compared.reference, ordered[0])
         ]
-        row = [_name(name), _spread(ended[name], digits), *beside]
+        row = [_name(name), _spread(_losses(ended[name]), digits), *beside]
         if images:
-            row.append("{:.1f} ± {:.1f}".format(*spread([100 * run[ACCURACY] for run in ended[name].values()])))
+            row.append(_spread([100 * measured[ACCURACY] for measured in ended[name].values()], 1))
         rows.append([*row, f"{compared.time_ratio(name):.2f}"])
     return rows
 
@@ -322,7 +322,7 @@ def harvested(recipe: str) -> list[list[str]]:
             label = f"the harvested function, {'frozen' if ':frozen' in name else 'which learns on'}"
         else:
             label = "Fourier 5, learned from its stable start"
-        rows.append([label, _spread(own.at_equal_steps), beside[0], f"{own.time_ratio:.2f}", beside[1]])
+        rows.append([label, _spread(_losses(own.at_equal_steps)), beside[0], f"{own.time_ratio:.2f}", beside[1]])
     return rows
 
 
@@ -346,8 +346,8 @@ def _losses(values: Measured) -> list[float]:
     return [measured[LOSS] for measured in values.values()]
 
 
-def _spread(values: Measured, digits: int = 3) -> str:
-    mean, deviation = spread(_losses(values))
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    mean, deviation = spread(values)
     return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
