@@ -1,6 +1,8 @@
-"""A problem for `ortho-fx compare`: a physics-informed network, which solves Poisson's equation on the unit square.
+r"""A problem for `ortho-fx compare`: a physics-informed network, which solves Poisson's equation on the unit square.
 
-    ortho-fx compare benchmarks/poisson.py:Poisson --activations tanh sine hermite:3 fourier:5 --out runs/poisson
+    ortho-fx compare benchmarks/poisson.py:Poisson --steps 1500 --batch-size 256 --lr 0.005 --min-lr 0 \
+      --weight-decay 0 --compile --reference tanh --tune 3 --jobs 2 --seeds 5 --no-equal-steps --out runs/poisson \
+      --activations tanh sine gelu fourier:1 fourier:2 fourier:5 fourier:5:tied hermite:3
 
 The equation is u_xx + u_yy = f, with u = 0 on the boundary. f is that of the known solution
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from ortho_fx.bases import OURS, basis_named
 from ortho_fx.models.compare.costs import equal_time_steps
-from ortho_fx.models.compare.report import ACCURACY, LOSS, Comparison
+from ortho_fx.models.compare.report import ACCURACY, LOSS, Comparison, digits_for
 from ortho_fx.models.compare.statistics import Difference, Measured, difference, spread, t_interval
 
 DOCS = Path(__file__).parent
@@ -226,10 +225,9 @@ def ranking(comparison: str) -> list[list[str]]:
     ordered = sorted(filter(ended.get, ended), key=lambda name: statistics.fmean(_losses(ended[name])))
     of = [_name(name) for name in (compared.reference, ordered[0])]
     images = any(ACCURACY in measured for measured in ended[ordered[0]].values())
-    # A loss of a problem of one's own has the unit of that problem, and may be small.
     lowest = statistics.fmean(_losses(ended[ordered[0]]))
-    digits = max(3, 2 - math.floor(math.log10(lowest)))
-    title = "validation loss" if compared.settings["model"] == "custom" else "validation loss, nats"
+    digits = digits_for(lowest, 3)
+    title = ", ".join(filter(None, ["validation loss", compared.loss_unit]))
     header = ["", title, *(f"less that of {name}" for name in of)]
     rows = [[*header, *["accuracy, %"] * images, "time of a step"]]
     for name in ordered:
@@ -338,6 +336,9 @@ def _name(activation: str) -> str:
     usual |= {
         "fourier:2,expansion_lr=0.002,lr=0.002": "Fourier 2",
         "fourier:5,granularity=model": "Fourier 5, one for all layers",
+        "fourier:5:tied": "Fourier 5, tied",
+        "sine": "sin x",
+        "tanh": "tanh",
     }
     return usual.get(activation) or activation.replace(":", " ").replace("_", " ").capitalize()
 

@@ -14,6 +14,8 @@ from ortho_fx.plots import STOCK, line_styles, load_pyplot, save
 
 # For prints in grey.
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
+# From here on the highest value, divided by the lowest, asks for a logarithmic axis.
+_WIDE = 20
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
@@ -21,7 +23,8 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
 
     Curves are over steps, of the runs of equal steps, and over seconds, of the runs of equal time; a kind that the
     reference alone has runs of is left out. The last values are of the kind that more activations have, of equal steps
-    if both have as many. The first row shows the loss. Images have a second row for the accuracy.
+    if both have as many. The first row shows the loss, on a logarithmic axis if it falls far. Images have a second row
+    for the accuracy.
 
     Raises:
         OrthoFxError: no finished run of equal steps or time, a file that cannot be written, or no matplotlib.
@@ -32,7 +35,8 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
         raise OrthoFxError("there is no finished run to draw")
     ends = max(kinds, key=lambda kind: len(kind.runs))
     pyplot = load_pyplot()
-    rows: list[tuple[str, str, float]] = [(LOSS, "validation loss (nats)", 1.0)]
+    unit = "" if comparison.loss_unit is None else f" ({comparison.loss_unit})"
+    rows: list[tuple[str, str, float]] = [(LOSS, f"validation loss{unit}", 1.0)]
     late = [run for kind in kinds for own in kind.runs.values() for run in own]
     if ACCURACY in late[0].last:
         rows.append((ACCURACY, "accuracy (%)", 100.0))
@@ -45,7 +49,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
             for name, own in kind.runs.items():
                 _draw_curve(axis, own, measure, scale, styles[name], kind.units[name])
             axis.set_xlabel(kind.unit)
-            axis.set_ylim(*_limits(late, measure, scale))
+            _set_limits(axis, late, measure, scale)
             axis.set_ylabel(label)
         last = line[-1]
         for number, name in enumerate(shown):
@@ -58,6 +62,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
             if name == comparison.reference:
                 last.axvline(mean, color=STOCK, lw=1, ls="--", zorder=0)
         last.set_xlabel(label)
+        last.locator_params(axis="x", nbins=6)
         last.set_yticks(range(len(shown)), [name.replace(",", ",\n") for name in shown], fontsize=8)
         last.set_ylim(len(shown) - 0.6, -0.6)
         for axis in line:
@@ -116,11 +121,17 @@ def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return {name: {**line, "marker": _MARKS[number % len(_MARKS)]} for number, (name, line) in found}
 
 
-def _limits(runs: Sequence[ComparedRun], measure: str, scale: float) -> tuple[float, float]:
+def _set_limits(axis: Any, runs: Sequence[ComparedRun], measure: str, scale: float) -> None:
     # The first steps are alike for all activations. With them, the later differences would be too small to see.
     late = [scale * held[measure] for run in runs for step, held in run.validations.items() if step >= run.steps / 5]
-    margin = 0.05 * (max(late) - min(late)) or 0.05
-    return min(late) - margin, max(late) + margin
+    low, high = min(late), max(late)
+    if high > _WIDE * low > 0:
+        axis.set_yscale("log")
+        margin = (high / low) ** 0.05
+        axis.set_ylim(low / margin, high * margin)
+    else:
+        margin = 0.05 * (high - low) or 0.05
+        axis.set_ylim(low - margin, high + margin)
 
 
 def _draw_curve(

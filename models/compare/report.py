@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,23 @@ class Comparison:
         losses = {name: [one[LOSS] for one in own.values()] for name, own in ended.items() if own and len(own) == most}
         return min(losses, key=lambda name: statistics.fmean(losses[name])) if len(losses) > 1 else None
 
+    @property
+    def _of_ones_own(self) -> bool:
+        """Whether a factory of one's own made the model, the data and the loss."""
+        return self.settings["size"] == "custom"
+
+    @property
+    def loss_unit(self) -> str | None:
+        """Nats, but for a loss of one's own."""
+        return None if self._of_ones_own else "nats"
+
+    @property
+    def loss_digits(self) -> int:
+        """Digits behind the point that losses are written with: 4, or those that show three of the lowest loss."""
+        losses = [run.last[LOSS] for run in self.runs if run.diverged is None]
+        losses += [trial.loss for trial in self.trials if trial.loss is not None]
+        return digits_for(min(map(abs, losses), default=1.0), 4)
+
     def _in_time(self, outcome: Outcome) -> Measured:
         return outcome.at_equal_time if self.costs else outcome.at_equal_steps
 
@@ -269,9 +287,9 @@ class Comparison:
         facts = self.facts.get(self.reference)
         seeds = len(self.seeds)
         parts = [
-            f"{settings['model']} {settings['size']}",
+            settings["model"] if self._of_ones_own else f"{settings['model']} {settings['size']}",
             "" if facts is None else f"{facts.parameters:,} parameters",
-            settings["data"],
+            "" if self._of_ones_own else settings["data"],
             f"{settings['steps']:,} steps",
             f"batch size {settings['batch_size']}",
             f"{seeds} seed{'' if seeds == 1 else 's'}",
@@ -304,7 +322,10 @@ class Comparison:
         outcomes = [self.outcome(activation) for activation in self.activations]
         images = any(ACCURACY in values for outcome in outcomes for values in outcome.at_equal_steps.values())
         found = []
-        for measure, what, scale, digits in ((LOSS, "validation loss", 1, 4), (ACCURACY, "accuracy in points", 100, 2)):
+        for measure, what, scale, digits in (
+            (LOSS, "validation loss", 1, self.loss_digits),
+            (ACCURACY, "accuracy in points", 100, 2),
+        ):
             if measure == ACCURACY and not images:
                 continue
             rows = [
@@ -322,15 +343,13 @@ class Comparison:
             found.append((heading, ["", *(f"at equal {name}" for name in names)], rows))
         if (lowest := self.lowest()) is not None and len(self.activations) > 2:
             own, equal = self._in_time(self.outcome(lowest)), "time" if self.costs else "steps"
+            others = [outcome for outcome in outcomes if outcome.activation != lowest]
+            less = [(other.activation, difference(own, self._in_time(other), LOSS, False)) for other in others]
             found.append(
                 (
                     f"The lowest at equal {equal} is {lowest}. Its validation loss there minus that of each other:",
                     ["", "difference", "95 % (t)", "95 % (bootstrap)", "better"],
-                    [
-                        [outcome.activation, *_difference(difference(own, self._in_time(outcome), LOSS, False))]
-                        for outcome in outcomes
-                        if outcome.activation != lowest
-                    ],
+                    [[name, *_difference(beside, self.loss_digits)] for name, beside in less],
                 )
             )
         measures = ["validation loss", "difference", "95 % (t)", "95 % (bootstrap)", "better"]
@@ -383,9 +402,10 @@ class Comparison:
         ]
 
     def _measures(self, own: Outcome, values: Measured, reference: Measured, images: bool) -> list[str]:
-        cells = [_spread(values, LOSS), *_difference(self._beside(own, values, reference, LOSS))]
+        digits = self.loss_digits
+        cells = [_spread(values, LOSS, 1, digits), *_difference(self._beside(own, values, reference, LOSS), digits)]
         if self._knows_training():
-            cells.append(_spread(values, TRAINING))
+            cells.append(_spread(values, TRAINING, 1, digits))
         if images:
             cells.append(_spread(values, ACCURACY, 100, 2))
             cells.append(_with_interval(self._beside(own, values, reference, ACCURACY), 100, 2))
@@ -399,7 +419,7 @@ class Comparison:
         coefficients = "-" if chosen.expansion_lr is None else f"{chosen.expansion_lr:.3g}"
         first = trials[0].loss
         edge = ", ".join(at_the_edge(trials)) or "-"
-        losses = [f"{chosen.loss:.4f}", "diverged" if first is None else f"{first:.4f}"]
+        losses = ["diverged" if loss is None else f"{loss:.{self.loss_digits}f}" for loss in (chosen.loss, first)]
         return [activation, str(len(trials)), f"{chosen.lr:.3g}", coefficients, *losses, edge]
 
     def _notes(self) -> list[str]:
@@ -497,7 +517,12 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "runs": runs, "costs": costs, "trials": [], "facts": facts}
 
 
-def _spread(values: Measured, measure: str, scale: float = 1, digits: int = 4) -> str:
+def digits_for(smallest: float, least: int) -> int:
+    """Digits behind the point that show three of a number's, and at least so many."""
+    return max(least, 2 - math.floor(math.log10(smallest))) if smallest > 0 else least
+
+
+def _spread(values: Measured, measure: str, scale: float, digits: int) -> str:
     numbers = [scale * measured[measure] for measured in values.values() if measure in measured]
     if not numbers:
         return "-"
@@ -505,15 +530,16 @@ def _spread(values: Measured, measure: str, scale: float = 1, digits: int = 4) -
     return f"{mean:.{digits}f} ± {'-' if std is None else format(std, f'.{digits}f')}"
 
 
-def _difference(beside: Difference | None) -> list[str]:
+def _difference(beside: Difference | None, digits: int) -> list[str]:
     """The cells of a difference of losses: mean, both intervals, and on how many seeds it is better."""
     if beside is None:
         return ["-"] * 4
     better = f"{beside.better} of {beside.pairs}"
-    return [f"{beside.mean:+.4f}", _interval(beside.t), _interval(beside.bootstrap), better]
+    intervals = (_interval(bounds, 1, digits) for bounds in (beside.t, beside.bootstrap))
+    return [f"{beside.mean:+.{digits}f}", *intervals, better]
 
 
-def _interval(interval: Sequence[float] | None, scale: float = 1, digits: int = 4) -> str:
+def _interval(interval: Sequence[float] | None, scale: float, digits: int) -> str:
     if interval is None:
         return "-"
     low, high = (f"{scale * bound:+.{digits}f}" for bound in interval)

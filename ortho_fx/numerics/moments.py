@@ -26,6 +26,8 @@ Sampled = Callable[[Array], tuple[Array, Array]]
 # The nodes of each panel of the adaptive quadrature, and how often a panel of width 0.1 may be halved around a kink, to
 # a width of 1e-10.
 _NODES, _HALVINGS = 9, 30
+# Gauss-Legendre nodes and weights of each panel of `clamped`, which `gains` calls hundreds of times.
+_GAUSS = np.polynomial.legendre.leggauss(24)
 # Of one width at a time; a kink or a jump makes a few.
 _MOST_PANELS = 100_000
 
@@ -72,7 +74,7 @@ def clamped(function: Sampled, bounds: Bounds, fastest: float, breaks: Sequence[
     # The probability beyond 12 standard deviations is below 1e-32.
     low, high = (min(max(bound, -12.0), 12.0) for bound in bounds)
     panels = max(1, math.ceil((high - low) * (1 + fastest) / 8))
-    nodes, weights = np.polynomial.legendre.leggauss(24)
+    nodes, weights = _GAUSS
     edges = np.linspace(low, high, panels + 1)
     edges = np.unique(np.concatenate([edges, [place for place in breaks if low < place < high]]))
     half = np.diff(edges)[:, None] / 2

@@ -22,7 +22,7 @@ def comparison(images):
             diverged = seed == 1 and label == LABELS[-1]
             ended = "the loss is nan" if diverged else None
             runs.append(ComparedRun(label, seed, "", 100, 0, {} if diverged else validations, 0.1, ended, 400))
-    return Comparison({"steps": 400}, "gelu", LABELS, {}, runs)
+    return Comparison({"steps": 400, "size": "tiny"}, "gelu", LABELS, {}, runs)
 
 
 @pytest.mark.parametrize("images", [False, True])
@@ -79,3 +79,26 @@ def test_a_kind_that_the_reference_alone_has_is_left_out(tmp_path, monkeypatch):
     assert titles == [steps, steps, [f"equal time: {curves}", "at equal time: each seed, and the mean"]]
     ends = drawn[2].axes[-1]
     assert [line.get_xdata().tolist() for line in ends.lines[-2:]] == [[1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("size", "fallen", "label", "scale"),
+    [
+        ("tiny", 0.5, "validation loss (nats)", "linear"),
+        ("custom", 0.001, "validation loss", "log"),
+        ("custom", -1.0, "validation loss", "linear"),
+    ],
+)
+def test_the_axis_of_the_loss(tmp_path, monkeypatch, size, fallen, label, scale):
+    known = comparison(False)
+    known.settings["size"] = size
+    for run in known.runs:
+        if run.diverged is None:
+            run.validations[400] = {"validation_loss": fallen}
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    plot_comparison(known, tmp_path / "picture.png")
+    curves, ends = drawn[0].axes
+    assert (curves.get_ylabel(), ends.get_xlabel(), curves.get_yscale()) == (label, label, scale)
+    low, high = curves.get_ylim()
+    assert low < fallen < 3 < high

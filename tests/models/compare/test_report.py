@@ -248,6 +248,27 @@ def test_the_training_loss_stands_beside_the_validation_loss():
     assert again.runs == known.runs
 
 
+def test_a_problem_of_ones_own_is_named_once_and_has_no_nats():
+    own = comparison()
+    own.settings = SETTINGS | {"model": "poisson.py:Poisson", "size": "custom", "data": "poisson.py:Poisson"}
+    assert str(own).startswith("poisson.py:Poisson, 1,000 parameters, 400 steps, batch size 16, 2 seeds, float32")
+    assert (own.loss_unit, comparison().loss_unit) == (None, "nats")
+
+
+@pytest.mark.parametrize(
+    ("lowest", "digits"), [(2.0, 4), (0.1, 4), (0.0123, 4), (0.00987, 5), (0.00031, 6), (-0.00031, 6), (0.0, 4)]
+)
+def test_small_losses_are_written_with_three_digits(lowest, digits):
+    small = comparison()
+    small.runs = [run("gelu", 0, [2.5, 2 * lowest]), run("slow", 0, [2.4, lowest])]
+    small.trials, small.costs = [], {}
+    assert small.loss_digits == digits
+    _, header, rows = next(table for table in small._tables() if table[0].startswith("At equal steps"))
+    cells = [dict(zip(header, row, strict=False)) for row in rows]
+    assert cells[1]["validation loss"] == f"{lowest:.{digits}f} ± -"
+    assert cells[1]["difference"] == f"{lowest - 2 * lowest:+.{digits}f}"
+
+
 def test_an_activation_without_a_measured_step_has_no_value_at_equal_time():
     known = comparison()
     del known.costs["same"]
