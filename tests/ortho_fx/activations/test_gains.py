@@ -70,7 +70,13 @@ def test_stable_modules_have_gains_of_one_whatever_their_settings(name, granular
         assert abs(result.forward - 1) < 1e-9
         assert abs(result.backward - 1) < 1e-9
         assert abs(result.slope) < 1 or (degree == 1 and clamp is None and basis_of(name).is_polynomial)
-        assert dataclasses.astuple(gains(config)) == pytest.approx(dataclasses.astuple(result))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gains_of_a_config_are_those_of_its_initial_parameters(name):
+    config = config_of(name, 3, granularity="group:3", clamp=2.5)
+    module = make_activation(config, channels=6, dtype=torch.float64)
+    assert dataclasses.astuple(gains(config)) == pytest.approx(dataclasses.astuple(gains(module)))
 
 
 def test_gains_of_groups_are_the_means_over_them():
