@@ -122,21 +122,19 @@ def adaptive_nodes(at: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, A
 
     width = 0.1
     left: Array = np.arange(-120.0, 120.0) * width
+    _, _, whole = rule(left, width)
     done: list[tuple[Array, Array]] = []
     for _ in range(_HALVINGS):
-        _, _, whole = rule(left, width)
-        halves = np.stack([left, left + width / 2], axis=1)
-        z, weight, parts = rule(halves.ravel(), width / 2)
-        parts = parts.reshape(2, -1, 2).sum(2)
         if len(left) > _MOST_PANELS:
             raise OrthoFxError("the function is noisy or oscillates too fast for its gains to be computed")
-        coarse = (np.abs(parts - whole) > 1e-13 * (1 + np.abs(parts))).any(0)
-        fine = np.repeat(~coarse, 2)
-        done.append((z[fine].ravel(), weight[fine].ravel()))
-        left, width = halves[coarse].ravel(), width / 2
-        if not len(left):
+        left, width = np.stack([left, left + width / 2], axis=1).ravel(), width / 2
+        z, weight, halves = rule(left, width)
+        both = halves.reshape(2, -1, 2).sum(2)
+        coarse = np.repeat((np.abs(both - whole) > 1e-13 * (1 + np.abs(both))).any(0), 2)
+        done.append((z[~coarse].ravel(), weight[~coarse].ravel()))
+        if not coarse.any():
             break
+        left, whole = left[coarse], halves[:, coarse]
     else:
-        z, weight, _ = rule(left, width)
-        done.append((z.ravel(), weight.ravel()))
+        done.append((z[coarse].ravel(), weight[coarse].ravel()))
     return np.concatenate([z for z, _ in done]), np.concatenate([weight for _, weight in done])
