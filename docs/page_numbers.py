@@ -270,7 +270,7 @@ def _crossing(validations: Mapping[int, Mapping[str, float]], level: float) -> f
 def trials(comparison: str) -> list[list[str]]:
     """The losses of the trials of learning rates, the lowest first: "gpt2_long" with its "gpt2_long_trials"."""
     found: dict[str, dict[float, float | None]] = {}
-    for name in (comparison, f"{comparison}_trials"):
+    for name in (f"{comparison}_trials", comparison):
         for one in _comparison(name).trials:
             found.setdefault(one.activation, {})[one.lr] = one.loss
     rates = sorted({rate for losses in found.values() for rate in losses}, reverse=True)
