@@ -14,7 +14,7 @@ from ortho_fx.plots import STOCK, line_styles, load_pyplot, save
 
 # For prints in grey.
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-# From here on the highest value, divided by the lowest, asks for a logarithmic axis.
+# From here on the highest loss, divided by the lowest, asks for a logarithmic axis.
 _WIDE = 20
 
 
@@ -125,7 +125,7 @@ def _set_limits(axis: Any, runs: Sequence[ComparedRun], measure: str, scale: flo
     # The first steps are alike for all activations. With them, the later differences would be too small to see.
     late = [scale * held[measure] for run in runs for step, held in run.validations.items() if step >= run.steps / 5]
     low, high = min(late), max(late)
-    if high > _WIDE * low > 0:
+    if measure == LOSS and high > _WIDE * low > 0:
         axis.set_yscale("log")
         margin = (high / low) ** 0.05
         axis.set_ylim(low / margin, high * margin)

@@ -192,10 +192,10 @@ class Comparison:
 
     @property
     def loss_digits(self) -> int:
-        """Digits behind the point that losses are written with: 4, or those that show three of the lowest loss."""
+        """Digits behind the point that losses are written with: 4, or as many as the smallest loss needs for three."""
         losses = [run.last[LOSS] for run in self.runs if run.diverged is None]
         losses += [trial.loss for trial in self.trials if trial.loss is not None]
-        return digits_for(min(map(abs, losses), default=1.0), 4)
+        return digits_for(min(filter(None, map(abs, losses)), default=1.0), 4)
 
     def _in_time(self, outcome: Outcome) -> Measured:
         return outcome.at_equal_time if self.costs else outcome.at_equal_steps
@@ -518,8 +518,8 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digits_for(smallest: float, least: int) -> int:
-    """Digits behind the point that show three of a number's, and at least so many."""
-    return max(least, 2 - math.floor(math.log10(smallest))) if smallest > 0 else least
+    """How many digits behind the point show three significant ones of a positive number, or `least` if that is more."""
+    return max(least, 2 - math.floor(math.log10(smallest)))
 
 
 def _spread(values: Measured, measure: str, scale: float, digits: int) -> str:

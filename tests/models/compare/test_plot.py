@@ -90,15 +90,17 @@ def test_a_kind_that_the_reference_alone_has_is_left_out(tmp_path, monkeypatch):
     ],
 )
 def test_the_axis_of_the_loss(tmp_path, monkeypatch, size, fallen, label, scale):
-    known = comparison(False)
+    known = comparison(True)
     known.settings["size"] = size
     for run in known.runs:
         if run.diverged is None:
-            run.validations[400] = {"validation_loss": fallen}
+            run.validations[200]["accuracy"] = 0.01
+            run.validations[400] = {"validation_loss": fallen, "accuracy": 0.99}
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
     plot_comparison(known, tmp_path / "picture.png")
-    curves, ends = drawn[0].axes
+    curves, ends, accuracies, _ = drawn[0].axes
+    assert accuracies.get_yscale() == "linear"
     assert (curves.get_ylabel(), ends.get_xlabel(), curves.get_yscale()) == (label, label, scale)
     low, high = curves.get_ylim()
     assert low < fallen < 3 < high
