@@ -444,7 +444,7 @@ def agrees(found: list[Tensor], expected: list[Tensor]) -> None:
 def milliseconds(loss: Loss, network: nn.Module, points: Tensor) -> float:
     """The least processor time of a loss with its gradients: other load on the machine only adds to it."""
     times = []
-    for _ in range(15):
+    for _ in range(80):
         start = time.thread_time()
         with_gradients(loss, network, points)
         times.append(1000 * (time.thread_time() - start))

@@ -49,8 +49,8 @@ def register_basis(basis: Basis) -> type[ExpansionActivation]:
 
     Raises:
         OrthoFxError: a name that is taken, a name or a title that is no identifier, wrong degrees or parameters, a
-            formula that fails or cannot be compiled, or derivatives that are not those of the formula. Nothing is
-            registered then.
+            formula that fails or cannot be compiled, or derivatives or a slope that are not those of the formula.
+            Nothing is registered then.
     """
     _check_description(basis)
     for degree in sorted({basis.degrees[0], basis.default_degree, basis.degrees[:6][-1]}):
@@ -130,6 +130,8 @@ def _check_formula(basis: Basis, degree: int, tied: bool) -> None:
             if count != (terms := parts.count_terms(basis, parameters)):
                 raise OrthoFxError(f"its derivatives have {count} terms for {terms} learnable numbers")
             _compare_gradients(basis, formulas.backward_formula(basis)(grad, x, *parameters, channel_dim=1), expected)
+            if basis.has_slope:
+                _compare_slope(basis, grad, x, *parameters)
         with _naming(where, "cannot be compiled, since formulas are written in + - * and ortho_fx.bases.formula"):
             whole_forward, whole_backward = decomposition.decompositions(
                 basis,
@@ -151,6 +153,26 @@ def _by_autograd(basis: Basis, grad: Tensor, x: Tensor, *parameters: Tensor) -> 
         wanted = [inputs[0], *learned]
         found = torch.autograd.grad(y, wanted, grad, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+def _compare_slope(basis: Basis, grad: Tensor, x: Tensor, *parameters: Tensor) -> None:
+    """Raises an `OrthoFxError` unless `slope` gives the derivative of the formula, itself with the right gradients."""
+    formula = formulas.forward_formula(basis)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, *parameters)]
+        y = formula(*inputs, channel_dim=1)
+        (expected,) = torch.autograd.grad(y, inputs[0], torch.ones_like(y), create_graph=True)
+        actual = formula(inputs[0], *basis.slope(*inputs[1:]), channel_dim=1)
+        of_expected, of_actual = (
+            torch.autograd.grad(slope, inputs, grad, allow_unused=True, materialize_grads=True)
+            for slope in (expected, actual)
+        )
+    for one, other in zip((actual, *of_actual), (expected, *of_expected), strict=True):
+        if not (off := _deviation(one.detach(), other.detach())) < _OFF:
+            raise OrthoFxError(
+                f"its slope, or a gradient of it, is off by {off:.2g} from the derivative of the formula, in float64; "
+                "slope = Basis.slope in the class leaves it out"
+            )
 
 
 def _compare_gradients(basis: Basis, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -184,6 +184,7 @@ AUTOGRAD = PrivateNames(
         PrivateName("torch._C._functorch.TransformType", "its kind"),
         PrivateName("torch._C._functorch.peek_interpreter_stack", "the transform that is going on"),
         PrivateName("torch._functorch.utils.enable_single_level_autograd_function", "records one level of transforms"),
+        PrivateName("torch.autograd.forward_ad._set_fwd_grad_enabled", "forward mode inside of a rule for it"),
         PrivateName("torch.autograd.function._SingleLevelFunction", "an autograd function that asks no transform"),
     ),
 )

@@ -125,6 +125,22 @@ class Basis(ABC):
         """As `collect`, for a basis that also needs the result of `prepare`, `prepared`."""
         return self.collect(sums, *parameters)
 
+    def slope(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The parameters of dy/dx as an expansion of the same basis.
+
+        Forward mode computes dy/dx with the operator if a basis defines this. That is quicker than the derivative of
+        the formula. Parameters have the shape (size, ...), and the result is differentiable with respect to them. It
+        may have fewer numbers, but at least those of degree 1.
+
+        Raises:
+            OrthoFxError: dy/dx is no expansion of the basis.
+        """
+        raise OrthoFxError(f"the derivative of {self.name} is not of the same basis")
+
+    @property
+    def has_slope(self) -> bool:
+        return type(self).slope is not Basis.slope
+
     def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
         """The formula with all terms in one tensor; None if the basis has no such form.
 

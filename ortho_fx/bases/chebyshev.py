@@ -57,6 +57,13 @@ def _monomials(degree: int) -> Array:
     return np.stack([np.pad(column, (0, degree + 1 - len(column))) for column in columns], axis=1)
 
 
+@functools.cache
+def _derivative(degree: int) -> Array:
+    """The coefficients of T_j in T_k', in row j and column k; the last row is 0."""
+    columns = [np.polynomial.chebyshev.chebder([0.0] * k + [1.0]) for k in range(degree + 1)]
+    return np.stack([np.pad(column, (0, degree + 1 - len(column))) for column in columns], axis=1)
+
+
 class Chebyshev(Basis):
     colour = "#56B4E9"
     closed_form = True
@@ -84,6 +91,12 @@ class Chebyshev(Basis):
             return grad * (slope * scale[0])
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * first[k] for k in range(1, len(a)))]
+
+    def slope(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The coefficients of the derivative with respect to t, times s."""
+        a, centre, scale = parameters
+        table = torch.as_tensor(_derivative(len(a) - 1), dtype=a.dtype, device=a.device)
+        return scale * (table @ a.reshape(len(a), -1)).view_as(a), centre, scale
 
     def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
         a, centre, scale = parameters

@@ -46,10 +46,15 @@ def _inverse_factorial(k: int) -> float:
     return 1.0 / math.factorial(k)
 
 
+def _orders(like: Tensor) -> Tensor:
+    """k = 1, 2, ... along the first dimension of a tensor, on its device, in float64."""
+    orders = torch.arange(1, like.shape[0] + 1, dtype=torch.float64, device=like.device)
+    return orders.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
 def _inverse_factorials(like: Tensor) -> Tensor:
     """1 / k! for k = 1, 2, ..., along the first dimension of a tensor, on its device."""
-    orders = torch.arange(1, like.shape[0] + 1, dtype=torch.float64, device=like.device)
-    return torch.exp(-torch.lgamma(orders + 1)).to(like.dtype).reshape(-1, *(1 for _ in like.shape[1:]))
+    return torch.exp(-torch.lgamma(_orders(like) + 1)).to(like.dtype)
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
@@ -141,6 +146,14 @@ class Fourier(Basis):
             *(lambda k=k: grad * sine(k) for k in range(waves.count)),
             *(lambda k=k: grad * sine(k) * x for k in range(waves.count)),
         ]
+
+    def slope(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """d/dx cos(w x - p) = w cos(w x - (p - pi / 2))."""
+        constant, coefficients, frequencies, phases = parameters
+        w = frequencies
+        if len(w) < len(coefficients):
+            w = w * _orders(coefficients).to(w.dtype)
+        return torch.zeros_like(constant), coefficients * w, frequencies, phases - math.pi / 2
 
     def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
         constant, coefficients, frequencies, phases = parameters

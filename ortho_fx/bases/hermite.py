@@ -143,6 +143,11 @@ class Hermite(Basis):
 
         return grad_x, [lambda: grad, *(lambda k=k: grad * polynomials[k] for k in range(1, len(coefficients)))]
 
+    def slope(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """P_k' = P_{k-1}: the coefficients of one order more, and at degree 1 a last one of 0."""
+        (coefficients,) = parameters
+        return (coefficients[1:] if len(coefficients) > 2 else torch.cat([coefficients[1:], coefficients[1:] * 0]),)
+
     def together(self, x: Tensor, *parameters: Tensor) -> Together | None:
         (coefficients,) = parameters
         degree = len(coefficients) - 1

@@ -1,8 +1,9 @@
 """Registers two operators for each basis, `<basis>` and `<basis>_backward`: kernels, shapes, autograd and `vmap`.
 
 Derivatives of every order and kind are exact, also in the transforms of `torch.func`. If a backward is differentiated
-again, the differentiable formula replaces the backward operator. In forward mode the formula replaces the forward
-operator. `torch.vmap` makes each member of the batch a group of channels in one call.
+again, the differentiable formula replaces the backward operator. In forward mode a tangent of x is multiplied with the
+operator of y', where y' is of the same basis (`Basis.slope`); elsewhere the formula replaces the forward operator.
+`torch.vmap` makes each member of the batch a group of channels in one call.
 
 The autograd kernel is our own, because that of `torch.library.register_autograd` does not nest in `torch.func.grad`
 (pytorch issue 168393) and has no forward mode. It is used only on a release without the private names that ours needs.
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from ortho_fx import torch_private
 from ortho_fx.bases import BASES, Basis
 from ortho_fx.operands import check_operands
-from ortho_fx.operators import support
+from ortho_fx.operators import parts, support
 from ortho_fx.operators.eager import backward_kernel, forward_kernel
 from ortho_fx.operators.formulas import backward_formula, differentiated_gradients, forward_formula
 
@@ -171,6 +172,10 @@ def _autograd_kernel(
 ) -> Callable[..., Tensor]:
     overload, tensor_count = _overload(basis.name), 1 + len(basis.parameters)
 
+    def slope_is_operator(dtype: torch.dtype) -> bool:
+        # The operator would round y' to half precision before it is multiplied.
+        return basis.has_slope and parts.compute_dtype(dtype) == dtype
+
     # A single-level function, as functorch uses internally: since PyTorch 2.14 an ordinary `Function` checks at every
     # call whether transforms are active.
     class Expansion(private._SingleLevelFunction):
@@ -178,7 +183,16 @@ def _autograd_kernel(
         def forward(ctx: Any, output: list[Tensor], prepared: Sequence[Tensor], *arguments: Any) -> Tensor:
             ctx.save_for_backward(*arguments[:tensor_count], *prepared)
             ctx.channel_dim = arguments[tensor_count] if len(arguments) > tensor_count else CHANNEL_DIM
+            ctx.save_for_forward(*arguments[:tensor_count])
             return output[0]
+
+        @staticmethod
+        def jvp(ctx: Any, output: None, prepared: None, tangent: Tensor, *others: None) -> Tensor:
+            # PyTorch calls this without forward mode, so tangents of the outer transforms would be lost.
+            with private._set_fwd_grad_enabled(True):
+                x, *parameters = (forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
+                slope = basis.slope(*(parameter.to(x.dtype) for parameter in parameters))
+                return tangent * overload(x, *slope, ctx.channel_dim)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,7 +204,8 @@ def _autograd_kernel(
 
     def kernel(keys: Any, *arguments: Any) -> Tensor:
         tensors = arguments[:tensor_count]
-        if _has_tangents(private, tensors):
+        of_x, *of_parameters = _have_tangents(private, tensors)
+        if any(of_parameters) or (of_x and not slope_is_operator(tensors[0].dtype)):
             return forward(*arguments)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # Not in Expansion.forward: it runs without grad mode, so the outer transforms would miss the call.
@@ -199,7 +214,7 @@ def _autograd_kernel(
             prepared = support.kept_for_backward(basis, *tensors) if learns else ()
             given = (list(prepared),) if prepared else ()
             output = overload.redispatch(keys & private._after_autograd_keyset, *arguments, *given)
-        if not learns:
+        if not (learns or of_x):
             return output
         with private.enable_single_level_autograd_function():
             return Expansion.apply([output], prepared, *arguments)
@@ -207,13 +222,15 @@ def _autograd_kernel(
     return kernel
 
 
-def _has_tangents(private: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether the inputs may have tangents: inside `torch.func.jvp`, or at an open level of dual numbers."""
-    transform = private.peek_interpreter_stack()
-    if transform is None:
-        return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    # A compiled `jvp` opens its level in C++, where `unpack_dual` does not see it.
-    return transform.key() == private.TransformType.Jvp
+def _have_tangents(private: Any, tensors: Sequence[Tensor]) -> Sequence[bool]:
+    """Which tensors have tangents: inside `torch.func.jvp`, or at an open level of dual numbers."""
+    transform, level = private.peek_interpreter_stack(), None
+    if transform is not None:
+        if transform.key() != private.TransformType.Jvp:
+            return [False] * len(tensors)
+        # A compiled `jvp` opens its level in C++, where `unpack_dual` finds it only by its number.
+        level = 0
+    return [forward_ad.unpack_dual(tensor, level=level).tangent is not None for tensor in tensors]
 
 
 def _register_public_autograd(

@@ -17,6 +17,7 @@ from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES, HERMITE
 from ortho_fx.bases.basis import Basis, Parameter, multiply_add
 from ortho_fx.bases.formula import after, masked
+from ortho_fx.bases.hermite import Hermite
 from ortho_fx.bench.measure import choose_expansions
 from ortho_fx.models.gpt2 import GPT2, GPT2Config
 from ortho_fx.models.recipe import TrainConfig
@@ -243,6 +244,36 @@ def test_it_compiles_as_eager_and_is_lowered(monkeypatch):
         torch.testing.assert_close(torch.compile(frozen)(x), activation(x))
 
 
+class WithSlope(Powers):
+    def slope(self, *parameters):
+        (a,) = parameters
+        orders = torch.arange(len(a), dtype=a.dtype).reshape(-1, *(1 for _ in a.shape[1:]))
+        return (torch.cat([(orders * a)[1:], 0 * a[:1]]),)
+
+
+class Inherited(Hermite):
+    """Its formula has one more summand, and its slope is still that of Hermite expansions."""
+
+    def evaluate(self, x, *parameters):
+        return super().evaluate(x, *parameters) + x * x
+
+    def derivatives(self, grad, x, *parameters):
+        grad_x, terms = super().derivatives(grad, x, *parameters)
+        return lambda: grad_x() + grad * x * 2.0, terms
+
+
+class WithoutSlope(Inherited):
+    slope = Basis.slope
+
+
+@pytest.mark.parametrize("cls", [WithSlope, WithoutSlope])
+def test_forward_mode_with_and_without_a_slope(cls):
+    basis = register(cls, COEFFICIENTS, range(1, 9), 3).basis
+    x, a = torch.linspace(-1, 1, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda x: expand(basis, x, a))(x)
+    torch.testing.assert_close(torch.func.jacfwd(lambda x: expand(basis, x, a))(x), jacobian)
+
+
 def test_derivatives_of_higher_order_and_vmap():
     basis = register().basis
     x = torch.linspace(-1, 1, 6, dtype=torch.float64, requires_grad=True)
@@ -368,6 +399,7 @@ class Doubled(Powers):
         ({"cls": Wrong}, r"basis 'bad', degree 1: the gradient of x is off by 0\.00\d+ from autograd's of the formula"),
         ({"cls": Doubled}, "degree 1: the gradient of coefficients is off by"),
         ({"cls": Raises}, "basis 'bad', degree 1: its formula raises: RuntimeError: no such luck"),
+        ({"cls": Inherited}, r"its slope, or a gradient of it, is off by .* slope = Basis\.slope in the class leaves"),
         ({"cls": Few}, "its derivatives have 1 terms for 2 learnable numbers"),
         ({"name": "hermite"}, "basis 'hermite' is registered already; known are hermite, fourier"),
         ({"name": "two words"}, "the name of a basis must be an identifier in lower case, not none or gelu; got 'two"),

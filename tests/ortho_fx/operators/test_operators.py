@@ -13,7 +13,9 @@ from torch.library import opcheck
 from ortho_fx import ExpansionConfig, torch_private
 from ortho_fx.activations.expansion import make_activation
 from ortho_fx.bases import BASES
+from ortho_fx.numerics.initialisation import initial_parameters
 from ortho_fx.operators import expand, operator
+from ortho_fx.operators.formulas import forward_formula
 from ortho_fx.operators.generated_code import generated_code
 from ortho_fx.operators.support import formulas_digest
 from tests.h100 import triton_code
@@ -105,14 +107,18 @@ def test_terms_in_one_tensor_are_those_of_the_formula(name, degree):
 
 
 class Counted(torch_private.load(torch_private.TESTS).TorchDispatchMode):
-    """Counts the operations that run inside."""
+    """Notes the operations that run inside."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.calls = []
+
+    @property
+    def count(self):
+        return len(self.calls)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
+        self.calls.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -135,6 +141,43 @@ def operations(name, degree):
 def test_operations_of_a_second_derivative_hardly_grow_with_the_degree(name):
     for small, large in zip(operations(name, 2), operations(name, 8), strict=True):
         assert large < 1.7 * small
+
+
+CLOSED = [("hermite", False), ("chebyshev", False), ("fourier", False), ("fourier", True)]
+
+
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["a layer", "a channel"])
+@pytest.mark.parametrize("degree", [1, 2, 3, 6])
+@pytest.mark.parametrize(("name", "tied"), CLOSED)
+def test_forward_mode_calls_the_operator_of_the_derivative(name, tied, degree, shape):
+    basis = BASES[name]
+    values = initial_parameters(ExpansionConfig(name, degree, tied=tied)).values()
+    parameters = [torch.as_tensor(v).reshape(-1, *(1 for _ in shape)).repeat(1, *shape) + 0.1 for v in values]
+    x = torch.linspace(-3, 3, 15, dtype=torch.float64).reshape(5, 3)
+
+    def along(function):
+        return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
+
+    def formula(t):
+        return forward_formula(basis)(t, *parameters, channel_dim=1)
+
+    with Counted() as counted:
+        second = along(along(lambda t: expand(basis, t, *parameters)))(x)
+    torch.testing.assert_close(second, along(along(formula))(x))
+    assert [call for call in counted.calls if call.startswith("ortho_fx")] == [f"ortho_fx.{name}.default"] * 4
+
+
+def test_forward_mode_rounds_half_precision_once():
+    x, parameters = torch.linspace(-3, 3, 64), initial_parameters(ExpansionConfig("fourier", 5)).values()
+    parameters = [torch.as_tensor(v, dtype=torch.float32) for v in parameters]
+
+    def slope(x, along):
+        return jvp(lambda t: expand(BASES["fourier"], t, *parameters), (x,), (along,))[1]
+
+    half = x.bfloat16()
+    along = 0.3 * torch.ones_like(half)
+    # A number that is rounded once is off by at most this part of it.
+    torch.testing.assert_close(slope(half, along).float(), slope(half.float(), along.float()), rtol=2**-8, atol=1e-6)
 
 
 def test_third_derivative_of_a_cubic_is_its_leading_coefficient():

@@ -199,10 +199,15 @@ def test_transforms_inside_of_others(config):
 
 def test_compiled_transforms():
     loss, parameters = pure(rewritten(LAYER))
+
+    def curvature(parameters, x):
+        return jvp(lambda t: jvp(lambda s: loss(parameters, s), (t,), (x,))[1], (x,), (x,))[1]
+
     cases = [
         (vmap(grad(loss), (None, 0)), (parameters, inputs(3, 4))),
         (grad(lambda x: grad(loss, 1)(parameters, x).square().sum()), (inputs(4),)),
         (hessian(lambda x: loss(parameters, x)), (inputs(4),)),
+        (grad(curvature), (parameters, inputs(4))),
         (vmap(jacrev(jacrev(lambda x: loss(parameters, x)))), (inputs(3, 4),)),
     ]
     for function, arguments in cases:
