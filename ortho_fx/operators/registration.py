@@ -180,14 +180,17 @@ def _autograd_kernel(
     # call whether transforms are active.
     class Expansion(private._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, output: list[Tensor], prepared: Sequence[Tensor], *arguments: Any) -> Tensor:
+        def forward(
+            ctx: Any, output: list[Tensor], prepared: Sequence[Tensor], has_tangent: bool, *arguments: Any
+        ) -> Tensor:
             ctx.save_for_backward(*arguments[:tensor_count], *prepared)
             ctx.channel_dim = arguments[tensor_count] if len(arguments) > tensor_count else CHANNEL_DIM
-            ctx.save_for_forward(*arguments[:tensor_count])
+            if has_tangent:  # it keeps x, where hooks of saved tensors would let go of it
+                ctx.save_for_forward(*arguments[:tensor_count])
             return output[0]
 
         @staticmethod
-        def jvp(ctx: Any, output: None, prepared: None, tangent: Tensor, *others: None) -> Tensor:
+        def jvp(ctx: Any, output: None, prepared: None, has_tangent: None, tangent: Tensor, *others: None) -> Tensor:
             # PyTorch calls this without forward mode, so tangents of the outer transforms would be lost.
             with private._set_fwd_grad_enabled(True):
                 x, *parameters = (forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
@@ -198,14 +201,14 @@ def _autograd_kernel(
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # only once: under checkpointing each access recomputes them
             prepared = (list(saved[tensor_count:]),) if len(saved) > tensor_count else ()
-            needed = ctx.needs_input_grad[2 : 2 + tensor_count]
+            needed = ctx.needs_input_grad[3 : 3 + tensor_count]
             gradients = _gradients(basis, backward, needed, grad, *saved[:tensor_count], ctx.channel_dim, *prepared)
-            return None, None, *gradients, None
+            return None, None, None, *gradients, None
 
     def kernel(keys: Any, *arguments: Any) -> Tensor:
         tensors = arguments[:tensor_count]
-        of_x, *of_parameters = _have_tangents(private, tensors)
-        if any(of_parameters) or (of_x and not slope_is_operator(tensors[0].dtype)):
+        has_tangent, *others = _have_tangents(private, tensors)
+        if any(others) or (has_tangent and not slope_is_operator(tensors[0].dtype)):
             return forward(*arguments)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # Not in Expansion.forward: it runs without grad mode, so the outer transforms would miss the call.
@@ -214,10 +217,10 @@ def _autograd_kernel(
             prepared = support.kept_for_backward(basis, *tensors) if learns else ()
             given = (list(prepared),) if prepared else ()
             output = overload.redispatch(keys & private._after_autograd_keyset, *arguments, *given)
-        if not (learns or of_x):
+        if not (learns or has_tangent):
             return output
         with private.enable_single_level_autograd_function():
-            return Expansion.apply([output], prepared, *arguments)
+            return Expansion.apply([output], prepared, has_tangent, *arguments)
 
     return kernel
 
