@@ -57,7 +57,8 @@ def test_nothing_is_held_after_a_step(name):
     before = tensors()
     for _ in range(3):
         step()
-    assert tensors() == before
+    # What earlier tests have left may go in the meantime.
+    assert tensors() <= before
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 6, 3), 1), ((2, 3, 6), -1), ((6,), 0), ((2, 6, 2, 2), -3)])
