@@ -185,7 +185,7 @@ def _autograd_kernel(
         ) -> Tensor:
             ctx.save_for_backward(*arguments[:tensor_count], *prepared)
             ctx.channel_dim = arguments[tensor_count] if len(arguments) > tensor_count else CHANNEL_DIM
-            if has_tangent:  # it keeps x, where hooks of saved tensors would let go of it
+            if has_tangent:  # it keeps x also where hooks of saved tensors would let go of it
                 ctx.save_for_forward(*arguments[:tensor_count])
             return output[0]
 
