@@ -329,12 +329,12 @@ def _comparison(name: str) -> Comparison:
 
 
 def _name(activation: str) -> str:
-    """An activation as the pages write it."""
+    """An activation as the pages write it, without its learning rates."""
+    activation = re.sub(r",(expansion_)?lr=[^,]+", "", activation)
     usual = {"gelu": "GELU", "relu_squared": "ReLU²", "swiglu": "SwiGLU", "fourier:1": "one sine (Fourier 1)"}
     usual |= {"fourier:1:gated": "one sine as SwiGLU's gate", "leaky_relu_squared": "LeakyReLU²"}
     usual |= {"polynorm:3": "PolyNorm", "xielu": "xIELU", "fourier:5,granularity=group:8": "Fourier 5 in 8 groups"}
     usual |= {
-        "fourier:2,expansion_lr=0.002,lr=0.002": "Fourier 2",
         "fourier:5,granularity=model": "Fourier 5, one for all layers",
         "fourier:5:tied": "Fourier 5, tied",
         "sine": "sin x",
