@@ -130,9 +130,12 @@ def _check_formula(basis: Basis, degree: int, tied: bool) -> None:
             if count != (terms := parts.count_terms(basis, parameters)):
                 raise OrthoFxError(f"its derivatives have {count} terms for {terms} learnable numbers")
             _compare_gradients(basis, formulas.backward_formula(basis)(grad, x, *parameters, channel_dim=1), expected)
+        with _naming(where, "its slope raises"):
             if basis.has_slope:
                 _compare_slope(basis, grad, x, *parameters)
-        with _naming(where, "cannot be compiled, since formulas are written in + - * and ortho_fx.bases.formula"):
+        with _naming(
+            where, "its formula cannot be compiled, since formulas are written in + - * and ortho_fx.bases.formula"
+        ):
             whole_forward, whole_backward = decomposition.decompositions(
                 basis,
                 functools.partial(decomposition.forward, basis),
@@ -192,14 +195,14 @@ def _deviation(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _naming(where: str, what: str = "raises") -> Iterator[None]:
+def _naming(where: str, what: str = "its formula raises") -> Iterator[None]:
     try:
         yield
     except OrthoFxError as error:
         raise OrthoFxError(f"{where}: {error}") from None
     except Exception as error:
         message = next(iter(str(error).splitlines()), "")
-        raise OrthoFxError(f"{where}: its formula {what}: {type(error).__name__}: {message}") from error
+        raise OrthoFxError(f"{where}: {what}: {type(error).__name__}: {message}") from error
 
 
 def _digest(basis: Basis) -> str:

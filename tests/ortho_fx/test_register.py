@@ -382,6 +382,11 @@ class Raises(Powers):
         raise RuntimeError("no such luck")
 
 
+class RaisesInSlope(Powers):
+    def slope(self, *parameters):
+        raise RuntimeError("no such luck")
+
+
 class Few(Powers):
     def derivatives(self, grad, x, *parameters):
         grad_x, terms = super().derivatives(grad, x, *parameters)
@@ -399,6 +404,7 @@ class Doubled(Powers):
         ({"cls": Wrong}, r"basis 'bad', degree 1: the gradient of x is off by 0\.00\d+ from autograd's of the formula"),
         ({"cls": Doubled}, "degree 1: the gradient of coefficients is off by"),
         ({"cls": Raises}, "basis 'bad', degree 1: its formula raises: RuntimeError: no such luck"),
+        ({"cls": RaisesInSlope}, "basis 'bad', degree 1: its slope raises: RuntimeError: no such luck"),
         ({"cls": Inherited}, r"its slope, or a gradient of it, is off by .* slope = Basis\.slope in the class leaves"),
         ({"cls": Few}, "its derivatives have 1 terms for 2 learnable numbers"),
         ({"name": "hermite"}, "basis 'hermite' is registered already; known are hermite, fourier"),

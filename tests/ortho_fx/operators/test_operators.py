@@ -123,15 +123,17 @@ class Counted(torch_private.load(torch_private.TESTS).TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def along(function):
+    """The derivative of an elementwise function, by forward mode."""
+    return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
 def operations(name, degree):
     """How many operations the second derivative takes by autograd, and by nested forward mode."""
     x, parameters = arguments(name, degree)
     with Counted() as by_autograd:
         (first,) = torch.autograd.grad(expand(BASES[name], x, *parameters).sum(), x, create_graph=True)
         torch.autograd.grad(first.sum(), x, create_graph=True)
-
-    def along(function):
-        return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
 
     with Counted() as by_jvp:
         along(along(lambda t: expand(BASES[name], t, *parameters)))(x)
@@ -156,9 +158,6 @@ def test_forward_mode_calls_the_operator_of_the_derivative(name, tied, degree, s
     parameters = [torch.as_tensor(v).reshape(-1, *(1 for _ in shape)).repeat(1, *shape) + 0.1 for v in values]
     x = torch.linspace(-3, 3, 15, dtype=torch.float64).reshape(5, 3)
 
-    def along(function):
-        return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
-
     def formula(t):
         return forward_formula(basis)(t, *parameters, channel_dim=1)
 
@@ -172,13 +171,15 @@ def test_forward_mode_rounds_half_precision_once():
     x, parameters = torch.linspace(-3, 3, 64), initial_parameters(ExpansionConfig("fourier", 5)).values()
     parameters = [torch.as_tensor(v, dtype=torch.float32) for v in parameters]
 
-    def slope(x, along):
-        return jvp(lambda t: expand(BASES["fourier"], t, *parameters), (x,), (along,))[1]
+    def slope(x, direction):
+        return jvp(lambda t: expand(BASES["fourier"], t, *parameters), (x,), (direction,))[1]
 
     half = x.bfloat16()
-    along = 0.3 * torch.ones_like(half)
+    direction = 0.3 * torch.ones_like(half)
     # A number that is rounded once is off by at most this part of it.
-    torch.testing.assert_close(slope(half, along).float(), slope(half.float(), along.float()), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(
+        slope(half, direction).float(), slope(half.float(), direction.float()), rtol=2**-8, atol=1e-6
+    )
 
 
 def test_third_derivative_of_a_cubic_is_its_leading_coefficient():
