@@ -238,10 +238,12 @@ def _fold_lgamma(program: torch.export.ExportedProgram) -> None:
                 for number in numbers.flatten().tolist()
             ]
             joined = graph.call_function(torch.ops.aten.cat.default, (parts,))
-        for part, fake in zip(parts, node.meta["val"].split(1), strict=True):
+            shaped = graph.call_function(torch.ops.aten.view.default, (joined, list(numbers.shape)))
+        joined.meta["val"] = node.meta["val"].flatten()
+        for part, fake in zip(parts, joined.meta["val"].split(1), strict=True):
             part.meta["val"] = fake
-        joined.meta = copy.copy(node.meta)
-        node.replace_all_uses_with(joined)
+        shaped.meta = copy.copy(node.meta)
+        node.replace_all_uses_with(shaped)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 

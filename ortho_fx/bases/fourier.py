@@ -47,14 +47,18 @@ def _inverse_factorial(k: int) -> float:
 
 
 def _orders(like: Tensor) -> Tensor:
-    """k = 1, 2, ... along the first dimension of a tensor, on its device, in float64."""
-    orders = torch.arange(1, like.shape[0] + 1, dtype=torch.float64, device=like.device)
-    return orders.reshape(-1, *(1 for _ in like.shape[1:]))
+    """k = 1, 2, ... for each row of a tensor, on its device, in float64."""
+    return torch.arange(1, like.shape[0] + 1, dtype=torch.float64, device=like.device)
+
+
+def _for_rows(numbers: Tensor, of: Tensor) -> Tensor:
+    """One number for each row of a tensor, in its dtype, to multiply it by."""
+    return numbers.to(of.dtype).reshape(-1, *(1 for _ in of.shape[1:]))
 
 
 def _inverse_factorials(like: Tensor) -> Tensor:
     """1 / k! for k = 1, 2, ..., along the first dimension of a tensor, on its device."""
-    return torch.exp(-torch.lgamma(_orders(like) + 1)).to(like.dtype)
+    return _for_rows(torch.exp(-torch.lgamma(_orders(like) + 1)), of=like)
 
 
 def torchortho_parameters(state: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
@@ -152,7 +156,7 @@ class Fourier(Basis):
         constant, coefficients, frequencies, phases = parameters
         w = frequencies
         if len(w) < len(coefficients):
-            w = w * _orders(coefficients).to(w.dtype)
+            w = w * _for_rows(_orders(coefficients), of=coefficients)
         return torch.zeros_like(constant), coefficients * w, frequencies, phases - math.pi / 2
 
     def together(self, x: Tensor, *parameters: Tensor) -> Together | None:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import resource
 import subprocess
 import sys
@@ -166,6 +167,21 @@ class Logarithm(nn.Module):
 class Unknown(nn.Module):
     def forward(self, x):
         return torch.lgamma(x.abs() + 1)
+
+
+class Factorials(nn.Module):
+    """Computes with log-gammas of constants, of 2 dimensions and of none."""
+
+    def forward(self, x):
+        orders = torch.arange(1.0, 5.0).reshape(2, 2)
+        return x * torch.exp(-torch.lgamma(orders + 1)) + torch.lgamma(torch.full((), 3.5))
+
+
+def test_log_gammas_of_constants_of_any_shape_are_folded(tmp_path):
+    x = inputs(2, 2)
+    export_onnx(Factorials(), x, tmp_path / "model.onnx")
+    (y,) = in_onnxruntime(tmp_path / "model.onnx", x=x.numpy())
+    assert_equal(y, x / torch.tensor([[1.0, 2.0], [6.0, 24.0]]) + math.lgamma(3.5))
 
 
 def test_what_fails_the_check_is_not_written(tmp_path):
