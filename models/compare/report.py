@@ -35,6 +35,7 @@ class ComparedRun:
         steps: of the whole run, at whose end its learning rate is lowest.
         lr, expansion_lr: peak learning rates; None for an expansion_lr like lr, and in files of version 1.
         training_loss: mean over the last twentieth of its steps, in nats; None if it diverged, and in older files.
+        hardware, torch: the processor or GPU on which it ended, and the release of PyTorch; None in older files.
     """
 
     activation: str
@@ -49,6 +50,8 @@ class ComparedRun:
     lr: float | None = None
     expansion_lr: float | None = None
     training_loss: float | None = None
+    hardware: str | None = None
+    torch: str | None = None
 
     @property
     def last(self) -> dict[str, float]:
@@ -283,7 +286,8 @@ class Comparison:
             raise OrthoFxError(f"not a comparison: {type(error).__name__}: {error}") from None
 
     def _title(self) -> str:
-        settings, environment = self.settings, self.environment
+        settings = self.settings
+        hardware, releases = self._places()
         facts = self.facts.get(self.reference)
         seeds = len(self.seeds)
         parts = [
@@ -293,11 +297,18 @@ class Comparison:
             f"{settings['steps']:,} steps",
             f"batch size {settings['batch_size']}",
             f"{seeds} seed{'' if seeds == 1 else 's'}",
-            f"{settings['dtype']} on {settings['device']} ({environment['hardware']})",
-            f"torch {environment['versions']['torch']}",
-            environment["date"],
+            f"{settings['dtype']} on {settings['device']} ({' and '.join(hardware)})",
+            f"torch {' and '.join(releases)}",
+            self.environment["date"],
         ]
         return ", ".join(part for part in parts if part)
+
+    def _places(self) -> tuple[list[str], list[str]]:
+        """The distinct hardware and the distinct releases of PyTorch that the runs were trained on."""
+        own = (self.environment["hardware"], self.environment["versions"]["torch"])
+        places = [(run.hardware or own[0], run.torch or own[1]) for run in self.runs] or [own]
+        hardware, releases = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
+        return hardware, releases
 
     def _equalities(self, own: Outcome, reference: Outcome) -> list[tuple[str, int | None, Measured, Measured]]:
         """The kinds of equality: name, steps, and the values of an activation and of the reference.
@@ -436,6 +447,8 @@ class Comparison:
             )
         elif self.facts:
             notes.append("Runs of one seed start from the same weights and see the same batches.")
+        if any(len(names) > 1 for names in self._places()):
+            notes.append("Not all runs were trained on one machine and release: compare.json names those of each.")
         unequal = [name for name in self.activations if abs(self.outcome(name).more_parameters or 0) > SAME]
         if unequal:
             notes.append(f"Other than {self.reference} in parameters by more than 1 %: {', '.join(unequal)}.")

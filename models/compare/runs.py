@@ -270,6 +270,9 @@ class _Work:
                 )
             new.activations = list(dict.fromkeys([names[0], *old.activations, *names]))
             new.runs, new.costs, new.trials, new.facts = old.runs, old.costs, old.trials, old.facts
+            for run in new.runs:  # files of earlier releases have one place for all
+                run.hardware = run.hardware or old.environment["hardware"]
+                run.torch = run.torch or old.environment["versions"]["torch"]
         return new
 
     def _remove(self) -> None:
@@ -368,7 +371,7 @@ class _Work:
         train_all(titled, self.budget.jobs, self._note, self.progress, self.to_go_on, self.prepare)
 
     def _note(self, job: Job, diverged: str | None) -> None:
-        run = _result(job, diverged)
+        run = _result(job, diverged, self.comparison.environment)
         if job.trial is None:
             self.comparison.runs.append(run)
         else:
@@ -392,8 +395,8 @@ class _Work:
                 path.write_text(text, encoding="utf-8")
 
 
-def _result(job: Job, diverged: str | None) -> ComparedRun:
-    """The record of a run, from what it wrote."""
+def _result(job: Job, diverged: str | None, environment: Mapping[str, Any]) -> ComparedRun:
+    """The record of a run, from what it wrote and where it was trained."""
     config, steps = job.config, _steps(job.config)
     run = read_run(config.directory)
     measured = {row["step"]: {name: row[name] for name in (LOSS, ACCURACY) if name in row} for row in run.validations}
@@ -414,6 +417,8 @@ def _result(job: Job, diverged: str | None) -> ComparedRun:
         lr=config.lr,
         expansion_lr=config.expansion_lr,
         training_loss=statistics.fmean(late) if late and diverged is None else None,
+        hardware=environment["hardware"],
+        torch=environment["versions"]["torch"],
     )
 
 

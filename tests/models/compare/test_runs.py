@@ -267,12 +267,19 @@ def test_a_comparison_of_an_earlier_release_goes_on(tmp_path, trained):
     values = json.loads(path.read_text())
     for name in ("gated", "expansion_decay", "tune", "tune_steps"):
         values["settings"].pop(name, None)
-    runs = [{k: v for k, v in run.items() if k not in ("steps", "lr", "expansion_lr")} for run in values["runs"]]
+    values["environment"]["hardware"] = "an old CPU"
+    later = ("steps", "lr", "expansion_lr", "hardware", "torch")
+    runs = [{k: v for k, v in run.items() if k not in later} for run in values["runs"]]
     old = {k: v for k, v in values.items() if k not in ("trials", "facts")}
     path.write_text(json.dumps({**old, "version": 1, "runs": runs, "costs_environment": {}}))
     trained.clear()
-    compare(small(steps=1), ["silu"], ONE, tmp_path)
+    comparison = compare(small(steps=1), ["silu"], ONE, tmp_path)
     assert trained == [("silu-seed0", False)]
+    here = comparison.environment["hardware"]
+    assert [run.hardware for run in comparison.runs] == ["an old CPU", "an old CPU", here]
+    assert {run.torch for run in comparison.runs} == {torch.__version__}
+    assert f"float32 on cpu (an old CPU and {here}), torch {torch.__version__}," in " ".join(str(comparison).split())
+    assert "- Not all runs were trained on one machine and release: " in comparison.report(markdown=True)
 
 
 def test_a_step_is_measured_as_it_is_trained_and_once_for_those_that_are_alike(tmp_path, monkeypatch):
