@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import fx, nn
@@ -52,9 +51,9 @@ def restore(owner: nn.Module, key: str, *, copied: bool = False) -> None:
     """Puts the replaced activation, or a copy of it, back in one place that holds its expansion."""
     (replaced,) = vars(owner._modules[key])["_replaced"]
     if replaced.kind == "module":
-        restore_module(owner, key, copy.deepcopy(replaced.value) if copied else replaced.value)
+        restore_module(owner, key, replaced.value, copied)
     elif replaced.kind == "attribute":
-        restore_attribute(owner, key, copy.deepcopy(replaced.value) if copied else replaced.value)
+        restore_attribute(owner, key, replaced.value, copied)
     elif replaced.kind == "call":
         restore_call(owner, key)
     else:

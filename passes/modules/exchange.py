@@ -1,14 +1,21 @@
-"""Replaces a child module, or a function kept as an attribute, by an expansion, and puts it back."""
+"""Replaces a child module, or a function kept as an attribute, by an expansion, and puts it back.
+
+An expansion remembers what it replaced, and so goes on doing where a library moves it to modules of its own. One that
+stands in several places remembers only one of them, so each owner also keeps what stood in its own.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ortho_fx.passes.source.classes import keep_in_copies, set_class_for_children
-from ortho_fx.passes.vocabulary.expansions import Replaced, Substitute, remember
+from ortho_fx.passes.vocabulary.expansions import REPLACED, Replaced, Substitute, remember
 
 
 def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
@@ -16,7 +23,7 @@ def module_in(places: Sequence[tuple[nn.Module, str]]) -> Substitute:
 
     def put(expansion: nn.Module) -> None:
         for owner, key in places:
-            remember(expansion, Replaced("module", owner._modules[key]))
+            _remember(expansion, owner, key, Replaced("module", owner._modules[key]))
             move_hooks(owner._modules[key], expansion)
             exchange(owner, key, expansion)
             keep_in_copies(owner)
@@ -51,7 +58,7 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
     """Replaces a function that the module keeps as an attribute (`self.activation = F.gelu`) by a child module."""
 
     def put(expansion: nn.Module) -> None:
-        remember(expansion, Replaced("attribute", vars(owner)[key]))
+        _remember(expansion, owner, key, Replaced("attribute", vars(owner)[key]))
         # Past a __delattr__ or __setattr__ of the owner's, which may refuse.
         del vars(owner)[key]
         owner._modules[key] = expansion
@@ -61,9 +68,40 @@ def attribute_of(owner: nn.Module, key: str) -> Substitute:
     return put
 
 
-def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
-    """Puts the module that an expansion replaced back in one place that holds it."""
-    expansion = owner._modules[key]
+def _remember(expansion: nn.Module, owner: nn.Module, key: str, replaced: Replaced) -> None:
+    remember(expansion, replaced)
+    vars(owner).setdefault(REPLACED, {})[key] = (replaced.value, _device_and_dtype(expansion))
+
+
+def _replaced(owner: nn.Module, key: str, known: Any, copied: bool) -> Any:
+    """What stood in a place; where its owner does not know, what the expansion there remembers, or a copy of it."""
+    kept = vars(owner).get(REPLACED, {})
+    if key not in kept:
+        return copy.deepcopy(known) if copied else known
+    value, before = kept.pop(key)
+    if not kept:
+        del vars(owner)[REPLACED]  # past a __delattr__ of the owner, which may refuse
+    now = _device_and_dtype(owner._modules[key])
+    if isinstance(value, nn.Module) and before is not None and now is not None and before != now:
+        value.to(*now)
+    return value
+
+
+def _device_and_dtype(expansion: nn.Module | None) -> tuple[torch.device, torch.dtype] | None:
+    """Those of its parameters; None if it has none, or none with values."""
+    first = None if expansion is None else next(expansion.parameters(), None)
+    return None if first is None or first.is_meta else (first.device, first.dtype)
+
+
+def restore_module(owner: nn.Module, key: str, known: nn.Module, copied: bool) -> None:
+    """Puts the module that an expansion replaced back in one place that holds the expansion.
+
+    Args:
+        owner, key: the place.
+        known: what the expansion remembers to have replaced.
+        copied: whether that stands in another place already.
+    """
+    expansion, replaced = owner._modules[key], _replaced(owner, key, known, copied)
     assert expansion is not None
     move_hooks(expansion, replaced)
     exchange(owner, key, replaced.train(expansion.training))
@@ -71,8 +109,9 @@ def restore_module(owner: nn.Module, key: str, replaced: nn.Module) -> None:
     _enter_fast_path(owner, key)
 
 
-def restore_attribute(owner: nn.Module, key: str, replaced: object) -> None:
-    """Puts the function that an expansion replaced back."""
+def restore_attribute(owner: nn.Module, key: str, known: object, copied: bool) -> None:
+    """Puts the function that an expansion replaced back; the arguments are those of `restore_module`."""
+    replaced = _replaced(owner, key, known, copied)
     del owner._modules[key]
     # Not nn.Module.__setattr__: it would register a module that the owner kept unregistered.
     vars(owner)[key] = replaced

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ortho_fx.passes.vocabulary.activates import activations_in, is_activation, items_of, read_by
+from ortho_fx.passes.vocabulary.expansions import REPLACED
 from ortho_fx.passes.vocabulary.meaning import functions_of, is_plain, own_classes
 from ortho_fx.passes.vocabulary.recognise import OWN_ATTRIBUTES, function_of
 
@@ -119,5 +120,6 @@ def _is_own(owner: nn.Module, function: object) -> bool:
 
 
 def attributes_of(owner: nn.Module) -> Iterator[tuple[str, object]]:
-    """The attributes of a module that are not those of every module."""
-    yield from ((key, value) for key, value in list(vars(owner).items()) if key not in OWN_ATTRIBUTES)
+    """The attributes of a module that are not those of every module, nor ours."""
+    own = {*OWN_ATTRIBUTES, REPLACED}
+    yield from ((key, value) for key, value in list(vars(owner).items()) if key not in own)

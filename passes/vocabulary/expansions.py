@@ -157,6 +157,11 @@ class LearnableExpansion(Expansion):
         raise NotImplementedError
 
 
+# An attribute of modules in which expansions replaced modules or attributes: what stood in each place, by its name, and
+# the device and dtype that the expansion had.
+REPLACED = "_replaced_by_expansions"
+
+
 @dataclass(frozen=True)
 class Replaced:
     """What an expansion replaced.

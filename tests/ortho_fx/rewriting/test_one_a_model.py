@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_only_the_same_activation_is_shared_and_comes_back_at_every_place(acts, 
     assert torch.equal(model(x), expected)
     rewrite_(model, "fourier3")  # as if it had never been rewritten
     assert model[0].act is not model[1].act
+
+
+def test_every_place_gets_its_own_activation_back():
+    """Activations that learn look the same and compute something else."""
+    model, x = blocks(nn.PReLU(init=0.1), nn.PReLU(init=0.7), shared := nn.PReLU(init=0.4), shared), torch.randn(9, 4)
+    acts, expected = [block.act for block in model], model(x)
+    for copied in (lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        one = copied(model)
+        rewrite_(one, {"*.act": ONE}, targets=["prelu"])
+        assert len({id(block.act) for block in one}) == 1
+        two = copied(one)
+        revert_(two)
+        torch.testing.assert_close(two(x), expected)
+        assert two[2].act is two[3].act
+        if two is model:
+            assert all(block.act is act for block, act in zip(model, acts, strict=True))
+        assert not any(name.startswith("_replaced") for block in two for name in vars(block))
 
 
 def test_configs_of_patterns_share_apart():

@@ -131,3 +131,17 @@ def test_a_calibrated_model_gets_its_own_modules_back():
     assert (report.names, report.kept) == (("1",), ("2",))
     assert str(report) == "1: reverted\n2: kept"
     assert model[1] is act
+
+
+def test_what_learned_follows_the_model_to_another_dtype():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 4), nn.PReLU(dtype=torch.float64))
+    act = model[1]
+    rewrite_(model, targets=["prelu"])
+    revert_(model)
+    # The model stayed as it was, and so does an activation of another dtype.
+    assert [model[1].weight.dtype, model[3].weight.dtype] == [torch.float32, torch.float64]
+    rewrite_(model, targets=["prelu"])
+    model.double()
+    revert_(model)
+    assert model[1] is act
+    assert model(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
