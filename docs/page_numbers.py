@@ -268,9 +268,10 @@ def _crossing(validations: Mapping[int, Mapping[str, float]], level: float) -> f
 
 
 def trials(comparison: str) -> list[list[str]]:
-    """The losses of the trials of learning rates, the lowest first: "gpt2_long" with its "gpt2_long_trials"."""
+    """The losses of the trials of learning rates, the lowest first: "gpt2_long" with its "gpt2_long_trials", if any."""
     found: dict[str, dict[float, float | None]] = {}
-    for name in (f"{comparison}_trials", comparison):
+    earlier = f"{comparison}_trials"
+    for name in (earlier, comparison) if _is_compared(earlier) else (comparison,):
         for one in _comparison(name).trials:
             found.setdefault(one.activation, {})[one.lr] = one.loss
     rates = sorted({rate for losses in found.values() for rate in losses}, reverse=True)
@@ -322,6 +323,10 @@ def harvested(recipe: str) -> list[list[str]]:
             label = "Fourier 5, learned from its stable start"
         rows.append([label, _spread(_losses(own.at_equal_steps)), beside[0], f"{own.time_ratio:.2f}", beside[1]])
     return rows
+
+
+def _is_compared(name: str) -> bool:
+    return (ROOT / "benchmarks" / "results" / f"compare_{name}.json").exists()
 
 
 def _comparison(name: str) -> Comparison:
