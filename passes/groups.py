@@ -1,8 +1,8 @@
 """Which sites get one expansion together: with granularity "model", all that have one config and the same activation.
 
 The same activation is the same function with the same settings, found in the same way: as a module of one class, as a
-function that modules keep, as a call in source, or as the same nodes of a graph. So `revert_` can put back what stood
-at one of the places, or a copy of it, at each.
+function that modules keep, as a call in source, or as the same nodes of a graph. So where `revert_` no longer knows
+what stood at a place, it can put a copy of another one there.
 """
 
 from __future__ import annotations
