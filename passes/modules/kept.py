@@ -22,6 +22,7 @@ _CLASS = "it is a class, and where its instances are made is not known"
 _KEPT_IN = "it is kept in a {}, in which nothing is exchanged"
 _UNSEEN = "PyTorch does not see a module in a {}: use nn.ModuleList or nn.ModuleDict"
 _DEEPEST = 2
+_NOT_THEIRS = OWN_ATTRIBUTES | {REPLACED}
 
 
 def kept_elsewhere(owner: nn.Module, key: str, value: object) -> Iterator[tuple[str, str, str]]:
@@ -121,5 +122,4 @@ def _is_own(owner: nn.Module, function: object) -> bool:
 
 def attributes_of(owner: nn.Module) -> Iterator[tuple[str, object]]:
     """The attributes of a module that are not those of every module, nor ours."""
-    own = {*OWN_ATTRIBUTES, REPLACED}
-    yield from ((key, value) for key, value in list(vars(owner).items()) if key not in own)
+    yield from ((key, value) for key, value in list(vars(owner).items()) if key not in _NOT_THEIRS)
