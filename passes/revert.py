@@ -9,7 +9,7 @@ from torch import fx, nn
 from ortho_fx.errors import OrthoFxError
 from ortho_fx.passes.graph.nodes import restore_nodes
 from ortho_fx.passes.graph.operators import raise_calls
-from ortho_fx.passes.modules.exchange import restore_attribute, restore_module, set_nested_paths
+from ortho_fx.passes.modules.exchange import is_forgotten, restore_attribute, restore_module, set_nested_paths
 from ortho_fx.passes.modules.undecayed import set_no_weight_decay
 from ortho_fx.passes.source.calls import restore_call
 from ortho_fx.passes.source.classes import source_of
@@ -25,8 +25,17 @@ def revert_expansions(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> 
         if child is not None and "_replaced" in vars(child) and chosen(child) and _is_in_place(owner, key, child)
     ]
     for name, owner, key in places:
-        if vars(owner._modules[key])["_replaced"][0].kind == "pair":
+        expansion = owner._modules[key]
+        (replaced,) = vars(expansion)["_replaced"]
+        if replaced.kind == "pair":
             raise OrthoFxError(f"{name} stands in a graph that holds its backward, which cannot be put back")
+        assert isinstance(expansion, Expansion)
+        if expansion.config.granularity == "model" and is_forgotten(owner, key, replaced.value):
+            kind = type(replaced.value).__name__
+            raise OrthoFxError(
+                f"{name}: the copy of a graph or of a container does not know which {kind} stood there: call revert_ "
+                "on the model that was rewritten, and copy it afterwards"
+            )
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
             raise_calls(owner, lambda module: "_replaced" in vars(module) and chosen(module))

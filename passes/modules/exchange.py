@@ -87,6 +87,11 @@ def _replaced(owner: nn.Module, key: str, known: Any, copied: bool) -> Any:
     return value
 
 
+def is_forgotten(owner: nn.Module, key: str, known: Any) -> bool:
+    """Whether an owner does not know what stood in a place, and what the expansion remembers has numbers of its own."""
+    return key not in vars(owner).get(REPLACED, {}) and isinstance(known, nn.Module) and bool(known.state_dict())
+
+
 def _device_and_dtype(expansion: nn.Module | None) -> tuple[torch.device, torch.dtype] | None:
     """Those of its parameters; None if it has none, or none with values."""
     first = None if expansion is None else next(expansion.parameters(), None)

@@ -113,6 +113,17 @@ def test_every_place_gets_its_own_activation_back():
         assert not any(name.startswith("_replaced") for block in two for name in vars(block))
 
 
+def test_a_copy_that_does_not_know_what_stood_there_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(init=0.1), nn.Linear(4, 4), nn.PReLU(init=0.7))
+    graph = fx.symbolic_trace(model)
+    for one, copy_of in ((graph, copy.deepcopy), (model, lambda model: model[:2])):
+        rewrite_(one, ONE, targets=["prelu"])
+        other = copy_of(one)
+        with pytest.raises(OrthoFxError, match="1: the copy of a graph or of a container does not know which PReLU"):
+            revert_(other)
+        assert isinstance(other.get_submodule("1"), ExpansionActivation)
+
+
 def test_configs_of_patterns_share_apart():
     model = blocks(*(nn.GELU() for _ in range(4)))
     rewrite_(model, {"[01].act": ONE, "2.act": {"basis": "hermite", "granularity": "model"}, "3.act": "fourier3"})
