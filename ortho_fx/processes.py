@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import sys
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
@@ -86,3 +91,19 @@ def measured(measure: Callable[[], dict[str, _T]], group: ProcessGroup | str | N
                 "process_group=, those that hold the same model, or 'alone'"
             )
     return [other for _, other in told]
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process of a process group with an exit code, without tearing the interpreter down.
+
+    Threads of Python are waited for, functions of `atexit` run and output is written, as at any other end. Threads of
+    gloo are left as they are: one that lets go of a tensor of a collective late, while the interpreter is torn down,
+    would abort the process after all of its work was done (PyTorch issue 190489). Python's own `multiprocessing` ends a
+    forked process in the same way.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

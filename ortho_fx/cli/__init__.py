@@ -6,12 +6,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ortho_fx.cli.mistakes import abandon_output, quoted, report, standard_streams
 from ortho_fx.cli.parser import Parser
 from ortho_fx.cli.plugins import load_plugins
 from ortho_fx.errors import OrthoFxError, Terminated
 from ortho_fx.version import __version__
+
+
+def command() -> NoReturn:
+    """What `ortho-fx` and `python -m ortho_fx.cli` run: `main`, and then the end of the process."""
+    status = main()
+    if os.environ.get("WORLD_SIZE"):  # of a launcher such as torchrun
+        from ortho_fx.processes import leave
+
+        leave(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,6 @@
 """`python -m ortho_fx.cli` runs `ortho-fx`; torchrun needs this form."""
 
-import sys
-
-from ortho_fx.cli import main
+from ortho_fx.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -349,11 +349,10 @@ def test_frozen_expansions_keep_the_function_that_they_start_with(tmp_path):
 
 
 TORCHRUN = """
-import sys
 from ortho_fx.models import gpt2
-from ortho_fx.cli import main
+from ortho_fx.cli import command
 gpt2.PRESETS["test"] = gpt2.GPT2Config(vocabulary=256, context=16, layers=2, heads=2, width=32)
-sys.exit(main(sys.argv[1:]))
+command()
 """
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.testing import assert_close
 
 from ortho_fx import ExpansionActivation, ExpansionConfig, OrthoFxError, freeze_, revert_, rewrite_
+from ortho_fx.processes import leave
 from ortho_fx.sharded import copy_whole_
 
 pytest.importorskip("torchtitan")
@@ -577,3 +578,4 @@ if __name__ == "__main__":
     globals()[f"check_{check}"](folder, *(setting for setting in settings if "=" not in setting), **named)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)

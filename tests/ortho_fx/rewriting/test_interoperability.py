@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ortho_fx import ExpansionConfig, HermiteActivation, OrthoFxError, gains, revert_, rewrite_, torch_private
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.operators.generated_code import generated_code
+from ortho_fx.processes import leave
 from tests.kinds import COMPILED_BASES
 
 pytestmark = pytest.mark.slow
@@ -474,6 +475,7 @@ def one_of_two(store, rank):
     # A process that ends closes its connections, which gloo's threads in the other process may still use.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)
 
 
 def check_ddp(config, rank, wrap):

@@ -26,6 +26,7 @@ from ortho_fx import (
     rewrite_,
 )
 from ortho_fx.errors import OperandError
+from ortho_fx.processes import leave
 
 pytestmark = pytest.mark.slow
 
@@ -502,6 +503,7 @@ def one_of_two(store, rank, check):
     # A process that leaves takes its connections along, and gloo's threads in the other one may still be using them.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
