@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ortho_fx import ExpansionConfig, rewrite_
 from ortho_fx.activations.expansion import ExpansionActivation
 from ortho_fx.bases import BASES
+from ortho_fx.processes import leave
 
 
 class Network(nn.Module):
@@ -133,3 +134,4 @@ def one_of_two(rank: int, folder: str, configs: Sequence[ExpansionConfig]) -> No
     # A process that ends closes its connections, which gloo's threads in the other process may still use.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)
