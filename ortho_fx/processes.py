@@ -1,4 +1,4 @@
-"""What the processes of a run know together."""
+"""What the processes of a run know together, and how one of them ends."""
 
 from __future__ import annotations
 
